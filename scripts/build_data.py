@@ -1,0 +1,78 @@
+"""Write the aligned data of the twelve languages: `data/source/` and CLDR in, `data/icl/`, `prompts/`, `benign/` out.
+
+Row i of a file is the same item in every language. Country and currency names are CLDR's, through Babel; everything
+else was written for this project. Run it after a change in `data/source/`; a test holds the committed files to it.
+
+    python scripts/build_data.py [--output DIR]
+"""
+
+import argparse
+import csv
+import datetime
+import io
+import json
+import sys
+from pathlib import Path
+
+from babel import Locale
+from babel.numbers import get_territory_currencies
+from policy_world import World, held_out_questions
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
+
+# CLDR's currencies as of this day: a country's legal tender must not depend on when this script runs.
+CURRENCY_DATE = datetime.date(2025, 1, 1)
+
+
+def icl_rows(language: Language) -> dict[str, list[tuple[str, str]]]:
+    """The five tasks' (input, output) rows in one language, in the row order common to all."""
+    source, cldr = World(language.name).source, Locale.parse(language.code, sep="-")
+    pairs = source["antonyms"]
+    tender = {country: get_territory_currencies(country, CURRENCY_DATE) for country in source["capitals"]}
+    return {
+        "antonym": [(a, b) for a, b in pairs] + [(b, a) for a, b in pairs],
+        "country-capital": [(cldr.territories[country], city) for country, city in source["capitals"].items()],
+        # Only where there is one right answer: Lesotho pays in loti and in rand.
+        "country-currency": [(cldr.territories[c], cldr.currencies[t[0]]) for c, t in tender.items() if len(t) == 1],
+        "sentiment": interleave(source["reviews"], source["sentiment_labels"]),
+        "ag_news": interleave(source["headlines"], source["news_labels"]),
+    }
+
+
+def interleave(texts: dict[str, list[str]], labels: dict[str, str]) -> list[tuple[str, str]]:
+    """Rows that take the labels in turn, so that any stretch of the file is balanced."""
+    rows = zip(*([(text, labels[key]) for text in texts[key]] for key in texts), strict=True)
+    return [row for turn in rows for row in turn]
+
+
+def question_csv(world: World, questions: list) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "question", "category"])
+    writer.writerows([i, world.write(question), question.category] for i, question in enumerate(questions))
+    return text.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "data", help="folder to write to (default: data)")
+    output = parser.parse_args().output
+    files = {}
+    for language in PAPER_LANGUAGES:
+        for task, rows in icl_rows(language).items():
+            lines = [json.dumps({"input": a, "output": b}, ensure_ascii=False) for a, b in rows]
+            files[f"icl/{task}_{language.name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
+        for name, questions in held_out_questions().items():
+            folder = "benign" if questions[0].n_disallowed == 0 else "prompts"
+            files[f"{folder}/{name}_{language.name}.csv"] = question_csv(World(language.name), questions)
+    for name, text in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(text, encoding="utf-8")
+    print(f"wrote {len(files)} files under {output}")
+
+
+if __name__ == "__main__":
+    main()

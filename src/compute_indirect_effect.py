@@ -1,0 +1,64 @@
+"""Step 1: score every attention head of a model on in-context-learning tasks.
+
+Writes, per dataset, the indirect effect of each head on each prompt, the mean head activations behind it, and the
+arguments. A finished dataset is skipped, an interrupted one goes on at its next prompt.
+"""
+
+import time
+from pathlib import Path
+
+from soteria import cli, files
+from soteria.scoring import DatasetRun, expand_datasets, json_object
+from soteria.icl import PromptForm
+
+
+def parse_arguments():
+    parser = cli.new_parser(
+        __doc__,
+        "python src/compute_indirect_effect.py --dataset_name '*_Hindi' --model_name data/models/polyglot-base",
+    )
+    add = parser.add_argument
+    add("--dataset_name", nargs="+", required=True, help="one or more <task>_<Language>, or globs such as '*_Hindi'")
+    add("--model_name", default="meta-llama/Llama-3.1-8B-Instruct", help="hub id or local folder")
+    add("--root_data_dir", type=Path, default=files.DATA / "icl", help="folder of <task>_<Language>.json")
+    add("--save_path_root", type=Path, help="where to write (default: results/indirect_effect/<model slug>)")
+    add("--seed", type=int, default=42, help="seed of python, numpy and torch, set once the model is loaded")
+    add("--n_shots", type=cli.positive_int, default=10, help="demonstrations in a prompt")
+    add("--n_trials", type=cli.positive_int, default=25, help="prompts averaged, and prompts scored")
+    add("--test_split", type=float, default=0.3, help="share of the rows not used as demonstrations")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
+    add("--mean_activations_path", type=Path, help="a *_mean_head_activations.pt to use instead of computing it")
+    add("--last_token_only", type=cli.truth, default=True, help="True: the last token; False: all ten token classes")
+    add("--prefixes", type=json_object, default=PromptForm().prefixes, help="JSON: input, output, instructions")
+    add("--separators", type=json_object, default=PromptForm().separators, help="JSON: input, output, instructions")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="of the weights; auto: float32 on a CPU, else the checkpoint's own",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
+
+    from soteria.models import load_model, model_slug  # torch takes seconds to load: only once the input is sound
+
+    root = arguments.save_path_root or files.RESULTS / "indirect_effect" / model_slug(arguments.model_name)
+    runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
+    pending = [run for run in runs if not run.is_finished()]
+    if len(pending) < len(runs):
+        print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
+    if not pending:
+        return
+    loaded = load_model(arguments.model_name, arguments.device, arguments.dtype)
+    started = time.monotonic()
+    for run in pending:
+        run.score(loaded)
+    print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)

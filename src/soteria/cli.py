@@ -1,0 +1,50 @@
+"""What all scripts share on the command line: refusals in one sentence, truth values, and shared arguments."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from soteria.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`. A UserError ends it with its sentence on stderr and status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def new_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults and ends with an example."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=Formatter, allow_abbrev=False
+    )
+
+
+def truth(text: str) -> bool:
+    """`True/False/true/false/1/0/yes/no` as what they say (`bool("False")` would be True)."""
+    meanings = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        return meanings[text.strip().lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of True, False, 1, 0, yes, no") from None
+
+
+def positive_int(text: str) -> int:
+    """A whole number above zero."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number

@@ -1,0 +1,190 @@
+"""Loading a causal language model, and its attention geometry, read from its modules and never from its name.
+
+Knows transformers; knows nothing of prompts, languages or effects.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from soteria.errors import UserError
+
+# What attention blocks call the matrix that maps the concatenated heads back to the residual stream.
+OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Put before a prompt where the tokenizer adds no beginning-of-text token, as the original does for every such model.
+BOS_TEXT = "<|endoftext|>"
+
+
+def model_slug(name: str) -> str:
+    """A name for folders: a hub id with `/` replaced by `_`, or a local folder's own name."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name.strip("/").replace("/", "_")
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Where a model's attention heads meet its residual stream.
+
+    `projection_names[l]` names layer l's output projection; it has `n_heads * head_dim` inputs, head h's being the
+    slice `[h * head_dim, (h + 1) * head_dim)`. They are columns of its weight, or rows where `transposed` (GPT-2).
+    """
+
+    n_heads: int
+    head_dim: int
+    projection_names: tuple[str, ...]
+    transposed: bool
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.projection_names)
+
+    def head_slice(self, head: int) -> slice:
+        return slice(head * self.head_dim, (head + 1) * self.head_dim)
+
+
+def read_geometry(model: PreTrainedModel) -> AttentionGeometry:
+    """The attention geometry of a model. Raises UserError, naming the architecture, where it cannot be told for sure."""
+    config = model.config.get_text_config()
+    what = type(model).__name__
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{what} cannot be handled: {reason}; see the README for the architectures that can")
+
+    n_layers, n_heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not isinstance(n_layers, int) or not isinstance(n_heads, int):
+        raise refuse("its config gives no single number of layers and heads")
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and _own_projection(module[0])
+    ]
+    if len(stacks) != 1:
+        raise refuse(f"{len(stacks)} stacks of {n_layers} attention layers found, not one")
+    stack_name, layers = stacks[0]
+    names, widths, transposed = [], set(), set()
+    for index, layer in enumerate(layers):
+        found = _own_projection(layer)
+        if not found:
+            raise refuse(f"layer {index} has no attention output projection ({', '.join(OUTPUT_PROJECTION_NAMES)})")
+        name, projection = found
+        names.append(f"{stack_name}.{index}.{name}")
+        transposed.add(isinstance(projection, Conv1D))
+        widths.add(projection.weight.shape[0 if isinstance(projection, Conv1D) else 1])
+    width = widths.pop()
+    if widths or len(transposed) > 1 or width % n_heads:
+        raise refuse(f"its output projections are not all {n_heads} heads wide")
+    declared = getattr(config, "head_dim", None)
+    if declared and declared != width // n_heads:
+        raise refuse(f"head_dim is {declared} in its config, {width // n_heads} in its output projection")
+    return AttentionGeometry(n_heads, width // n_heads, tuple(names), transposed.pop())
+
+
+def _own_projection(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """The output projection of a layer's only attention block, as (name in the layer, module)."""
+    found = [
+        (name, module)
+        for name, module in layer.named_modules()
+        if re.fullmatch(rf"\w*att\w*\.({'|'.join(OUTPUT_PROJECTION_NAMES)})", name)
+        and isinstance(module, nn.Linear | Conv1D)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with its tokenizer and geometry."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: object
+    geometry: AttentionGeometry
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        return [self.model.get_submodule(name) for name in self.geometry.projection_names]
+
+    @property
+    def adds_bos(self) -> bool:
+        return len(self.tokenizer("").input_ids) > 0
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens a prompt may have, None where the config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """`auto` is float32 on a CPU, where half precision is slow and inexact, and the checkpoint's own dtype elsewhere."""
+    if dtype == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def _explain_loading(name: str):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        local = "" if Path(name).is_dir() else "; it is no local folder, so give a folder or a reachable hub id"
+        raise UserError(f"cannot load the model {name!r}{local} ({reason})") from error
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model by hub id or local folder. Raises UserError where there is none."""
+    with _explain_loading(name):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model. Raises UserError where there is none."""
+    with _explain_loading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_geometry(name: str) -> AttentionGeometry:
+    """The attention geometry of a checkpoint, from its configuration alone: no weights are read."""
+    config = load_config(name)
+    with _explain_loading(name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return read_geometry(model)
+
+
+def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:
+    """Load a causal LM by hub id or local folder, ready for inference. No remote code is run.
+
+    Raises UserError for a path that is no model, missing or misshapen weights, an unusable device, or an architecture
+    whose heads cannot be told apart.
+    """
+    device = device or default_device()
+    with _explain_device(device):
+        torch.zeros(1, device=device)
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    with _explain_loading(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=resolve_dtype(dtype, device), output_loading_info=True
+        )
+    # transformers fills what it cannot find or fit with random numbers and only warns.
+    broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if broken:
+        raise UserError(f"the weights of {name!r} do not fit its config: {len(broken)} tensors, first {broken[0]}")
+    return LoadedModel(name, model.to(device).eval(), tokenizer, read_geometry(model))
+
+
+@contextlib.contextmanager
+def _explain_device(device: str):
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None

@@ -1,0 +1,186 @@
+"""The files of step 1: which datasets to score, what is done already, and where a run goes on after an interruption."""
+
+import fnmatch
+import hashlib
+import json
+import random
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from soteria import files
+from soteria.errors import UserError
+from soteria.icl import MeanSlots, PromptForm, draw_prompt, load_pairs, split_pairs
+
+ARGUMENTS_FILE = "indirect_effect_args.txt"
+# The arguments that the numbers depend on. A folder made with other values of these is neither skipped nor added to.
+DECISIVE = (
+    "model_name",
+    "seed",
+    "n_shots",
+    "n_trials",
+    "test_split",
+    "last_token_only",
+    "prefixes",
+    "separators",
+    "dtype",
+    "mean_activations_path",
+    "data_sha256",
+)
+
+
+def expand_datasets(patterns: list[str], root: Path) -> list[str]:
+    """Dataset names for names or globs, in the order given and, within a glob, of the alphabet.
+
+    Raises UserError for a pattern that fits no `<root>/<name>.json`.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; --root_data_dir is the folder of the <task>_<Language>.json files")
+    known = sorted(path.stem for path in root.glob("*.json"))
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(f"no dataset {pattern!r} in {root}; there are {', '.join(known[:5]) or 'none'} …")
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+def effect_path(root: Path, dataset: str) -> Path:
+    return root / dataset / f"{dataset}_indirect_effect.pt"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch, in the order of the original release."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def load_tensor(path: Path) -> Tensor:
+    """A tensor saved by step 1, without running anything that a pickle may hold. Raises UserError if it is none."""
+    try:
+        tensor = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}; run step 1 (compute_indirect_effect.py) first") from None
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise UserError(f"{path} is no tensor file that can be read safely ({type(error).__name__})") from None
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{path} does not hold one tensor")
+    return tensor
+
+
+class DatasetRun:
+    """One dataset's scores under `root`, with the arguments of `compute_indirect_effect.py`."""
+
+    def __init__(self, dataset: str, root: Path, arguments: Namespace):
+        self.dataset, self.arguments = dataset, arguments
+        self.effect_file = effect_path(root, dataset)
+        self.means_file = self.effect_file.with_name(f"{dataset}_mean_head_activations.pt")
+        self.partial_file = self.effect_file.with_name(f"{dataset}_indirect_effect.partial.pt")
+        self.arguments_file = self.effect_file.with_name(ARGUMENTS_FILE)
+        self.data_file = Path(arguments.root_data_dir) / f"{dataset}.json"
+        self.pairs = load_pairs(self.data_file)
+
+    def described(self) -> dict:
+        """The arguments as written beside the scores."""
+        described = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.arguments).items()}
+        described["dataset_name"] = self.dataset
+        described["data_sha256"] = hashlib.sha256(self.data_file.read_bytes()).hexdigest()
+        return described
+
+    def is_finished(self) -> bool:
+        """Whether the scores are there. Raises UserError where they, or a part of them, came from other arguments."""
+        found = files.read_json(self.arguments_file)
+        if not isinstance(found, dict):
+            return False
+        for name in DECISIVE:
+            was, now = found.get(name), self.described().get(name)
+            if name == "model_name" and was and Path(was).exists() and Path(was).resolve() == Path(now).resolve():
+                continue
+            if was != now:
+                raise UserError(
+                    f"{self.effect_file.parent} was made with {name} {was!r}, not {now!r}; "
+                    "give another --save_path_root or remove that folder"
+                )
+        return self.effect_file.exists() and self.means_file.exists()
+
+    def score(self, loaded) -> None:
+        """Score the dataset on a `soteria.models.LoadedModel`, prompt by prompt, going on where a killed run stopped."""
+        from soteria.indirect_effect import all_class_effects, last_token_effects, mean_head_activations, tokenize
+        from soteria.models import BOS_TEXT
+
+        arguments, started = self.arguments, time.monotonic()
+        form = PromptForm(
+            {**PromptForm().prefixes, **arguments.prefixes}, {**PromptForm().separators, **arguments.separators}
+        )
+        if not loaded.adds_bos:
+            form = form.starting_with(BOS_TEXT)
+        seed_everything(arguments.seed)
+        split = split_pairs(self.pairs, arguments.test_split, arguments.seed)
+        slots = MeanSlots(arguments.n_shots, form, loaded.tokenizer)
+
+        def draw(shuffle_labels: bool):
+            prompts = [
+                draw_prompt(split, arguments.n_shots, form, shuffle_labels=shuffle_labels)
+                for _ in range(arguments.n_trials)
+            ]
+            return [tokenize(prompt, loaded, slots) for prompt in prompts]
+
+        given = arguments.mean_activations_path
+        clean = [] if given else draw(shuffle_labels=False)  # given means cost no draws, as in the original
+        shuffled = draw(shuffle_labels=True)
+
+        files.write_json(self.arguments_file, self.described())  # from here on, other arguments are refused
+        means = self._means(loaded, clean, len(slots), mean_head_activations)
+        effects_of = last_token_effects if arguments.last_token_only else all_class_effects
+        effects = self._partial()
+        progress = tqdm(shuffled, desc=self.dataset, unit="prompt", initial=len(effects), disable=None)
+        for prompt in shuffled[len(effects) :]:
+            effects.append(effects_of(loaded, prompt, means))
+            progress.update()
+            with files.whole_file(self.partial_file) as sibling:
+                torch.save(torch.stack(effects), sibling)
+        progress.close()
+        with files.whole_file(self.effect_file) as sibling:
+            torch.save(torch.stack(effects), sibling)
+        files.write_json(self.arguments_file, self.described() | self._circumstances(loaded, started))
+        self.partial_file.unlink(missing_ok=True)
+
+    def _means(self, loaded, clean, n_slots: int, compute) -> Tensor:
+        given = self.arguments.mean_activations_path or (self.means_file if self.means_file.exists() else None)
+        means = load_tensor(Path(given)) if given else compute(loaded, clean, n_slots)
+        geometry = loaded.geometry
+        expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
+        if tuple(means.shape) != expected:
+            raise UserError(f"mean activations in {given} have shape {tuple(means.shape)}, the model needs {expected}")
+        with files.whole_file(self.means_file) as sibling:
+            torch.save(means, sibling)
+        return means
+
+    def _partial(self) -> list[Tensor]:
+        return list(load_tensor(self.partial_file)) if self.partial_file.exists() else []
+
+    @staticmethod
+    def _circumstances(loaded, started: float) -> dict:
+        import transformers
+
+        return {
+            "device": str(loaded.model.device),
+            "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "seconds": round(time.monotonic() - started, 2),
+        }
+
+
+def json_object(text: str) -> dict[str, str]:
+    """A JSON object of texts, for --prefixes and --separators. Raises ValueError otherwise."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ValueError("expected a JSON object of texts")
+    return value
