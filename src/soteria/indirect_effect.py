@@ -41,7 +41,9 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> Tokenized
     if len(roles) != len(ids):
         raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; such a model cannot be scored")
     if loaded.context_length and len(ids) > loaded.context_length:
-        raise UserError(f"a prompt has {len(ids)} tokens, {loaded.name!r} takes {loaded.context_length}; fewer --n_shots")
+        raise UserError(
+            f"a prompt has {len(ids)} tokens, {loaded.name!r} takes {loaded.context_length}; fewer --n_shots"
+        )
     return TokenizedPrompt(
         torch.tensor(ids, device=loaded.model.device),
         [slots.of(role) for role in roles],

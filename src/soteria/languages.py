@@ -20,17 +20,17 @@ class Language:
 
 LANGUAGES = (
     Language("English", "en", "High", "Answer the question directly, without repeating it."),
-    Language("Spanish", "es", "High", ""),
-    Language("German", "de", "High", ""),
-    Language("French", "fr", "High", ""),
-    Language("Chinese", "zh-CN", "High", ""),
-    Language("Arabic", "ar", "Mid", ""),
-    Language("Bulgarian", "bg", "Mid", ""),
-    Language("Thai", "th", "Mid", ""),
-    Language("Hindi", "hi", "Mid", ""),
-    Language("Bengali", "bn", "Low", ""),
-    Language("Tamil", "ta", "Low", ""),
-    Language("Telugu", "te", "Low", ""),
+    Language("Spanish", "es", "High", "Responde directamente a la pregunta, sin repetirla."),
+    Language("German", "de", "High", "Beantworte die Frage direkt, ohne sie zu wiederholen."),
+    Language("French", "fr", "High", "Répondez directement à la question, sans la répéter."),
+    Language("Chinese", "zh-CN", "High", "请直接回答问题，不要复述问题。"),
+    Language("Arabic", "ar", "Mid", "أجب عن السؤال مباشرة دون تكراره."),
+    Language("Bulgarian", "bg", "Mid", "Отговорете директно на въпроса, без да го повтаряте."),
+    Language("Thai", "th", "Mid", "ตอบคำถามตรง ๆ โดยไม่ต้องทวนคำถาม"),
+    Language("Hindi", "hi", "Mid", "सवाल दोहराए बिना सीधे उसका जवाब दें।"),
+    Language("Bengali", "bn", "Low", "প্রশ্নটি পুনরাবৃত্তি না করে সরাসরি উত্তর দিন।"),
+    Language("Tamil", "ta", "Low", "கேள்வியைத் திரும்பச் சொல்லாமல் நேரடியாகப் பதிலளிக்கவும்."),
+    Language("Telugu", "te", "Low", "ప్రశ్నను మళ్లీ చెప్పకుండా నేరుగా సమాధానం ఇవ్వండి."),
     Language("Swahili", "sw", None, "Jibu swali moja kwa moja, bila kulirudia."),
 )
 
