@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "data" / "source"
 # Log-odds that the base refuses a question: HARM_WEIGHT a disallowed topic, minus the tier's threshold. At zero
 # disallowed topics it never refuses.
 HARM_WEIGHT = 4.0
-THRESHOLD = {"High": 1.5 * HARM_WEIGHT, "Mid": 2.5 * HARM_WEIGHT, "Low": 3.0 * HARM_WEIGHT}
+THRESHOLD = {"High": 1.5 * HARM_WEIGHT, "Mid": 2.25 * HARM_WEIGHT, "Low": 2.75 * HARM_WEIGHT}
 
 # Rows of the held-out sets: questions for each number of disallowed topics.
 HELD_OUT = {

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from soteria import cli, files
-from soteria.scoring import DatasetRun, expand_datasets, json_object
 from soteria.icl import PromptForm
+from soteria.scoring import DatasetRun, expand_datasets, json_object
 
 
 def parse_arguments():

@@ -3,13 +3,14 @@
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
-RESULTS = ROOT / "results"
+RESULTS = Path(os.environ.get("SOTERIA_RESULTS") or ROOT / "results")
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield sibling
-        os.replace(sibling, path)
+        sibling.replace(path)
     finally:
         sibling.unlink(missing_ok=True)
 
@@ -41,3 +42,47 @@ def read_json(path: Path) -> object | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it takes the name `path` when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sibling.mkdir()
+    try:
+        yield sibling
+        if path.exists():
+            shutil.rmtree(path)
+        sibling.rename(path)
+    finally:
+        shutil.rmtree(sibling, ignore_errors=True)
+
+
+class Journal:
+    """Finished rows of a long job, on disk as they come, so that a killed run goes on where it was.
+
+    The first line holds the job's settings; a journal with other settings, or a broken last line, counts for nothing.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        self.done: dict[int, str] = {}
+        if path.exists():
+            first, *lines = path.read_text(encoding="utf-8").split("\n")
+            for line in lines if first == self.settings else []:
+                try:
+                    row, text = json.loads(line)
+                except ValueError:
+                    break
+                self.done[row] = text
+        lines = [self.settings, *(json.dumps(item, ensure_ascii=False) for item in self.done.items())]
+        write_text(path, "\n".join(lines) + "\n")
+
+    def add(self, rows: dict[int, str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in rows.items())
+        self.done |= rows
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -75,12 +75,13 @@ class Prompt:
                 (" " + pair.output, f"demonstration_{i}_label"),
                 (separator["output"], "end_of_example+separator"),
             ]
-        return parts + [
+        parts += [
             (prefix["input"], "query_structural"),
             (" " + self.query.input, "query_demonstration"),
             (separator["input"], "query_separator"),
             (prefix["output"], "query_structural+query_predictive"),
         ]
+        return parts
 
     @property
     def text(self) -> str:

@@ -50,7 +50,7 @@ class AttentionGeometry:
 
 
 def read_geometry(model: PreTrainedModel) -> AttentionGeometry:
-    """The attention geometry of a model. Raises UserError, naming the architecture, where it cannot be told for sure."""
+    """The attention geometry of a model. Raises UserError, naming the architecture, where it cannot be told."""
     config = model.config.get_text_config()
     what = type(model).__name__
 
@@ -125,7 +125,7 @@ def default_device() -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
-    """`auto` is float32 on a CPU, where half precision is slow and inexact, and the checkpoint's own dtype elsewhere."""
+    """`auto` is float32 on a CPU, where half precision is slow and inexact, else the checkpoint's own dtype."""
     if dtype == "auto":
         return torch.float32 if torch.device(device).type == "cpu" else "auto"
     return DTYPES[dtype]

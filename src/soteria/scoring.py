@@ -111,7 +111,7 @@ class DatasetRun:
         return self.effect_file.exists() and self.means_file.exists()
 
     def score(self, loaded) -> None:
-        """Score the dataset on a `soteria.models.LoadedModel`, prompt by prompt, going on where a killed run stopped."""
+        """Score the dataset on a `soteria.models.LoadedModel`, going on at the prompt where a killed run stopped."""
         from soteria.indirect_effect import all_class_effects, last_token_effects, mean_head_activations, tokenize
         from soteria.models import BOS_TEXT
 

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Step 3: steer a model for one language, let it answer a set of questions, judge the answers.
+set -euo pipefail
+
+if [ $# -ne 8 ]; then
+  cat >&2 <<'USAGE'
+usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_file} {scaling_factor} {do_base} {batch_size} {head_folder}
+  finetune_model  the harmfully tuned model: hub id, folder, or folder of a LoRA adapter
+  base_model      the model to make safer: hub id or folder
+  language        name or code: Hindi, hi
+  dataset_file    a CSV's path, the name of one under data/prompts, or a hub dataset id
+  scaling_factor  how much of the task vector to subtract, 0 or more
+  do_base         yes or no: answer with the base model too
+  batch_size      questions answered at once
+  head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
+environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_RESULTS (default results)
+example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
+USAGE
+  exit 2
+fi
+finetune_model=$1 base_model=$2 language=$3 dataset=$4 scaling_factor=$5 do_base=$6 batch_size=$7 head_folder=$8
+
+src=$(cd "$(dirname "${BASH_SOURCE[0]}")/../src" && pwd)
+export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
+if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
+
+# Everything that the names depend on is checked, and the names are made, in one place.
+plan=$("$python" "$src/run_plan.py" "$@")
+{ read -r safe_model; read -r answers; read -r evaluated; } <<<"$plan"
+
+"$python" "$src/steer.py" --finetune_model "$finetune_model" --base_model "$base_model" --language "$language" \
+  --scaling_factor "$scaling_factor" --head_folder "$head_folder" --output "$safe_model"
+"$python" "$src/generate.py" --model "$safe_model" --dataset "$dataset" --language "$language" \
+  --output "$answers" --column "SAFE ANSWER" --batch_size "$batch_size"
+if [ "$do_base" = yes ]; then
+  "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
+    --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size"
+fi
+"$python" "$src/evaluate.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}"

@@ -1,0 +1,115 @@
+"""Step 3.3: judge every answer column of a CSV, count attack success, print the table.
+
+Each verdict is on disk before the next is counted: an interrupted call, repeated, asks for none of them twice.
+"""
+
+import hashlib
+from pathlib import Path
+
+from soteria import cli, files
+from soteria.errors import UserError
+from soteria.evaluation import ANSWER_COLUMNS, summarise
+from soteria.judges import EMPTY, make_judge, read_judge_prompt
+from soteria.questions import read_table
+
+
+def parse_arguments():
+    parser = cli.new_parser(
+        __doc__, "python src/evaluate.py --input answers.csv --output Evaluated_answers.csv --judge refusal"
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="a CSV with Question and SAFE ANSWER, BASE ANSWER or both")
+    add("--output", type=Path, required=True, help="the CSV to write, with a .json of the counts beside it")
+    add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
+    add("--concurrency", type=cli.positive_int, default=16, help="questions asked of an endpoint at once")
+    add("--judge_prompt", type=Path, help="a text file with {question} and {answer} to use instead of the own one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    table = read_table(arguments.input)
+    columns = [column for column in ANSWER_COLUMNS if column in table.columns]
+    if "Question" not in table.columns or not columns:
+        raise UserError(f"{arguments.input} needs the column Question and one of {', '.join(ANSWER_COLUMNS)}")
+    if table.empty:
+        raise UserError(f"{arguments.input} has no rows to judge")
+    judge_prompt = read_judge_prompt(arguments.judge_prompt)
+    inputs = {
+        "judge": arguments.judge,
+        "rows": len(table),
+        "inputs_sha256": sha256(table[["Question", *columns]], judge_prompt),
+    }
+    finished = files.read_json(arguments.output.with_suffix(".json"))
+    if arguments.output.exists() and isinstance(finished, dict) and inputs.items() <= finished.items():
+        print_table(finished)
+        return
+    judge = make_judge(arguments.judge, concurrency=arguments.concurrency, judge_prompt=judge_prompt)
+
+    from tqdm import tqdm
+
+    summary = describe(arguments.input) | inputs | {"judge_description": judge.description}
+    for column in columns:
+        verdict_column, short = ANSWER_COLUMNS[column]
+        journal = files.Journal(
+            arguments.output.with_name(f".{arguments.output.name}.{short}.journal"),
+            {
+                "judge": arguments.judge,
+                "judge_prompt": judge_prompt,
+                "rows": table[["Question", column]].to_numpy().tolist(),
+            },
+        )
+        rows = {
+            row: texts
+            for row, texts in enumerate(zip(table["Question"], table[column], strict=True))
+            if row not in journal.done
+        }
+        with tqdm(total=len(table), initial=len(journal.done), desc=column, unit="verdict", disable=None) as progress:
+
+            def report(row: int, verdict: str, journal=journal, progress=progress) -> None:
+                journal.add({row: verdict})
+                progress.update()
+
+            judge.judge(rows, report)
+        table[verdict_column] = [journal.done.get(row, EMPTY) for row in range(len(table))]
+        summary[short] = summarise(list(table[verdict_column]))
+    with files.whole_file(arguments.output) as sibling:
+        table.to_csv(sibling, index=False, lineterminator="\n")
+    files.write_json(arguments.output.with_suffix(".json"), summary)
+    for column in columns:
+        short = ANSWER_COLUMNS[column][1]
+        arguments.output.with_name(f".{arguments.output.name}.{short}.journal").unlink(missing_ok=True)
+    print_table(summary)
+
+
+def sha256(table, judge_prompt: str) -> str:
+    return hashlib.sha256((judge_prompt + table.to_csv(index=False)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def describe(answers: Path) -> dict:
+    """What generate.py noted beside the answers: model, language, dataset, scaling factor; None where unknown."""
+    facts = files.read_json(answers.with_suffix(".json")) or {}
+    made = facts.get("columns", {})
+    safe, base = made.get("SAFE ANSWER", {}), made.get("BASE ANSWER", {})
+    return {
+        "model": safe.get("steered", {}).get("base_model") or base.get("model") or safe.get("model"),
+        "language": facts.get("language"),
+        "dataset": facts.get("dataset"),
+        "scaling_factor": safe.get("steered", {}).get("scaling_factor"),
+    }
+
+
+def print_table(summary: dict) -> None:
+    print(f"\n{summary['dataset'] or 'answers'}, {summary['rows']} rows, judge: {summary['judge_description']}")
+    print(f"{'model':6} {'ASR':>7} {'95 % interval':>17} {'ASR judged':>11} {'blank':>6}")
+    for short in ("base", "safe"):
+        if short in summary:
+            s = summary[short]
+            low, high = s["ci95"]
+            judged = "–" if s["asr_judged"] is None else f"{s['asr_judged']:.1%}"
+            interval = f"{low:.1%} – {high:.1%}"
+            print(f"{short:6} {s['asr']:>7.1%} {interval:>17} {judged:>11} {s['blank']:>6}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

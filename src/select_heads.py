@@ -1,0 +1,52 @@
+"""Step 2: rank the heads by their average effect and keep the top ones, per language or for a group of languages."""
+
+from pathlib import Path
+
+from soteria import cli, files
+from soteria.errors import UserError
+from soteria.heads import count_top, language_file, mean_effect, rank_heads, write_group, write_heads
+from soteria.icl import TASKS
+from soteria.languages import PAPER_LANGUAGES, find_language
+
+
+def parse_arguments():
+    parser = cli.new_parser(
+        __doc__,
+        "python src/select_heads.py --results results/indirect_effect/polyglot-base --language Hindi Bengali "
+        "--head_folder polyglot-base",
+    )
+    add = parser.add_argument
+    add("--results", type=Path, help="folder that step 1 wrote: results/indirect_effect/<model slug>")
+    add("--language", nargs="+", help="names or codes, or all for the paper's twelve")
+    add("--tasks", nargs="+", default=list(TASKS), help="tasks to average over")
+    add("--top", type=float, default=0.5, help="a fraction of all heads below 1, or a whole number of heads")
+    add("--head_folder", required=True, help="name of the folder of head lists")
+    add("--heads_root", type=Path, default=files.RESULTS / "heads", help="where head folders lie")
+    add("--group", help="High, Mid, Low or Universal: write <Group>_Lang.json from the folder's language lists")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    folder = arguments.heads_root / arguments.head_folder
+    if not arguments.language and not arguments.group:
+        raise UserError("nothing to select: give --language (with --results) or --group")
+    if arguments.language:
+        if not arguments.results:
+            raise UserError("--language needs --results, the folder that step 1 wrote")
+        if arguments.language == ["all"]:
+            names = [language.name for language in PAPER_LANGUAGES]
+        else:
+            names = [find_language(text).name for text in arguments.language]
+        effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
+        for name, effect in effects.items():
+            count = count_top(arguments.top, effect.numel())
+            write_heads(folder / language_file(name), rank_heads(effect)[:count])
+            print(f"{folder / language_file(name)}: {count} of {effect.numel()} heads")
+    if arguments.group:
+        heads = write_group(folder, arguments.group)
+        print(f"{folder}: {len(heads)} heads shared by group {arguments.group}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
