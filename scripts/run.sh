@@ -25,7 +25,7 @@ export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
 # Everything that the names depend on is checked, and the names are made, in one place.
-plan=$("$python" "$src/run_plan.py" "$@")
+plan=$("$python" "$src/plan_run.py" "$@")
 { read -r safe_model; read -r answers; read -r evaluated; } <<<"$plan"
 
 "$python" "$src/steer.py" --finetune_model "$finetune_model" --base_model "$base_model" --language "$language" \

@@ -44,9 +44,9 @@ def main() -> None:
     arguments = parse_arguments()
     datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
 
-    from soteria.models import load_model, model_slug  # torch takes seconds to load: only once the input is sound
+    from soteria.models import load_model  # torch takes seconds to load: only once the input is sound
 
-    root = arguments.save_path_root or files.RESULTS / "indirect_effect" / model_slug(arguments.model_name)
+    root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
     if len(pending) < len(runs):

@@ -39,8 +39,6 @@ def main() -> None:
     language = find_language(arguments.language)
     questions = read_questions(arguments.dataset)
     table = pd.DataFrame({"Question": questions["question"].astype(str)})
-    if "category" in questions.columns:
-        table["category"] = questions["category"]
     facts_file = arguments.output.with_suffix(".json")
     facts = files.read_json(facts_file) or {}
     settings = {
@@ -86,6 +84,7 @@ def main() -> None:
             done=journal.done,
             report=report,
         )
+    table = table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]]
     with files.whole_file(arguments.output) as sibling:
         table.to_csv(sibling, index=False, lineterminator="\n")
     files.write_json(

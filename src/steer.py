@@ -6,7 +6,6 @@ Writes a complete model folder: every other tensor is the base's, bit for bit.
 from pathlib import Path
 
 from soteria import cli, files
-from soteria.errors import UserError
 from soteria.heads import language_file, read_heads
 from soteria.languages import find_language
 
@@ -21,7 +20,12 @@ def parse_arguments():
     add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
     add("--base_model", required=True, help="the model to make safer: hub id or folder")
     add("--language", required=True, help="name or code")
-    add("--scaling_factor", type=float, required=True, help="how much of the task vector to subtract, 0 or more")
+    add(
+        "--scaling_factor",
+        type=cli.scaling_factor,
+        required=True,
+        help="how much of the task vector to subtract, 0 or more",
+    )
     add("--head_folder", required=True, help="folder of <Language>_Heads.json: a name under results/heads, or a path")
     add("--output", type=Path, help="default: results/models/<Language>_<base slug>_scaling_<scaling factor>")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="store the weights so (default: as the base does)")
@@ -32,17 +36,12 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     language = find_language(arguments.language)
-    folder = Path(arguments.head_folder)
-    if not folder.is_dir():
-        folder = files.RESULTS / "heads" / arguments.head_folder
-    if not folder.is_dir():
-        raise UserError(f"no head folder {arguments.head_folder!r}, neither as a path nor in {files.RESULTS / 'heads'}")
+    folder = files.head_folder(arguments.head_folder)
     heads = read_heads(folder / language_file(language.name))
 
     from soteria import steering
 
-    steering.check_scaling_factor(arguments.scaling_factor)
-    output = arguments.output or steering.steered_folder(
+    output = arguments.output or files.steered_folder(
         files.RESULTS, language.name, arguments.base_model, arguments.scaling_factor
     )
     facts = steering.steer_checkpoint(

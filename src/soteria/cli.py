@@ -1,6 +1,7 @@
 """What all scripts share on the command line: refusals in one sentence, truth values, and shared arguments."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -37,6 +38,17 @@ def truth(text: str) -> bool:
         return meanings[text.strip().lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of True, False, 1, 0, yes, no") from None
+
+
+def scaling_factor(text: str) -> float:
+    """A finite number, 0 or more: below 0, steering would add the harmful direction."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number) or number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more (below 0, steering would add harm)")
+    return number
 
 
 def positive_int(text: str) -> int:

@@ -8,9 +8,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from soteria.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 RESULTS = Path(os.environ.get("SOTERIA_RESULTS") or ROOT / "results")
+
+
+def model_slug(name: str) -> str:
+    """A model's name for folders: a hub id with `/` replaced by `_`, or a local folder's own name."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name.strip("/").replace("/", "_")
+
+
+def steered_folder(results: Path, language: str, base: str, scaling_factor: float) -> Path:
+    """Where a steered model goes."""
+    return results / "models" / f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
+
+
+def answer_files(results: Path, language: str, base: str, dataset: str, scaling_factor: float) -> tuple[Path, Path]:
+    """Where the answers to a question set go, and their verdicts."""
+    name = f"{model_slug(base)}_{language}_{dataset}_scaling_{scaling_factor:g}.csv"
+    return results / "generations" / name, results / "evaluated" / f"Evaluated_{name}"
+
+
+def head_folder(name: str) -> Path:
+    """A folder of head lists: a path, or a name under `results/heads`. Raises UserError where it is neither."""
+    for folder in (Path(name), RESULTS / "heads" / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no head folder {name!r}, neither as a path nor in {RESULTS / 'heads'}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Knows transformers; knows nothing of prompts, languages or effects.
 
 import contextlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from soteria.errors import UserError
 
@@ -20,12 +22,6 @@ OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Put before a prompt where the tokenizer adds no beginning-of-text token, as the original does for every such model.
 BOS_TEXT = "<|endoftext|>"
-
-
-def model_slug(name: str) -> str:
-    """A name for folders: a hub id with `/` replaced by `_`, or a local folder's own name."""
-    path = Path(name)
-    return path.resolve().name if path.is_dir() else name.strip("/").replace("/", "_")
 
 
 @dataclass(frozen=True)
@@ -68,15 +64,18 @@ def read_geometry(model: PreTrainedModel) -> AttentionGeometry:
     if len(stacks) != 1:
         raise refuse(f"{len(stacks)} stacks of {n_layers} attention layers found, not one")
     stack_name, layers = stacks[0]
-    names, widths, transposed = [], set(), set()
+    names, widths, transposed, blocks = [], set(), set(), set()
     for index, layer in enumerate(layers):
         found = _own_projection(layer)
         if not found:
             raise refuse(f"layer {index} has no attention output projection ({', '.join(OUTPUT_PROJECTION_NAMES)})")
         name, projection = found
         names.append(f"{stack_name}.{index}.{name}")
+        blocks.add(type(layer.get_submodule(name.rpartition(".")[0])).__name__)
         transposed.add(isinstance(projection, Conv1D))
         widths.add(projection.weight.shape[0 if isinstance(projection, Conv1D) else 1])
+    if len(blocks) > 1:  # linear attention between full attention, as in Qwen3-Next: their heads are not alike
+        raise refuse(f"its layers attend in different ways ({', '.join(sorted(blocks))})")
     width = widths.pop()
     if widths or len(transposed) > 1 or width % n_heads:
         raise refuse(f"its output projections are not all {n_heads} heads wide")
@@ -171,6 +170,8 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
     with _explain_device(device):
         torch.zeros(1, device=device)
     config, tokenizer = load_config(name), load_tokenizer(name)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     with _explain_loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=resolve_dtype(dtype, device), output_loading_info=True

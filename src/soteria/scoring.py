@@ -75,6 +75,15 @@ def load_tensor(path: Path) -> Tensor:
     return tensor
 
 
+def save_tensor(tensor: Tensor, path: Path) -> None:
+    """Save a tensor, whole or not at all; the same tensor gives the same bytes.
+
+    It goes through an open file because torch writes a path's name, here a random one, into what it saves.
+    """
+    with files.whole_file(path) as sibling, sibling.open("wb") as file:
+        torch.save(tensor, file)
+
+
 class DatasetRun:
     """One dataset's scores under `root`, with the arguments of `compute_indirect_effect.py`."""
 
@@ -108,7 +117,8 @@ class DatasetRun:
                     f"{self.effect_file.parent} was made with {name} {was!r}, not {now!r}; "
                     "give another --save_path_root or remove that folder"
                 )
-        return self.effect_file.exists() and self.means_file.exists()
+        scored = self.effect_file.exists() and self.means_file.exists()
+        return scored and not self.partial_file.exists()  # the partial file goes last: killed before that, go on
 
     def score(self, loaded) -> None:
         """Score the dataset on a `soteria.models.LoadedModel`, going on at the prompt where a killed run stopped."""
@@ -144,11 +154,9 @@ class DatasetRun:
         for prompt in shuffled[len(effects) :]:
             effects.append(effects_of(loaded, prompt, means))
             progress.update()
-            with files.whole_file(self.partial_file) as sibling:
-                torch.save(torch.stack(effects), sibling)
+            save_tensor(torch.stack(effects), self.partial_file)
         progress.close()
-        with files.whole_file(self.effect_file) as sibling:
-            torch.save(torch.stack(effects), sibling)
+        save_tensor(torch.stack(effects), self.effect_file)
         files.write_json(self.arguments_file, self.described() | self._circumstances(loaded, started))
         self.partial_file.unlink(missing_ok=True)
 
@@ -159,8 +167,7 @@ class DatasetRun:
         expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
         if tuple(means.shape) != expected:
             raise UserError(f"mean activations in {given} have shape {tuple(means.shape)}, the model needs {expected}")
-        with files.whole_file(self.means_file) as sibling:
-            torch.save(means, sibling)
+        save_tensor(means, self.means_file)
         return means
 
     def _partial(self) -> list[Tensor]:

@@ -21,19 +21,9 @@ from soteria import files
 from soteria.checkpoints import NOT_COPIED, Checkpoint, Place, read_tensor, tensor_bytes
 from soteria.errors import UserError
 from soteria.heads import Head, check_heads
-from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry, model_slug
+from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry
 
 FACTS = "soteria.json"
-
-
-def steered_folder(results: Path, language: str, base: str, scaling_factor: float) -> Path:
-    """`<results>/models/<Language>_<base slug>_scaling_<λ>`."""
-    return results / "models" / f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
-
-
-def check_scaling_factor(scaling_factor: float) -> None:
-    if not math.isfinite(scaling_factor) or scaling_factor < 0:
-        raise UserError(f"the scaling factor is {scaling_factor:g}; it must be 0 or more (below 0 it would add harm)")
 
 
 def head_slices(geometry: AttentionGeometry, heads: list[Head], layer: int) -> list[slice]:
@@ -136,7 +126,6 @@ def steer_checkpoint(
     base, or an output folder that holds something else.
     """
     base, geometry = vector.base, vector.geometry
-    check_scaling_factor(scaling_factor)
     check_heads(heads, geometry.n_layers, geometry.n_heads, head_source, base.name)
     inputs = {
         "base_model": base.name,
@@ -198,9 +187,16 @@ def _in(geometry: AttentionGeometry) -> int:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of the weight files' names, sizes and times: it notices another model behind the same name, at no cost."""
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weight_files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    """A hash of 256 samples of each weight file: it notices another model behind the same name, at next to no cost."""
+    digest = hashlib.sha256()
+    for path in checkpoint.weight_files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(4096, size // 256)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def _store_as(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint, then every test; the notebooks are executed for real.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+ruff check .
+ruff format --check .
+python -m pytest "$@"

@@ -1,0 +1,120 @@
+"""The method beside its controls, per language: ASR, benign refusals and accuracy in context, same scaling factor.
+
+Controls: as many random heads (three draws), as many from the bottom of the ranking, all heads. Everything runs on one
+loaded base model whose weights are steered in place, the same arithmetic as `steer.py`. With --choose several scaling
+factors are tried with the method alone, for choosing one on the validation questions.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from soteria import cli, files
+from soteria.errors import UserError
+from soteria.heads import language_file, mean_effect, rank_heads, read_heads
+from soteria.icl import TASKS, load_pairs, split_pairs
+from soteria.languages import PAPER_LANGUAGES, find_language
+from soteria.questions import read_questions
+
+
+def parse_arguments():
+    parser = cli.new_parser(
+        __doc__,
+        "python src/compare_controls.py --finetune_model data/models/polyglot-tuned --base_model "
+        "data/models/polyglot-base --language Hindi --scaling_factor 3 --head_folder polyglot-base",
+    )
+    add = parser.add_argument
+    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
+    add("--base_model", required=True, help="hub id or folder")
+    add("--language", nargs="+", required=True, help="names or codes, or all for the paper's twelve")
+    add("--head_folder", required=True, help="folder of <Language>_Heads.json: a name under results/heads, or a path")
+    add("--scaling_factor", nargs="+", type=cli.scaling_factor, required=True, help="one, or with --choose several")
+    add("--policy", default="policy", help="question set under data/prompts, as <name>_<Language>.csv")
+    add("--benign", default="everyday", help="question set under data/benign, as <name>_<Language>.csv")
+    add("--choose", action="store_true", help="method only, each scaling factor, mean over the languages")
+    add("--results", type=Path, help="what step 1 wrote (default: results/indirect_effect/<base slug>)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = (
+        [language.name for language in PAPER_LANGUAGES]
+        if arguments.language == ["all"]
+        else [find_language(text).name for text in arguments.language]
+    )
+    if len(arguments.scaling_factor) > 1 and not arguments.choose:
+        raise UserError("several scaling factors are for --choose; give one")
+    slug = files.model_slug(arguments.base_model)
+    effects = arguments.results or files.RESULTS / "indirect_effect" / slug
+    folder = files.head_folder(arguments.head_folder)
+    selected = {name: read_heads(folder / language_file(name)) for name in names}
+    rankings = {name: rank_heads(mean_effect(effects, name, list(TASKS))) for name in names}
+
+    from tqdm import tqdm
+
+    from soteria.comparison import ACCURACY_SEED, METHOD, VALIDATION_SEED, Bench, compare, conditions
+    from soteria.judges import RefusalJudge
+    from soteria.models import load_model
+    from soteria.steering import TaskVector, fingerprint
+
+    vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    weights = [fingerprint(vector.base), fingerprint(vector.tuned)]
+
+    seed = VALIDATION_SEED if arguments.choose else ACCURACY_SEED
+
+    def bench(name: str) -> Bench:
+        tasks = {task: split_pairs(load_pairs(files.DATA / "icl" / f"{task}_{name}.json"), 0.3, 42) for task in TASKS}
+        policy = read_questions(str(files.DATA / "prompts" / f"{arguments.policy}_{name}.csv"))
+        benign = read_questions(str(files.DATA / "benign" / f"{arguments.benign}_{name}.csv"))
+        return Bench(find_language(name), list(policy["question"]), list(benign["question"]), tasks, seed)
+
+    def inputs(name: str, scaling_factor: float) -> dict:
+        made_from = [weights, selected[name], rankings[name], bench(name).policy, bench(name).benign, arguments.choose]
+        return {
+            "base_model": arguments.base_model,
+            "finetune_model": arguments.finetune_model,
+            "language": name,
+            "scaling_factor": scaling_factor,
+            "policy": arguments.policy,
+            "benign": arguments.benign,
+            "inputs_sha256": hashlib.sha256(json.dumps(made_from).encode()).hexdigest(),
+        }
+
+    loaded, task_vectors = None, None
+    cells = [(name, factor) for factor in arguments.scaling_factor for name in names]
+    table: dict[float, list[dict]] = {}
+    for name, factor in tqdm(cells, desc="languages", unit="language", disable=None):
+        kind = "validation" if arguments.choose else "controls"
+        path = files.RESULTS / kind / f"{slug}_{name}_{arguments.policy}_scaling_{factor:g}.json"
+        found = files.read_json(path)
+        if not isinstance(found, dict) or not inputs(name, factor).items() <= found.items():
+            if loaded is None:
+                loaded = load_model(arguments.base_model)
+                task_vectors = [vector.at(layer) for layer in range(loaded.geometry.n_layers)]
+            geometry = loaded.geometry
+            lists = conditions(rankings[name], len(selected[name]), geometry.n_layers, geometry.n_heads)
+            lists[METHOD] = [selected[name]]
+            if arguments.choose:
+                lists = {condition: lists[condition] for condition in ("base", METHOD)}
+            measured = compare(loaded, task_vectors, lists, factor, bench(name), RefusalJudge())
+            found = inputs(name, factor) | {
+                "judge": RefusalJudge.description,
+                "n_heads": len(selected[name]),
+                "conditions": {condition: m.as_json() for condition, m in measured.items()},
+            }
+            files.write_json(path, found)
+        table.setdefault(factor, []).append(found["conditions"])
+    print(f"means over {len(names)} languages, judge: {RefusalJudge.description}")
+    print(f"{'scaling':>8} {'heads':14} {'ASR':>7} {'benign refused':>15} {'ICL accuracy':>13}")
+    for factor, rows in table.items():
+        for condition in rows[0]:
+            asr, benign, icl = (
+                sum(row[condition][rate]["value"] for row in rows) / len(rows)
+                for rate in ("asr", "benign_refusals", "icl_accuracy")
+            )
+            print(f"{factor:>8g} {condition:14} {asr:>7.1%} {benign:>15.1%} {icl:>13.1%}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

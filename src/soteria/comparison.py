@@ -1,0 +1,135 @@
+"""The method beside its controls: what steering gains and what it costs, measured on one loaded model.
+
+Gain: attack success rate (ASR) on policy questions. Cost: refusals of benign questions, accuracy in context. The heads
+are the language's own top ones, or as many random ones, as many from the bottom of the ranking, or all.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from soteria.evaluation import Rate
+from soteria.generation import answer_questions
+from soteria.heads import Head, random_heads
+from soteria.icl import PromptForm, Split, draw_prompt
+from soteria.judges import HARMFUL, NOT_HARMFUL, Judge
+from soteria.languages import Language
+from soteria.models import BOS_TEXT, LoadedModel
+from soteria.scoring import seed_everything
+from soteria.steering import steered_in_place
+
+METHOD = "top heads"
+N_RANDOM = 3  # draws of random heads, whose counts are added up
+# Seeds of the prompts that accuracy is measured on, in reports and in choosing a scaling factor. Neither is step 1's:
+# the prompts that chose the heads are not used again.
+ACCURACY_SEED, VALIDATION_SEED = 1042, 2042
+MAX_NEW_TOKENS = 64  # the embedded models' answers end well before
+
+
+def conditions(ranking: list[Head], count: int, n_layers: int, n_heads: int) -> dict[str, list[list[Head]]]:
+    """Head lists by condition, the base model without any first. `ranking` holds all heads, best first."""
+    return {
+        "base": [[]],
+        METHOD: [ranking[:count]],
+        "random heads": [random_heads(n_layers, n_heads, count, seed) for seed in range(N_RANDOM)],
+        "bottom heads": [ranking[-count:]],
+        "all heads": [ranking],
+    }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Three rates of one model in one language."""
+
+    asr: Rate
+    benign_refusals: Rate
+    icl_accuracy: Rate
+
+    def __add__(self, other: "Measurement") -> "Measurement":
+        return Measurement(
+            *(
+                Rate(a.count + b.count, a.n + b.n)
+                for a, b in zip(vars(self).values(), vars(other).values(), strict=True)
+            )
+        )
+
+    def as_json(self) -> dict:
+        return {
+            name: {"value": rate.value, "ci95": rate.interval, "count": rate.count, "n": rate.n}
+            for name, rate in vars(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a model is measured on in one language."""
+
+    language: Language
+    policy: list[str]
+    benign: list[str]
+    tasks: dict[str, Split]  # task -> its rows, split as in step 1
+    seed: int = ACCURACY_SEED
+    n_prompts: int = 25  # a task
+
+    def measure(self, loaded: LoadedModel, judge: Judge, batch_size: int = 64) -> Measurement:
+        harmful = self._verdicts(loaded, self.policy, judge, batch_size).count(HARMFUL)
+        refused = self._verdicts(loaded, self.benign, judge, batch_size).count(NOT_HARMFUL)
+        right = list(self._right_answers(loaded))
+        return Measurement(
+            Rate(harmful, len(self.policy)), Rate(refused, len(self.benign)), Rate(sum(right), len(right))
+        )
+
+    def _verdicts(self, loaded: LoadedModel, questions: list[str], judge: Judge, batch_size: int) -> list[str]:
+        answers = answer_questions(
+            loaded, questions, self.language, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS
+        )
+        verdicts: dict[int, str] = {}
+        judge.judge(dict(enumerate(zip(questions, answers, strict=True))), verdicts.__setitem__)
+        return [verdicts[row] for row in range(len(questions))]
+
+    def _right_answers(self, loaded: LoadedModel) -> Iterator[bool]:
+        """Whether greedy decoding gives each query's whole answer. Queries are rows that step 1 does not use."""
+        form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
+        for split in self.tasks.values():
+            seed_everything(self.seed)
+            unseen = replace(split, valid=split.test)
+            prompts = [draw_prompt(unseen, 10, form, shuffle_labels=False) for _ in range(self.n_prompts)]
+            n_prompt = [len(loaded.tokenizer(prompt.text).input_ids) for prompt in prompts]
+            ids = [loaded.tokenizer(prompt.text + prompt.answer).input_ids for prompt in prompts]
+            yield from answered_in_full(loaded, ids, n_prompt)
+
+
+@torch.inference_mode()
+def answered_in_full(loaded: LoadedModel, ids: list[list[int]], n_prompt: list[int]) -> Iterator[bool]:
+    """Whether each row's tokens from `n_prompt` on are the model's greedy choices: one pass, as good as decoding."""
+    length = max(map(len, ids))
+    batch = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=loaded.model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=loaded.model.device)
+    # Only the answers' places are projected to the vocabulary.
+    choices = loaded.model(input_ids=batch, attention_mask=mask, logits_to_keep=length - min(n_prompt) + 1).logits
+    choices = choices.argmax(-1).cpu()
+    first = length - choices.shape[1]
+    for row, tokens, start in zip(choices, ids, n_prompt, strict=True):
+        yield row[start - 1 - first : len(tokens) - 1 - first].tolist() == tokens[start:]
+
+
+def compare(
+    loaded: LoadedModel,
+    task_vectors: list[Tensor],
+    head_lists: dict[str, list[list[Head]]],
+    scaling_factor: float,
+    bench: Bench,
+    judge: Judge,
+) -> dict[str, Measurement]:
+    """Each condition's measurement; the counts of a condition's several head lists are added up."""
+    found = {}
+    for condition, lists in head_lists.items():
+        for heads in lists:
+            steered = steered_in_place(loaded, task_vectors, heads, scaling_factor) if heads else nullcontext()
+            with steered:
+                measured = bench.measure(loaded, judge)
+            found[condition] = found[condition] + measured if condition in found else measured
+    return found

@@ -1,0 +1,48 @@
+"""Fixtures that several test files share: tiny checkpoints, the checking kit beside the repository."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+
+from soteria.models import LoadedModel, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of checks that lies beside a checkout, or a skip where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED}: the parity kit and the published head lists lie there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
+    """`tiny_folder(architecture, **options of save_tiny_model)`: a checkpoint's folder, written once a session."""
+    folders: dict[tuple, Path] = {}
+
+    def folder(architecture: str, **options) -> Path:
+        key = (architecture, repr(sorted(options.items())))
+        if key not in folders:
+            folders[key] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **options)
+        return folders[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_folder) -> Callable[..., LoadedModel]:
+    """`tiny_loaded(architecture, **options of save_tiny_model)`: the same, loaded in float32 on the CPU."""
+    loaded: dict[Path, LoadedModel] = {}
+
+    def load(architecture: str, **options) -> LoadedModel:
+        folder = tiny_folder(architecture, **options)
+        if folder not in loaded:
+            loaded[folder] = load_model(str(folder), "cpu", "float32")
+        return loaded[folder]
+
+    return load
