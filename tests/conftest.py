@@ -4,12 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_tiny_model
 
 from soteria.models import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+# Threads waiting for one another make tiny tensors a hundred times slower on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from soteria import files
@@ -28,18 +27,37 @@ def save(figure: plt.Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with files.whole_file(path) as sibling:
         figure.savefig(sibling, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
-def plot_effect(effect: Tensor, axes: Axes, title: str = "") -> None:
-    """Heat map of the effect (n_layers, n_heads), zero in the middle of the colours."""
-    values = effect.float().numpy()
-    bound = float(np.abs(values).max()) or 1.0
-    image = axes.imshow(values, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
-    axes.set(xlabel="head", ylabel="layer", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.figure.colorbar(image, ax=axes, label="indirect effect")
+def plot_effects(effects: dict[str, Tensor]) -> plt.Figure:
+    """A heat map of the effect (n_layers, n_heads) per language, all on one scale around zero."""
+    columns = min(4, len(effects))
+    rows = -(-len(effects) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
+    )
+    bound = max(float(effect.abs().max()) for effect in effects.values()) or 1.0
+    for axes in panels.flat[len(effects) :]:
+        axes.set_visible(False)
+    for axes, (language, effect) in zip(panels.flat, effects.items(), strict=False):
+        image = axes.imshow(effect.numpy(), cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
+        axes.set(xlabel="head", ylabel="layer", title=language)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=panels, label="mean indirect effect")
+    plt.close(figure)  # a notebook shows the returned figure; open ones it would show twice
+    return figure
+
+
+def ranked_table(effects: dict[str, Tensor], rankings: dict[str, list[Head]]) -> pd.DataFrame:
+    """A row per rank, a column per language: `layer.head (effect)`."""
+    return pd.DataFrame(
+        {
+            language: [f"{layer}.{head} ({effects[language][layer, head]:+.4f})" for layer, head in ranking]
+            for language, ranking in rankings.items()
+        },
+        index=pd.RangeIndex(1, len(next(iter(rankings.values()))) + 1, name="rank"),
+    )
 
 
 def jaccard(a: list[Head], b: list[Head]) -> float:
@@ -47,17 +65,20 @@ def jaccard(a: list[Head], b: list[Head]) -> float:
     return len(set(a) & set(b)) / len(set(a) | set(b))
 
 
-def plot_overlap(lists: dict[str, list[Head]], axes: Axes) -> None:
-    """Jaccard overlap of languages' head lists."""
+def plot_overlaps(lists: dict[str, list[Head]]) -> plt.Figure:
+    """Jaccard overlap of languages' head lists, as a matrix of numbers."""
     names = list(lists)
     values = np.array([[jaccard(lists[a], lists[b]) for b in names] for a in names])
+    size = 2.5 + 0.55 * len(names)
+    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
-    axes.figure.colorbar(image, ax=axes, label="Jaccard overlap")
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+    figure.colorbar(image, ax=axes, label="Jaccard overlap")
+    plt.close(figure)
+    return figure
 
 
 def plot_comparison(table: pd.DataFrame, title: str) -> plt.Figure:
@@ -88,12 +109,13 @@ def plot_comparison(table: pd.DataFrame, title: str) -> plt.Figure:
                 label="no steering (base)" if is_base else condition,
             )
         axes.set(xlim=(-0.04, 1.04), title=f"{name} (mean {_change(part)})")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(languages)), languages)
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(conditions) + 1)
     figure.suptitle(title)
+    plt.close(figure)
     return figure
 
 

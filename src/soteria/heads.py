@@ -14,7 +14,7 @@ from torch import Tensor
 from soteria import files
 from soteria.errors import UserError
 from soteria.icl import TOKEN_CLASSES
-from soteria.languages import group_languages
+from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.scoring import effect_path, load_tensor
 
 Head = tuple[int, int]  # (layer, head), both from 0
@@ -50,6 +50,15 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
         if means[-1].shape != means[0].shape:
             raise UserError(f"{path} is of another model: {tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}")
     return torch.stack(means).mean(dim=0)
+
+
+def scored_languages(results: Path, tasks: list[str]) -> list[str]:
+    """The paper's languages of which every task has been scored, in the group rule's order."""
+    return [
+        language.name
+        for language in PAPER_LANGUAGES
+        if all(effect_path(results, f"{task}_{language.name}").exists() for task in tasks)
+    ]
 
 
 def rank_heads(effect: Tensor) -> list[Head]:

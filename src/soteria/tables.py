@@ -36,7 +36,7 @@ def use_evaluated(comparison: dict, results: Path) -> dict:
 
 
 def tidy(comparisons: list[dict]) -> pd.DataFrame:
-    """One row per language, heads and rate: base and safe value, each with its interval, and the safe model's counts."""
+    """One row per language, heads and rate: base and safe value with intervals, and the safe model's counts."""
     tiers = {language.name: language.tier or "" for language in LANGUAGES}
     rows = []
     for item in comparisons:
