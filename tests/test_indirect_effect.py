@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
-from tiny_models import ARCHITECTURES, tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import ARCHITECTURES, BOS, EOS, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from soteria import files
@@ -141,11 +142,11 @@ def _planted_model(tokenizer) -> LoadedModel:
     """A Llama whose every answer comes from one head.
 
     The residual stream has a direction each for the words yes (0) and no (1), and one that every token has (2). Head
-    PLANTED looks at all tokens alike (queries and keys are zero) and copies directions 0 and 1 as they are: its output at
-    the last token is the share of yes and of no in the prompt. The unembedding reads these two directions alone, so the
-    more often the prompt says the answer, the likelier it is. All other heads write random values to directions 8 and
-    up, which nothing reads: they change the last norm's scale a little and nothing else. Head (1, 3) has the same keys
-    and values as the planted one (they share a KV head), so only the output projection tells the two apart.
+    PLANTED looks at all tokens alike (queries and keys are zero) and copies directions 0 and 1 as they are: its output
+    at the last token is the share of yes and of no in the prompt. The unembedding reads these two directions alone, so
+    the more often the prompt says the answer, the likelier it is. All other heads write random values to directions
+    from 8 up, which nothing reads: they change the last norm's scale a little and nothing else. Head (1, 3) has the
+    same keys and values as the planted one (they share a KV head): only the output projection tells the two apart.
     """
     model = tiny_model("llama", num_hidden_layers=2)
     yes, no = (tokenizer(f" {word}").input_ids[-1] for word in ("yes", "no"))
@@ -256,9 +257,7 @@ def test_a_tokenizer_without_bos_gets_endoftext_in_front(tiny_loaded, tmp_path, 
 
 def test_a_tokenizer_with_bos_gets_nothing_in_front(tiny_loaded, tmp_path, monkeypatch):
     loaded, seen = tiny_loaded("llama"), []
-    monkeypatch.setattr(
-        "soteria.indirect_effect.tokenize", lambda *given: seen.append(tokenize(*given)) or seen[-1]
-    )
+    monkeypatch.setattr("soteria.indirect_effect.tokenize", lambda *given: seen.append(tokenize(*given)) or seen[-1])
     shipped(loaded, tmp_path, ENGLISH)
     tokenizer = loaded.tokenizer
     assert all(tokenizer.decode(prompt.ids[:2]) == f"{tokenizer.bos_token}Q" for prompt in seen)
@@ -274,7 +273,7 @@ BY_HAND = [
     (":", "predictive", "predictive"),
     ("Ġcold", "demonstration_1_label", "label"),
     ("Ċ", "end_of_example", "end_of_example"),
-    ("Ċ", "query_structural", "query_structural"),  # "cold\\n\\n" ends in one token, which "Q:" then parts in two
+    ("Ċ", "query_structural", "query_structural"),  # "cold\n\n" ends in one token, which "Q:" then parts in two
     ("Q", "query_structural", "query_structural"),
     (":", "query_structural", "query_structural"),
     ("Ġ", "query_demonstration", "query_demonstration"),
@@ -375,7 +374,10 @@ _HYBRID = {
     ("model_type", "overrides"),
     [
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}),  # no attention at all
-        ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
+        (
+            "gpt_neo",
+            {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        ),
         ("qwen3_5_text", _HYBRID),  # three layers of linear attention to one of full, all output projections as wide
     ],
 )
@@ -409,18 +411,14 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_loaded, tmp_path):
 
 def test_a_tokenizer_that_adds_tokens_after_the_prompt_is_refused(tiny_loaded):
     loaded = tiny_loaded("llama")
-
-    class Ending:
-        def __call__(self, text):
-            return Namespace(input_ids=[*loaded.tokenizer(text).input_ids, 0])
-
-        def tokenize(self, text):
-            return loaded.tokenizer.tokenize(text)
-
-    ending = replace(loaded, tokenizer=Ending())
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ending.bos_token_id), (EOS, ending.eos_token_id)]
+    )
+    assert ending("a").input_ids[-1] == ending.eos_token_id
     slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
     with pytest.raises(UserError, match="adds tokens"):
-        tokenize(HOT_COLD, ending, slots)
+        tokenize(HOT_COLD, replace(loaded, tokenizer=ending), slots)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):

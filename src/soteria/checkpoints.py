@@ -4,6 +4,7 @@ Knows safetensors files and folders; knows nothing of attention heads.
 """
 
 import json
+import shutil
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,15 +81,16 @@ class Checkpoint:
         index = self.folder / INDEX
         if self.is_adapter:
             names = [ADAPTER]
-        elif index.exists():
-            shards = (files.read_json(index) or {}).get("weight_map")
+        elif index.exists() and not (self.folder / SINGLE).exists():  # of the two, transformers loads the single file
+            found = files.read_json(index)
+            shards = found.get("weight_map") if isinstance(found, dict) else None
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index} is no readable index of shards")
-            names = sorted(set(shards.values()))
+            names = sorted(set(map(str, shards.values())))
         else:
             names = [SINGLE]
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if Path(name).name != name:
                 raise UserError(f"{index} names {name!r}, which is no file beside it")
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder} has no {name}; save the model as safetensors first")
@@ -98,6 +100,20 @@ class Checkpoint:
     def places(self) -> dict[str, Place]:
         """Every tensor of the checkpoint by its key."""
         return {key: place for file in self.weight_files for key, place in read_places(file).items()}
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the model into an existing folder: the weights that transformers would load, and no others."""
+        weights = {file.name for file in self.weight_files}
+        kept = weights if weights == {SINGLE} else weights | {INDEX}
+
+        def ignore(at: str, names: list[str]) -> set[str]:
+            others = {name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))} - kept
+            return shutil.ignore_patterns(*NOT_COPIED)(at, names) | (others if Path(at) == self.folder else set())
+
+        mode = folder.stat().st_mode
+        # Contents only: a model store is often read-only, and the copy is to be written to.
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=ignore, copy_function=shutil.copyfile)
+        folder.chmod(mode)
 
     def find(self, name: str) -> Place:
         """The tensor of a parameter, whatever prefix the checkpoint's keys have or lack.

@@ -42,7 +42,7 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
         effect = load_tensor(path)
         if effect.ndim == 4 and effect.shape[-1] == len(TOKEN_CLASSES):
             effect = effect[..., TOKEN_CLASSES.index("query_predictive")]
-        if effect.ndim != 3:
+        if effect.ndim != 3 or not effect.numel():
             raise UserError(f"{path} has shape {tuple(effect.shape)}, expected (trials, layers, heads[, 10])")
         if not torch.isfinite(effect).all():
             raise UserError(f"{path} holds effects that are not finite numbers; score it again")

@@ -38,7 +38,8 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> Tokenized
     """Token ids with their roles. Raises UserError for a prompt longer than the model's context."""
     ids = loaded.tokenizer(prompt.text).input_ids
     roles = token_roles(prompt, loaded.tokenizer)
-    if len(roles) != len(ids):
+    own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
+    if len(roles) != len(ids) or ids[-len(own) :] != own:
         raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; such a model cannot be scored")
     if loaded.context_length and len(ids) > loaded.context_length:
         raise UserError(

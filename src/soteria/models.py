@@ -143,13 +143,13 @@ def _explain_loading(name: str):
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model by hub id or local folder. Raises UserError where there is none."""
     with _explain_loading(name):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_tokenizer(name: str):
     """The tokenizer of a model. Raises UserError where there is none."""
     with _explain_loading(name):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_geometry(name: str) -> AttentionGeometry:
@@ -174,7 +174,11 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
         transformers_logging.disable_progress_bar()
     with _explain_loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=resolve_dtype(dtype, device), output_loading_info=True
+            name,
+            config=config,
+            dtype=resolve_dtype(dtype, device),
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     # transformers fills what it cannot find or fit with random numbers and only warns.
     broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -56,9 +56,12 @@ def effect_path(root: Path, dataset: str) -> Path:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch, in the order of the original release."""
+    """Seed python, numpy and torch, in the order of the original release. Raises UserError for no seed of numpy's."""
     random.seed(seed)
-    np.random.seed(seed)
+    try:
+        np.random.seed(seed)
+    except ValueError:
+        raise UserError(f"--seed {seed} is not between 0 and 2**32 - 1") from None
     torch.manual_seed(seed)
 
 
@@ -107,6 +110,11 @@ class DatasetRun:
         """Whether the scores are there. Raises UserError where they, or a part of them, came from other arguments."""
         found = files.read_json(self.arguments_file)
         if not isinstance(found, dict):
+            if any(path.exists() for path in (self.effect_file, self.means_file, self.partial_file)):
+                raise UserError(
+                    f"{self.effect_file.parent} holds scores but no readable {ARGUMENTS_FILE}; "
+                    "give another --save_path_root or remove that folder"
+                )
             return False
         for name in DECISIVE:
             was, now = found.get(name), self.described().get(name)
@@ -146,8 +154,9 @@ class DatasetRun:
         clean = [] if given else draw(shuffle_labels=False)  # given means cost no draws, as in the original
         shuffled = draw(shuffle_labels=True)
 
-        files.write_json(self.arguments_file, self.described())  # from here on, other arguments are refused
         means = self._means(loaded, clean, len(slots), mean_head_activations)
+        files.write_json(self.arguments_file, self.described())  # from here on, other arguments are refused
+        save_tensor(means, self.means_file)
         effects_of = last_token_effects if arguments.last_token_only else all_class_effects
         effects = self._partial()
         progress = tqdm(shuffled, desc=self.dataset, unit="prompt", initial=len(effects), disable=None)
@@ -167,7 +176,6 @@ class DatasetRun:
         expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
         if tuple(means.shape) != expected:
             raise UserError(f"mean activations in {given} have shape {tuple(means.shape)}, the model needs {expected}")
-        save_tensor(means, self.means_file)
         return means
 
     def _partial(self) -> list[Tensor]:
