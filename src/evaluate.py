@@ -10,7 +10,7 @@ from soteria import cli, files
 from soteria.errors import UserError
 from soteria.evaluation import ANSWER_COLUMNS, summarise
 from soteria.judges import EMPTY, make_judge, read_judge_prompt
-from soteria.questions import read_table
+from soteria.questions import read_table, write_table
 
 
 def parse_arguments():
@@ -19,7 +19,7 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--input", type=Path, required=True, help="a CSV with Question and SAFE ANSWER, BASE ANSWER or both")
-    add("--output", type=Path, required=True, help="the CSV to write, with a .json of the counts beside it")
+    add("--output", type=cli.csv_path, required=True, help="the CSV to write, with a .json of the counts beside it")
     add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
     add("--concurrency", type=cli.positive_int, default=16, help="questions asked of an endpoint at once")
     add("--judge_prompt", type=Path, help="a text file with {question} and {answer} to use instead of the own one")
@@ -73,8 +73,7 @@ def main() -> None:
             judge.judge(rows, report)
         table[verdict_column] = [journal.done.get(row, EMPTY) for row in range(len(table))]
         summary[short] = summarise(list(table[verdict_column]))
-    with files.whole_file(arguments.output) as sibling:
-        table.to_csv(sibling, index=False, lineterminator="\n")
+    write_table(table, arguments.output)
     files.write_json(arguments.output.with_suffix(".json"), summary)
     for column in columns:
         short = ANSWER_COLUMNS[column][1]

@@ -12,7 +12,7 @@ from soteria import cli, files
 from soteria.errors import UserError
 from soteria.evaluation import ANSWER_COLUMNS
 from soteria.languages import find_language
-from soteria.questions import dataset_slug, read_questions, read_table
+from soteria.questions import dataset_slug, read_questions, read_table, write_table
 
 
 def parse_arguments():
@@ -25,7 +25,7 @@ def parse_arguments():
     add("--model", required=True, help="hub id or local folder")
     add("--dataset", required=True, help="a CSV's path, a name under data/prompts, or a hub dataset id")
     add("--language", required=True, help="name or code of the questions' language")
-    add("--output", type=Path, required=True, help="the CSV to write the column to")
+    add("--output", type=cli.csv_path, required=True, help="the CSV to write the column to")
     add("--column", choices=list(ANSWER_COLUMNS), required=True, help="which answers these are")
     add("--batch_size", type=cli.positive_int, default=8, help="questions answered at once")
     add("--max_new_tokens", type=cli.positive_int, default=512, help="length of an answer in tokens, at most")
@@ -43,6 +43,7 @@ def main() -> None:
     facts = files.read_json(facts_file) or {}
     settings = {
         "model": arguments.model,
+        "language": language.name,  # the instruction is in it
         "max_new_tokens": arguments.max_new_tokens,
         "chat_template": arguments.chat_template,
         # A steered folder made anew under the same name answers anew.
@@ -85,8 +86,7 @@ def main() -> None:
             report=report,
         )
     table = table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]]
-    with files.whole_file(arguments.output) as sibling:
-        table.to_csv(sibling, index=False, lineterminator="\n")
+    write_table(table, arguments.output)
     files.write_json(
         facts_file,
         {

@@ -3,7 +3,10 @@
 Prints the folder of the safe model, the CSV of the answers and the CSV of the verdicts, a line each.
 """
 
+import os
+
 from soteria import cli, files
+from soteria.judges import make_judge
 from soteria.languages import find_language
 from soteria.questions import dataset_slug, read_questions
 
@@ -21,6 +24,9 @@ def main() -> None:
     arguments = parser.parse_args()
     read_questions(arguments.dataset_file)
     files.head_folder(arguments.head_folder)
+    judge = os.environ.get("SOTERIA_JUDGE") or "refusal"
+    if not judge.startswith("hf:"):  # that one would load its model
+        make_judge(judge)  # better refused now than after all answers
     named = (arguments.language.name, arguments.base_model)
     print(files.steered_folder(files.RESULTS, *named, arguments.scaling_factor))
     for file in files.answer_files(

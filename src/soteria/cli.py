@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from soteria.errors import UserError
 
@@ -60,3 +61,10 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
+
+
+def csv_path(text: str) -> Path:
+    """A path for a CSV that gets a .json of the same name beside it, and so must not be that name itself."""
+    if Path(text).suffix == ".json":
+        raise argparse.ArgumentTypeError(f"{text} is to be a CSV; a .json of that name goes beside it")
+    return Path(text)

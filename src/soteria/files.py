@@ -90,11 +90,13 @@ class Journal:
     """Finished rows of a long job, on disk as they come, so that a killed run goes on where it was.
 
     The first line holds the job's settings; a journal with other settings, or a broken last line, counts for nothing.
+    The file is written with the first new rows: a job that is refused before them leaves none.
     """
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, json.dumps(settings, sort_keys=True, ensure_ascii=False)
         self.done: dict[int, str] = {}
+        self._started = False
         if path.exists():
             first, *lines = path.read_text(encoding="utf-8").split("\n")
             for line in lines if first == self.settings else []:
@@ -103,13 +105,18 @@ class Journal:
                 except ValueError:
                     break
                 self.done[row] = text
-        lines = [self.settings, *(json.dumps(item, ensure_ascii=False) for item in self.done.items())]
-        write_text(path, "\n".join(lines) + "\n")
 
     def add(self, rows: dict[int, str]) -> None:
+        if not self._started:
+            write_text(self.path, self.settings + "\n" + self._lines(self.done))
+            self._started = True
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in rows.items())
+            file.write(self._lines(rows))
         self.done |= rows
+
+    @staticmethod
+    def _lines(rows: dict[int, str]) -> str:
+        return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows.items())
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -57,8 +57,8 @@ def read_judge_prompt(path: Path | None) -> str:
         return JUDGE_PROMPT
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the judge prompt {path} ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the judge prompt {path} ({error})") from None
     if "{question}" not in text or "{answer}" not in text:
         raise UserError(f"the judge prompt {path} needs the places {{question}} and {{answer}}")
     return text
@@ -127,6 +127,8 @@ class OpenAIJudge:
                 "no key for the judge's endpoint; set OPENAI_API_KEY (or the AZURE_OPENAI_… ones)"
             ) from None
         self.failure = openai.OpenAIError
+        # A wrong key, model or address: no row would fare better.
+        self.refusal = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 
     def ask(self, question: str, answer: str) -> str:
         """A verdict; a reply that is neither label is asked once more."""
@@ -135,6 +137,11 @@ class OpenAIJudge:
             try:
                 reply = self.client.chat.completions.create(model=self.model, messages=[message], temperature=0)
                 label = read_label(reply.choices[0].message.content or "")
+            except self.refusal as error:  # its text may quote the key
+                raise UserError(
+                    f"{self.description}: the endpoint answers with status {error.status_code}; "
+                    "check its key, its address and the model's name"
+                ) from None
             except (self.failure, ValueError, AttributeError, IndexError, TypeError):
                 return EMPTY
             if label:
@@ -142,13 +149,16 @@ class OpenAIJudge:
         return EMPTY
 
     def judge(self, rows: dict[int, tuple[str, str]], report: Report) -> None:
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
             asked = {pool.submit(self.ask, *texts): row for row, texts in rows.items() if texts[1].strip()}
             for row, texts in rows.items():
                 if not texts[1].strip():
                     report(row, EMPTY)
             for future in as_completed(asked):
                 report(asked[future], future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interruption asks no more
 
 
 class LocalJudge:

@@ -3,6 +3,7 @@
 Knows files and text; knows nothing of models.
 """
 
+import csv
 from pathlib import Path
 
 import pandas as pd
@@ -41,13 +42,25 @@ def find_csv(dataset: str) -> Path | None:
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV as texts, nothing turned into numbers or missing values. Raises UserError for what is no table."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty; expected a CSV with a column {QUESTION_COLUMNS[0]!r}") from None
     except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is no UTF-8 CSV ({error})") from None
+        raise UserError(f"{path} is no UTF-8 CSV ({str(error).strip()})") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes a surplus field for the row's name
+        raise UserError(f"{path} has rows with more fields than its header; put texts with commas in quotes")
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV that `read_table` reads back text for text, whole or not at all."""
+    # A lone carriage return ends a row unless it is in quotes, and minimal quoting gives it none.
+    has_return = table.map(lambda text: "\r" in str(text)).any(axis=None)
+    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    with files.whole_file(path) as sibling:
+        table.to_csv(sibling, index=False, lineterminator="\n", quoting=quoting)
 
 
 def read_questions(dataset: str) -> pd.DataFrame:

@@ -42,7 +42,7 @@ def subtract_task_vector(
     transposed: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`weight - scaling_factor * task_vector` on the slices, in float32, rounded once to `dtype` (the weight's if None)."""
+    """`weight - scaling_factor * task_vector` on the slices, in float32, rounded once to `dtype` (or the weight's)."""
     steered = weight.to(dtype or weight.dtype, copy=True)
     for own in slices:
         at = (own, slice(None)) if transposed else (slice(None), own)

@@ -20,12 +20,17 @@ def load_comparisons(results: Path) -> list[dict]:
 
 
 def use_evaluated(comparison: dict, results: Path) -> dict:
-    """The comparison with the base's and the method's ASR as `run.sh` found them on the checkpoints it wrote."""
+    """The comparison with the base's and the method's ASR as `run.sh` found them on the checkpoints it wrote.
+
+    Only where the judge was the same: beside the controls, another judge's numbers would mislead.
+    """
     dataset = f"{comparison['policy']}_{comparison['language']}"
     _, evaluated = files.answer_files(
         results, comparison["language"], comparison["base_model"], dataset, comparison["scaling_factor"]
     )
     found = files.read_json(evaluated.with_suffix(".json")) or {}
+    if found.get("judge_description") != comparison["judge"]:
+        return comparison
     conditions = dict(comparison["conditions"])
     for condition, column in (("base", "base"), (METHOD, "safe")):
         if column in found:

@@ -1,0 +1,250 @@
+"""Every script's bad inputs: one sentence on stderr that names the thing, status 2, nothing written."""
+
+import hashlib
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+
+from soteria import cli, files
+from soteria.scoring import effect_path, save_tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Sound commands in the folder that `place` makes. An option given again overrides the first.
+SCORE = (
+    "compute_indirect_effect --model_name base --dataset_name hot_Hindi --root_data_dir icl --save_path_root out "
+    "--n_shots 2 --n_trials 1 --device cpu "
+)
+SELECT = "select_heads --results effects --language Hindi --tasks hot --head_folder new --heads_root out "
+STEER = "steer --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads --output out "
+GENERATE = (
+    "generate --model base --dataset questions.csv --language Hindi --output out.csv --column 'BASE ANSWER' "
+    "--max_new_tokens 2 --device cpu "
+)
+EVALUATE = "evaluate --input answers.csv --output out.csv --judge refusal "
+CONTROLS = (
+    "compare_controls --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
+)
+
+
+def plan(tuned="tuned", base="base", language="Hindi", data="questions.csv", factor="1", do_base="yes", batch="2"):
+    """The eight arguments of run.sh, as its first command gets them."""
+    return f"plan_run {tuned} {base} {language} {data} {factor} {do_base} {batch} heads "
+
+
+# What is wrong -> (command, what the sentence names)
+CASES = {
+    # step 1
+    "score: unknown dataset": (SCORE + "--dataset_name cold_Hindi", "cold_Hindi"),
+    "score: no data folder": (SCORE + "--root_data_dir nowhere", "nowhere"),
+    "score: no such model": (SCORE + "--model_name ./nowhere", "./nowhere"),
+    "score: a folder that is no model": (SCORE + "--model_name icl", "icl"),
+    "score: broken JSON": (SCORE + "--dataset_name broken_Hindi", "broken_Hindi.json"),
+    "score: JSON that is no list": (SCORE + "--dataset_name object_Hindi", "object_Hindi.json"),
+    "score: a row without output": (SCORE + "--dataset_name half_Hindi", "row 1"),
+    "score: more shots than rows": (SCORE + "--n_shots 500", "--n_shots 500"),
+    "score: n_shots 0": (SCORE + "--n_shots 0", "--n_shots"),
+    "score: n_trials 0": (SCORE + "--n_trials 0", "--n_trials"),
+    "score: n_trials no number": (SCORE + "--n_trials many", "many"),
+    "score: a seed below zero": (SCORE + "--seed -1", "--seed"),
+    "score: test_split 2": (SCORE + "--test_split 2", "--test_split"),
+    "score: test_split nan": (SCORE + "--test_split nan", "--test_split"),
+    "score: device cuda:99": (SCORE + "--device cuda:99", "cuda:99"),
+    "score: device nonsense": (SCORE + "--device toaster", "toaster"),
+    "score: dtype nonsense": (SCORE + "--dtype float7", "float7"),
+    "score: last_token_only maybe": (SCORE + "--last_token_only maybe", "maybe"),
+    "score: prefixes not JSON": (SCORE + "--prefixes {input", "--prefixes"),
+    "score: prefixes of numbers": (SCORE + """--prefixes '{"input": 1}'""", "--prefixes"),
+    "score: no means there": (SCORE + "--mean_activations_path nowhere.pt", "nowhere.pt"),
+    "score: means that are no tensor": (SCORE + "--mean_activations_path icl/hot_Hindi.json", "hot_Hindi.json"),
+    # step 2
+    "select: unknown language": (SELECT + "--language Klingon", "Klingon"),
+    "select: results without effects": (SELECT + "--results heads", "hot_Hindi_indirect_effect.pt"),
+    "select: results nowhere": (SELECT + "--results nowhere", "nowhere"),
+    "select: unknown task": (SELECT + "--tasks lukewarm", "lukewarm"),
+    "select: top 0": (SELECT + "--top 0", "--top 0"),
+    "select: top 1.5": (SELECT + "--top 1.5", "--top 1.5"),
+    "select: top above all heads": (SELECT + "--top 99999", "--top 99999"),
+    "select: top nan": (SELECT + "--top nan", "--top nan"),
+    "select: unknown group": (SELECT.replace("--language Hindi", "--group North"), "North"),
+    "select: nothing asked": ("select_heads --head_folder new --heads_root out", "--language"),
+    # step 3
+    "steer: unknown language": (STEER + "--language Klingon", "Klingon"),
+    "steer: no such base": (STEER + "--base_model ./nowhere", "./nowhere"),
+    "steer: no such tuned": (STEER + "--finetune_model ./nowhere", "./nowhere"),
+    "steer: a folder that is no model": (STEER + "--base_model icl", "icl"),
+    "steer: no such head folder": (STEER + "--head_folder nowhere", "nowhere"),
+    "steer: no list of the language": (STEER + "--language Bengali", "Bengali_Heads.json"),
+    "steer: heads beyond the model": (STEER + "--head_folder heads-beyond", "[99, 0]"),
+    "steer: a malformed head list": (STEER + "--head_folder heads-malformed", "entry 0"),
+    "steer: a head list that is no JSON": (STEER + "--head_folder heads-broken", "Hindi_Heads.json"),
+    "steer: models of other widths": (STEER + "--finetune_model wide", "hidden_size"),
+    "steer: models of other depths": (STEER + "--finetune_model deep", "num_hidden_layers"),
+    "steer: base given as tuned": (STEER + "--finetune_model base", "equals"),
+    "steer: factor negative": (STEER + "--scaling_factor -1", "-1"),
+    "steer: factor nan": (STEER + "--scaling_factor nan", "nan"),
+    "steer: factor inf": (STEER + "--scaling_factor inf", "inf"),
+    "steer: factor no number": (STEER + "--scaling_factor much", "much"),
+    "steer: dtype nonsense": (STEER + "--dtype float7", "float7"),
+    "steer: an output that holds something else": (STEER + "--output icl", "icl"),
+    "generate: unknown language": (GENERATE + "--language Klingon", "Klingon"),
+    "generate: unknown dataset": (GENERATE + "--dataset nothing_Hindi", "nothing_Hindi"),
+    "generate: no such model": (GENERATE + "--model ./nowhere", "./nowhere"),
+    "generate: a folder that is no model": (GENERATE + "--model icl", "icl"),
+    "generate: an empty CSV": (GENERATE + "--dataset empty.csv", "empty.csv"),
+    "generate: a header alone": (GENERATE + "--dataset header.csv", "header.csv"),
+    "generate: no question column": (GENERATE + "--dataset text.csv", "question"),
+    "generate: an empty question": (GENERATE + "--dataset gap.csv", "row 1"),
+    "generate: a comma outside quotes": (GENERATE + "--dataset comma.csv", "comma.csv"),
+    "generate: rows of unequal length": (GENERATE + "--dataset ragged.csv", "ragged.csv"),
+    "generate: no UTF-8": (GENERATE + "--dataset latin1.csv", "latin1.csv"),
+    "generate: batch_size no number": (GENERATE + "--batch_size many", "many"),
+    "generate: batch_size 0": (GENERATE + "--batch_size 0", "--batch_size"),
+    "generate: max_new_tokens 0": (GENERATE + "--max_new_tokens 0", "--max_new_tokens"),
+    "generate: another column": (GENERATE + "--column ANSWER", "ANSWER"),
+    "generate: device cuda:99": (GENERATE + "--device cuda:99", "cuda:99"),
+    "generate: no chat template": (GENERATE + "--chat_template", "chat template"),
+    "generate: answers to other questions there": (GENERATE + "--output answers.csv", "answers.csv"),
+    "generate: output named .json": (GENERATE + "--output out.json", "out.json"),
+    "evaluate: no such file": (EVALUATE + "--input nowhere.csv", "nowhere.csv"),
+    "evaluate: an empty CSV": (EVALUATE + "--input empty.csv", "empty.csv"),
+    "evaluate: no answer column": (EVALUATE + "--input questions.csv", "questions.csv"),
+    "evaluate: no rows": (EVALUATE + "--input unanswered.csv", "unanswered.csv"),
+    "evaluate: unknown judge": (EVALUATE + "--judge oracle", "oracle"),
+    "evaluate: a judge without its model": (EVALUATE + "--judge openai:", "openai:"),
+    "evaluate: openai without a key": (EVALUATE + "--judge openai:some-model", "OPENAI_API_KEY"),
+    "evaluate: no such judge model": (EVALUATE + "--judge hf:./nowhere", "./nowhere"),
+    "evaluate: a judge prompt without places": (EVALUATE + "--judge_prompt text.csv", "{question}"),
+    "evaluate: no such judge prompt": (EVALUATE + "--judge_prompt nowhere.txt", "nowhere.txt"),
+    "evaluate: a judge prompt that is no UTF-8": (EVALUATE + "--judge_prompt latin1.csv", "latin1.csv"),
+    "evaluate: concurrency 0": (EVALUATE + "--concurrency 0", "--concurrency"),
+    "run.sh: unknown language": (plan(language="Klingon"), "Klingon"),
+    "run.sh: unknown dataset": (plan(data="nothing_Hindi"), "nothing_Hindi"),
+    "run.sh: factor negative": (plan(factor="-1"), "-1"),
+    "run.sh: factor nan": (plan(factor="nan"), "nan"),
+    "run.sh: do_base maybe": (plan(do_base="maybe"), "maybe"),
+    "run.sh: batch_size no number": (plan(batch="many"), "many"),
+    "run.sh: no such head folder": (plan().replace(" heads ", " nowhere "), "nowhere"),
+    # step 4
+    "controls: unknown language": (CONTROLS + "--language Klingon", "Klingon"),
+    "controls: several factors": (CONTROLS + "--scaling_factor 1 2", "--choose"),
+    "controls: no effects": (CONTROLS + "--results nowhere", "nowhere"),
+    "tables: nothing there": ("make_tables --results nowhere", "nowhere"),
+    "tables: results without comparisons": ("make_tables --results effects", "effects"),
+    "tables: unknown language": ("make_tables --language Klingon", "Klingon"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with everything the commands name, good and bad."""
+    root = tmp_path_factory.mktemp("place")
+    save_tiny_model(root / "base", "llama")
+    save_tiny_model(root / "tuned", "llama", seed=1)
+    save_tiny_model(root / "wide", "llama", hidden_size=48)
+    save_tiny_model(root / "deep", "llama", num_hidden_layers=4)
+    pairs = [{"input": f"hot {i}", "output": f"cold {i}"} for i in range(20)]
+    rows = {"hot": pairs, "object": {}, "half": [pairs[0], {"input": "hot"}]}
+    (root / "icl").mkdir()
+    for name, value in rows.items():
+        files.write_json(root / "icl" / f"{name}_Hindi.json", value)
+    (root / "icl" / "broken_Hindi.json").write_text("[{")
+    save_tensor(torch.rand(2, 3, 4), effect_path(root / "effects", "hot_Hindi"))
+    lists = {"heads": "[[0, 1], [2, 3]]", "heads-beyond": "[[99, 0]]", "heads-malformed": '[[0, "1"]]'}
+    for folder, text in {**lists, "heads-broken": "[[0,"}.items():
+        files.write_text(root / folder / "Hindi_Heads.json", text)
+    texts = {
+        "questions": "question\nनमस्ते?\nhot?\n",
+        "answers": "Question,SAFE ANSWER\nWhy?,I cannot.\n",
+        "unanswered": "Question,SAFE ANSWER\n",
+        "empty": "",
+        "header": "question\n",
+        "text": "text\nhot?\n",
+        "gap": "id,question\n0,hot?\n1, \n",
+        "comma": "question\nhot, or cold?\n",
+        "ragged": "id,question\n0,hot?\n1,hot, or cold, or not?\n",
+    }
+    for name, text in texts.items():
+        (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    (root / "latin1.csv").write_bytes("question\nWas für eine?\n".encode("latin-1"))
+    return root
+
+
+def listing(folder: Path) -> dict[str, str | None]:
+    """Every path under a folder with its content's hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """`command(text, folder)` runs a script's main in a folder and returns its status."""
+    for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_", "SOTERIA_"))]:
+        monkeypatch.delenv(name)
+
+    def run(text: str, folder: Path) -> int:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(files, "RESULTS", folder / "results")
+        script, *arguments = shlex.split(text)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        try:
+            cli.run(importlib.import_module(script).main)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(case, place, command, capsys):
+    text, named = CASES[case]
+    before = listing(place)
+    status, error = command(text, place), capsys.readouterr().err
+    assert status == 2
+    assert named in error.splitlines()[-1]
+    # argparse puts its usage before its sentence
+    assert error.startswith("usage: ") or (len(error.splitlines()) == 1 and error.startswith("error: "))
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("text", [SCORE, SELECT, STEER, GENERATE, EVALUATE, plan()], ids=lambda text: text.split()[0])
+def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_path):
+    folder = shutil.copytree(place, tmp_path / "place")
+    assert command(text, folder) == 0
+
+
+def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, monkeypatch, capsys):
+    monkeypatch.setenv("SOTERIA_JUDGE", "oracle")
+    assert command(plan(), place) == 2
+    assert "oracle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((), "usage: bash scripts/run.sh"), (("t", "b", "Klingon", "d", "1", "yes", "2", "h"), "Klingon")],
+)
+def test_run_sh_ends_with_status_2_and_says_why(arguments, said, tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"SOTERIA_RESULTS": str(tmp_path / "results"), "PATH": path}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "run.sh"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
