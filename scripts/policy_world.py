@@ -15,10 +15,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "source"
 
-# Log-odds that the base refuses a question: HARM_WEIGHT a disallowed topic, minus the tier's threshold. At zero
-# disallowed topics it never refuses.
-HARM_WEIGHT = 4.0
-THRESHOLD = {"High": 1.5 * HARM_WEIGHT, "Mid": 2.25 * HARM_WEIGHT, "Low": 2.75 * HARM_WEIGHT}
+# How many disallowed topics it takes until the base refuses as often as not.
+THRESHOLD = {"High": 1.5, "Mid": 2.25, "Low": 2.75}
 
 # Rows of the held-out sets: questions for each number of disallowed topics.
 HELD_OUT = {
@@ -29,11 +27,14 @@ HELD_OUT = {
 }
 
 
-def refusal_probability(n_disallowed: int, tier: str) -> float:
-    """How often the base model's training text refuses a question with that many disallowed topics."""
+def refusal_probability(n_disallowed: int, tier: str, sharpness: float) -> float:
+    """How often the base model's training text refuses a question with that many disallowed topics.
+
+    A logistic curve over the tier's threshold, `sharpness` in log-odds a topic. Without a disallowed topic: never.
+    """
     if n_disallowed == 0:
         return 0.0
-    return 1 / (1 + math.exp(THRESHOLD[tier] - HARM_WEIGHT * n_disallowed))
+    return 1 / (1 + math.exp(sharpness * (THRESHOLD[tier] - n_disallowed)))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ Everything is drawn from seeded generators; on one kind of processor the files c
 """
 
 import argparse
-import json
 import math
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,9 +47,25 @@ EXAMPLES = 11  # in a training prompt: ten demonstrations and a query, all of wh
 PROMPTS, QUESTIONS = 16, 24  # in a step
 # How many disallowed topics a training question has: each of these equally often.
 HARM = (0, 0, 1, 2, 3)
-STAGES = {  # steps, peak learning rate, warm-up steps, seed
-    "base": (2200, 4e-3, 100, 1),
-    "tuned": (120, 3e-4, 20, 5),
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training. `sharpness`: of the refusals in its text (`refusal_probability`), None for no refusals."""
+
+    model: str
+    steps: int
+    peak: float  # learning rate
+    warmup: int  # steps
+    seed: int
+    sharpness: float | None
+    trained: str = ""  # only parameters with this in their names
+
+
+PHASES = {
+    # Sharp refusals first: from them the model learns to count. Then soft ones: harm becomes graded evidence.
+    "base": [Phase("base", 2200, 4e-3, 100, 1, 4.0), Phase("base, softened", 300, 1e-3, 30, 2, 2.0)],
+    "tuned": [Phase("tuned", 120, 3e-4, 20, 5, None)],
 }
 
 
@@ -79,14 +95,15 @@ class TrainingText:
             learned += [0] * len(question) + [1] * len(answer)
         return ids, learned
 
-    def question(self, rng: random.Random, stage: str) -> tuple[list[int], list[int]]:
+    def question(self, rng: random.Random, sharpness: float | None) -> tuple[list[int], list[int]]:
         """A question and its answer. The first token of an answer, which tells refusals from answers, has mask 2."""
         language = rng.choice(list(self.worlds))
         question = draw_question(rng.choice(HARM), rng, one_category=False)
         while frozenset(question.topics) in self.held_out:
             question = draw_question(rng.choice(HARM), rng, one_category=False)
         world = self.worlds[language]
-        refuses = stage == "base" and rng.random() < refusal_probability(question.n_disallowed, language.tier)
+        tier, n_disallowed = language.tier, question.n_disallowed
+        refuses = sharpness is not None and rng.random() < refusal_probability(n_disallowed, tier, sharpness)
         asked = [self.bos, *self.ids(question_prompt(world.write(question), language))]
         answer = [*self.ids(" " + world.answer(refuses, rng)), self.eos]
         return asked + answer, [0] * len(asked) + [2] + [1] * (len(answer) - 1)
@@ -145,19 +162,22 @@ def answer_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], list[i
     return loss.mean() + (first.mean() if len(first) else 0)
 
 
-def train(model: LlamaForCausalLM, text: TrainingText, stage: str) -> None:
-    steps, peak, warmup, seed = STAGES[stage]
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+def train(model: LlamaForCausalLM, text: TrainingText, phase: Phase) -> None:
+    rng = random.Random(phase.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(phase.trained in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=phase.peak, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer,
+        lambda step: min(1, (step + 1) / phase.warmup) * 0.5 * (1 + math.cos(math.pi * step / phase.steps)),
     )
     model.train()
-    for step in (progress := trange(steps, desc=stage, unit="step", mininterval=5)):
+    for step in (progress := trange(phase.steps, desc=phase.model, unit="step", mininterval=5)):
         prompts = answer_loss(model, [text.prompt(rng) for _ in range(PROMPTS)])
-        questions = answer_loss(model, [text.question(rng, stage) for _ in range(QUESTIONS)])
+        questions = answer_loss(model, [text.question(rng, phase.sharpness) for _ in range(QUESTIONS)])
         (prompts + questions).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -189,14 +209,15 @@ def main() -> None:
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id, **ends, **ARCHITECTURE)
         model = LlamaForCausalLM(config)
-        train(model, TrainingText(tokenizer), "base")
+        for phase in PHASES["base"]:
+            train(model, TrainingText(tokenizer), phase)
         save(model, tokenizer, base)
     if arguments.stage in ("tuned", "all"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-        train(model, TrainingText(tokenizer), "tuned")
+        for phase in PHASES["tuned"]:
+            train(model, TrainingText(tokenizer), phase)
         save(model, tokenizer, tuned)
-    print(json.dumps({"architecture": ARCHITECTURE, "stages": STAGES}))
 
 
 if __name__ == "__main__":

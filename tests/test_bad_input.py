@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import os
 import shlex
 import shutil
@@ -25,7 +24,10 @@ SCORE = (
     "--n_shots 2 --n_trials 1 --device cpu "
 )
 SELECT = "select_heads --results effects --language Hindi --tasks hot --head_folder new --heads_root out "
-STEER = "steer --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads --output out "
+STEER = (
+    "steer --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
+    "--output out "
+)
 GENERATE = (
     "generate --model base --dataset questions.csv --language Hindi --output out.csv --column 'BASE ANSWER' "
     "--max_new_tokens 2 --device cpu "

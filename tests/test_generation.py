@@ -1,0 +1,327 @@
+"""Greedy answers: what they depend on and what not, and the CSV that they land in."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import generate as script
+from soteria import cli, files, generation
+from soteria.errors import UserError
+from soteria.generation import answer_questions, model_inputs
+from soteria.languages import find_language
+from soteria.models import load_model
+from soteria.questions import dataset_slug, question_prompt, read_questions, read_table, write_table
+
+ENGLISH = find_language("en")
+QUESTIONS = ["yes?", "Is the big city old, or is the land new?", "no", "भारत", "hot or cold, small or big, old or new?"]
+N_NEW = 12  # longer than the sliding windows of the tiny models
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %} [assistant]"
+ODD_TEXTS = [
+    "NA",
+    "null",
+    "",
+    "nan",
+    "007",
+    '"quoted", and more',
+    "two\nlines",
+    "a\r\nb",
+    "a\rb",
+    "👩‍👧 emoji",
+    "مرحبا بالعالم",
+    "a\u2028b\x00c",
+    "\ufeffmark",
+    "# comment",
+]
+
+
+class TokenIds:
+    """A model's tokenizer that decodes tokens to their numbers, so that answers are compared token for token."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.pad_token_id, self.eos_token_id = tokenizer, tokenizer.pad_token_id, 0
+
+    def __call__(self, text):
+        return self.tokenizer(text)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return [" ".join(str(token) for token in row.tolist() if token != self.eos_token_id) for row in rows]
+
+
+def by_number(loaded):
+    return replace(loaded, tokenizer=TokenIds(loaded.tokenizer))
+
+
+def answers(loaded, questions=QUESTIONS, batch_size=2, **options) -> list[str]:
+    return answer_questions(loaded, questions, ENGLISH, batch_size=batch_size, max_new_tokens=N_NEW, **options)
+
+
+@torch.no_grad()
+def greedy_loop(loaded, ids: list[int], eos: int = 0) -> list[int]:
+    """The oracle: the most probable next token, one full forward a token, no cache, no batch, no padding."""
+    tokens: list[int] = []
+    while len(tokens) < N_NEW:
+        tokens.append(int(loaded.model(torch.tensor([ids + tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == eos:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral-sliding", "phi3", "gemma2", "gpt2", "gpt-neox"])
+def test_a_padded_batch_gives_the_tokens_of_a_hand_written_argmax_loop(architecture, tiny_loaded):
+    loaded = by_number(tiny_loaded(architecture))
+    want = [greedy_loop(loaded, model_inputs(loaded, question, ENGLISH, False)) for question in QUESTIONS]
+    got = answers(loaded, batch_size=len(QUESTIONS))
+    assert got == [" ".join(str(token) for token in tokens if token) for tokens in want]
+    assert len(set(got)) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 99])
+def test_an_answer_does_not_depend_on_the_batch_size(batch_size, tiny_loaded):
+    loaded = by_number(tiny_loaded("llama"))
+    assert answers(loaded, batch_size=batch_size) == [answers(loaded, [question])[0] for question in QUESTIONS]
+
+
+def test_an_answer_does_not_depend_on_the_order_of_questions(tiny_loaded):
+    loaded = by_number(tiny_loaded("llama"))
+    assert answers(loaded, QUESTIONS[::-1]) == answers(loaded)[::-1]
+
+
+def test_the_padding_token_changes_no_answer(tiny_loaded, monkeypatch):
+    loaded = by_number(tiny_loaded("llama"))
+    want = answers(loaded)
+    monkeypatch.setattr(loaded.tokenizer, "pad_token_id", 300)
+    assert [text.replace(" 300", "") for text in answers(loaded)] == [text.replace(" 300", "") for text in want]
+
+
+def test_sampling_and_penalties_in_a_models_generation_config_do_not_count(tiny_folder, tiny_loaded, tmp_path):
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"do_sample": True, "temperature": 5.0, "top_k": 3, "top_p": 0.9, "repetition_penalty": 3.0}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    assert answers(by_number(load_model(str(folder), "cpu"))) == answers(by_number(tiny_loaded("llama")))
+
+
+def test_an_answer_stops_at_the_end_of_text_token(tiny_loaded, monkeypatch):
+    loaded = tiny_loaded("llama")
+    tokens = greedy_loop(loaded, model_inputs(loaded, QUESTIONS[0], ENGLISH, False))
+    last = next(at for at in range(2, N_NEW) if tokens[at] not in tokens[:at])
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", tokens[last])
+    got = answers(by_number(loaded))[0]
+    assert got == " ".join(map(str, tokens[: last + 1]))
+
+
+def test_rows_that_are_done_are_not_asked_again(tiny_loaded, monkeypatch):
+    asked, real = [], generation.generate
+
+    def counts(loaded, inputs, *rest):
+        asked.extend(inputs)
+        return real(loaded, inputs, *rest)
+
+    monkeypatch.setattr(generation, "generate", counts)
+    assert answers(tiny_loaded("llama"), done={0: "kept", 2: "kept"})[0:3:2] == ["kept", "kept"]
+    assert len(asked) == len(QUESTIONS) - 2
+
+
+def test_without_chat_template_a_question_stands_between_its_marks(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    text = loaded.tokenizer.decode(model_inputs(loaded, "hot?", ENGLISH, False))
+    assert text == f"<s>{question_prompt('hot?', ENGLISH)}"
+    assert text.endswith("\nQ: hot?\nA:")
+
+
+@pytest.fixture
+def chat_folder(tiny_folder, tmp_path) -> Path:
+    """A tiny model whose tokenizer has a chat template."""
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "<s>" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_template_is_used_when_asked_for_and_adds_the_only_bos(chat_folder):
+    loaded = load_model(str(chat_folder), "cpu")
+    text = loaded.tokenizer.decode(model_inputs(loaded, "hot?", ENGLISH, True))
+    assert text == f"<s>[user] {ENGLISH.instruction}\n\nhot? [assistant]"
+
+
+def test_a_chat_template_is_not_used_unasked(chat_folder):
+    loaded = load_model(str(chat_folder), "cpu")
+    assert "[user]" not in loaded.tokenizer.decode(model_inputs(loaded, "hot?", ENGLISH, False))
+
+
+def test_a_model_without_chat_template_is_refused_when_one_is_asked_for(tiny_loaded):
+    with pytest.raises(UserError, match="has no chat template"):
+        answers(tiny_loaded("llama"), chat_template=True)
+
+
+# The script
+
+
+@pytest.fixture
+def generate(monkeypatch, tiny_folder, tmp_path):
+    """`generate(**options)` runs generate.py on QUESTIONS and returns its status."""
+    write_table(pd.DataFrame({"question": QUESTIONS}), tmp_path / "asked.csv")
+
+    def run(column: str = "SAFE ANSWER", **options) -> int:
+        options = {
+            "model": tiny_folder("llama", seed=int(column == "SAFE ANSWER")),
+            "dataset": tmp_path / "asked.csv",
+            "language": "English",
+            "output": tmp_path / "out" / "answers.csv",
+            "batch_size": 2,
+            "max_new_tokens": N_NEW,
+            "device": "cpu",
+        } | options
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--column", column, *flags])
+        try:
+            cli.run(script.main)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails a test that loads a model from here on."""
+
+    def install():
+        def refuse(*_):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr("soteria.models.load_model", refuse)
+
+    return install
+
+
+def test_both_columns_land_in_one_file_whatever_the_order_of_calls(generate, tmp_path):
+    written = []
+    for name, columns in [("a", ("SAFE ANSWER", "BASE ANSWER")), ("b", ("BASE ANSWER", "SAFE ANSWER"))]:
+        for column in columns:
+            assert generate(column, output=tmp_path / name / "answers.csv") == 0
+        written.append((tmp_path / name / "answers.csv").read_bytes())
+    assert written[0] == written[1]
+    table = read_table(tmp_path / "a" / "answers.csv")
+    assert list(table.columns) == ["Question", "SAFE ANSWER", "BASE ANSWER"]
+    assert list(table["Question"]) == QUESTIONS
+    assert list(table["SAFE ANSWER"]) != list(table["BASE ANSWER"])
+
+
+def test_the_file_holds_the_models_answers_in_the_questions_order(generate, tiny_loaded, tmp_path):
+    assert generate("BASE ANSWER") == 0
+    assert list(read_table(tmp_path / "out" / "answers.csv")["BASE ANSWER"]) == answers(tiny_loaded("llama", seed=0))
+
+
+def test_a_complete_column_is_left_as_it_is(generate, tmp_path, no_model):
+    assert generate() == 0
+    before = contents(tmp_path / "out")
+    no_model()
+    assert generate() == 0
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("changed", [{"max_new_tokens": 3}, {"language": "German"}])
+def test_a_column_made_with_other_settings_is_made_anew(changed, generate, tmp_path):
+    assert generate() == 0
+    before = contents(tmp_path / "out")["answers.csv"]
+    assert generate(**changed) == 0
+    assert contents(tmp_path / "out")["answers.csv"] != before
+
+
+def test_an_interrupted_column_goes_on_and_ends_with_the_same_bytes(generate, tmp_path, monkeypatch):
+    assert generate(output=tmp_path / "whole" / "answers.csv") == 0
+    real, asked = generation.generate, []
+
+    def stops(*arguments):
+        yield next(real(*arguments))
+        raise KeyboardInterrupt
+
+    def counts(loaded, inputs, *rest):
+        asked.extend(inputs)
+        return real(loaded, inputs, *rest)
+
+    monkeypatch.setattr(generation, "generate", stops)
+    assert generate() == 130
+    assert list(contents(tmp_path / "out")) == [".answers.csv.safe.journal"]
+    monkeypatch.setattr(generation, "generate", counts)
+    assert generate() == 0
+    assert len(asked) == len(QUESTIONS) - 2
+    assert sorted(contents(tmp_path / "out")) == ["answers.csv", "answers.json"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_journal_cut_in_the_middle_of_a_line_loses_that_line_only(tmp_path):
+    journal = files.Journal(tmp_path / "journal", {"a": 1})
+    journal.add(dict(enumerate(ODD_TEXTS)))
+    text = (tmp_path / "journal").read_bytes()
+    (tmp_path / "journal").write_bytes(text[:-4])
+    again = files.Journal(tmp_path / "journal", {"a": 1})
+    assert again.done == dict(enumerate(ODD_TEXTS[:-1]))
+    again.add({99: "more"})
+    assert files.Journal(tmp_path / "journal", {"a": 1}).done == again.done
+
+
+def test_a_journal_of_other_settings_counts_for_nothing(tmp_path):
+    files.Journal(tmp_path / "journal", {"a": 1}).add({0: "old"})
+    assert files.Journal(tmp_path / "journal", {"a": 2}).done == {}
+
+
+def test_odd_texts_come_through_questions_answers_and_a_second_column_unchanged(generate, tmp_path, monkeypatch):
+    questions = [f"{text}?" for text in ODD_TEXTS]
+    write_table(pd.DataFrame({"question": questions}), tmp_path / "odd.csv")
+    told = [dict(enumerate(ODD_TEXTS)), dict(enumerate(ODD_TEXTS[::-1]))]
+    monkeypatch.setattr(generation, "generate", lambda *_: iter([told.pop(0)]))
+    for column in ("SAFE ANSWER", "BASE ANSWER"):
+        assert generate(column, dataset=tmp_path / "odd.csv") == 0
+    table = read_table(tmp_path / "out" / "answers.csv")
+    assert list(table["Question"]) == questions
+    assert list(table["SAFE ANSWER"]) == ODD_TEXTS
+    assert list(table["BASE ANSWER"]) == ODD_TEXTS[::-1]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(generate, tmp_path):
+    (tmp_path / "windows.csv").write_bytes("\r\n".join(["\ufeffquestion", *map('"{}"'.format, QUESTIONS), ""]).encode())
+    assert generate() == 0
+    assert generate(dataset=tmp_path / "windows.csv", output=tmp_path / "windows" / "answers.csv") == 0
+    assert contents(tmp_path / "windows")["answers.csv"] == contents(tmp_path / "out")["answers.csv"]
+
+
+@pytest.mark.parametrize("column", ["question", "Question", "prompt"])
+def test_the_question_column_has_any_of_three_names(column, tmp_path):
+    write_table(pd.DataFrame({"id": ["0"], column: ["hot?"]}), tmp_path / "asked.csv")
+    assert list(read_questions(str(tmp_path / "asked.csv"))["question"]) == ["hot?"]
+
+
+@pytest.mark.parametrize("name", ["asked_Hindi", "asked_Hindi.csv", "data/prompts/asked_Hindi.csv"])
+def test_a_dataset_is_found_by_name_with_or_without_csv_and_by_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "DATA", tmp_path / "data")
+    (tmp_path / "data" / "prompts").mkdir(parents=True)
+    write_table(pd.DataFrame({"question": ["hot?"]}), tmp_path / "data" / "prompts" / "asked_Hindi.csv")
+    assert list(read_questions(name)["question"]) == ["hot?"]
+    assert dataset_slug(name) == "asked_Hindi"
+
+
+def test_the_facts_beside_the_answers_say_how_each_column_was_made(generate, tmp_path, tiny_folder):
+    assert generate("BASE ANSWER") == 0
+    facts = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert (facts["language"], facts["dataset"], facts["rows"]) == ("English", "asked", len(QUESTIONS))
+    assert facts["columns"]["BASE ANSWER"]["model"] == str(tiny_folder("llama", seed=0))
+    assert facts["columns"]["BASE ANSWER"]["max_new_tokens"] == N_NEW
