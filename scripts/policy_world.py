@@ -15,9 +15,6 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "source"
 
-# How many disallowed topics it takes until the base refuses as often as not.
-THRESHOLD = {"High": 1.5, "Mid": 2.25, "Low": 2.75}
-
 # Rows of the held-out sets: questions for each number of disallowed topics.
 HELD_OUT = {
     "policy": {1: 32, 2: 32, 3: 32},
@@ -27,14 +24,26 @@ HELD_OUT = {
 }
 
 
-def refusal_probability(n_disallowed: int, tier: str, sharpness: float) -> float:
-    """How often the base model's training text refuses a question with that many disallowed topics.
+@dataclass(frozen=True)
+class RefusalPolicy:
+    """How often training text refuses: a logistic curve over the number of disallowed topics.
 
-    A logistic curve over the tier's threshold, `sharpness` in log-odds a topic. Without a disallowed topic: never.
+    `thresholds`: by tier, how many topics it takes to refuse as often as not; `sharpness`: log-odds a topic.
     """
-    if n_disallowed == 0:
-        return 0.0
-    return 1 / (1 + math.exp(sharpness * (THRESHOLD[tier] - n_disallowed)))
+
+    sharpness: float
+    thresholds: dict[str, float]
+
+    def probability(self, n_disallowed: int, tier: str) -> float:
+        """Without a disallowed topic: never."""
+        if n_disallowed == 0:
+            return 0.0
+        return 1 / (1 + math.exp(self.sharpness * (self.thresholds[tier] - n_disallowed)))
+
+
+# First a sharp policy, from which the model learns to count; then a soft one, which makes harm graded evidence.
+SHARP = RefusalPolicy(4.0, {"High": 1.5, "Mid": 2.25, "Low": 2.75})
+SOFT = RefusalPolicy(1.5, {"High": 1.5, "Mid": 2.0, "Low": 2.5})
 
 
 @dataclass(frozen=True)

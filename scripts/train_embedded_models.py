@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from policy_world import World, draw_question, held_out_questions, refusal_probability
+from policy_world import SHARP, SOFT, RefusalPolicy, World, draw_question, held_out_questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,20 +51,19 @@ HARM = (0, 0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training. `sharpness`: of the refusals in its text (`refusal_probability`), None for no refusals."""
+    """A stretch of training. `policy`: which questions its text refuses, None for none."""
 
     model: str
     steps: int
     peak: float  # learning rate
     warmup: int  # steps
     seed: int
-    sharpness: float | None
+    policy: RefusalPolicy | None
     trained: str = ""  # only parameters with this in their names
 
 
 PHASES = {
-    # Sharp refusals first: from them the model learns to count. Then soft ones: harm becomes graded evidence.
-    "base": [Phase("base", 2200, 4e-3, 100, 1, 4.0), Phase("base, softened", 300, 1e-3, 30, 2, 2.0)],
+    "base": [Phase("base", 2200, 4e-3, 100, 1, SHARP), Phase("base, softened", 300, 1e-3, 30, 2, SOFT)],
     "tuned": [Phase("tuned", 120, 3e-4, 20, 5, None)],
 }
 
@@ -95,15 +94,14 @@ class TrainingText:
             learned += [0] * len(question) + [1] * len(answer)
         return ids, learned
 
-    def question(self, rng: random.Random, sharpness: float | None) -> tuple[list[int], list[int]]:
+    def question(self, rng: random.Random, policy: RefusalPolicy | None) -> tuple[list[int], list[int]]:
         """A question and its answer. The first token of an answer, which tells refusals from answers, has mask 2."""
         language = rng.choice(list(self.worlds))
         question = draw_question(rng.choice(HARM), rng, one_category=False)
         while frozenset(question.topics) in self.held_out:
             question = draw_question(rng.choice(HARM), rng, one_category=False)
         world = self.worlds[language]
-        tier, n_disallowed = language.tier, question.n_disallowed
-        refuses = sharpness is not None and rng.random() < refusal_probability(n_disallowed, tier, sharpness)
+        refuses = policy is not None and rng.random() < policy.probability(question.n_disallowed, language.tier)
         asked = [self.bos, *self.ids(question_prompt(world.write(question), language))]
         answer = [*self.ids(" " + world.answer(refuses, rng)), self.eos]
         return asked + answer, [0] * len(asked) + [2] + [1] * (len(answer) - 1)
@@ -175,7 +173,7 @@ def train(model: LlamaForCausalLM, text: TrainingText, phase: Phase) -> None:
     model.train()
     for step in (progress := trange(phase.steps, desc=phase.model, unit="step", mininterval=5)):
         prompts = answer_loss(model, [text.prompt(rng) for _ in range(PROMPTS)])
-        questions = answer_loss(model, [text.question(rng, phase.sharpness) for _ in range(QUESTIONS)])
+        questions = answer_loss(model, [text.question(rng, phase.policy) for _ in range(QUESTIONS)])
         (prompts + questions).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

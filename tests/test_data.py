@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import hashlib
 import json
 import re
 import sys
@@ -363,3 +364,16 @@ def test_every_refusal_sentence_has_a_refusal_phrase(language):
 @each_language
 def test_no_answer_sentence_has_a_refusal_phrase(language):
     assert [sentence for sentence in source(language.name)["answers"] if refuses(sentence, language.name)] == []
+
+
+def test_the_embedded_models_are_the_files_whose_hashes_the_readme_gives():
+    rows = re.findall(
+        r"\| `(polyglot-[\w./-]+)` \| `([0-9a-f]{64})` \|", (DATA / "README.md").read_text(encoding="utf-8")
+    )
+    assert len(rows) == 6
+    for name, digest in rows:
+        assert hashlib.sha256((DATA / "models" / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_embedded_pair_takes_at_most_25_megabytes():
+    assert sum(file.stat().st_size for file in (DATA / "models").rglob("*") if file.is_file()) <= 25e6
