@@ -9,7 +9,7 @@ from pathlib import Path
 
 from soteria import cli, files
 from soteria.icl import PromptForm
-from soteria.scoring import DatasetRun, expand_datasets, json_object
+from soteria.scoring import DatasetRun, Progress, expand_datasets, json_object
 
 
 def parse_arguments():
@@ -31,6 +31,7 @@ def parse_arguments():
     add("--last_token_only", type=cli.truth, default=True, help="True: the last token; False: all ten token classes")
     add("--prefixes", type=json_object, default=PromptForm().prefixes, help="JSON: input, output, instructions")
     add("--separators", type=json_object, default=PromptForm().separators, help="JSON: input, output, instructions")
+    add("--max_rows", type=cli.positive_int, help="most tokens at once (default: from free memory; halved if too many)")
     add(
         "--dtype",
         choices=["auto", "float32", "float16", "bfloat16"],
@@ -44,20 +45,27 @@ def main() -> None:
     arguments = parse_arguments()
     datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
 
-    from soteria.models import load_model  # torch takes seconds to load: only once the input is sound
+    # torch takes seconds to load: only once the input is sound
+    from soteria.models import load_model
+    from soteria.processes import Processes
+    from soteria.sweep import ForkingSweep
 
     root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
-    if len(pending) < len(runs):
+    processes = Processes(arguments.device)
+    if len(pending) < len(runs) and processes.is_first:
         print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
     if not pending:
         return
-    loaded = load_model(arguments.model_name, arguments.device, arguments.dtype)
-    started = time.monotonic()
+    sweep = ForkingSweep(load_model(arguments.model_name, processes.device, arguments.dtype))
+    processes.wait()  # nobody writes before everybody has seen what is there
+    started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
     for run in pending:
-        run.score(loaded)
-    print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
+        run.score(sweep, processes, progress)
+    progress.close()
+    if processes.is_first:
+        print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ from soteria.icl import (
     token_roles,
 )
 from soteria.indirect_effect import (
-    all_class_effects,
-    head_outputs,
-    last_token_effects,
+    LAST_TOKEN_CLASSES,
+    indirect_effects,
     mean_head_activations,
     tokenize,
 )
 from soteria.models import LoadedModel, load_geometry, load_model, read_geometry
-from soteria.scoring import DatasetRun, load_tensor
+from soteria.processes import Processes
+from soteria.scoring import DatasetRun, Progress, load_tensor
+from soteria.sweep import ForkingSweep, head_outputs
 
 ICL = files.DATA / "icl"
 ENGLISH, HINDI = "country-capital_English", "country-capital_Hindi"
@@ -47,13 +48,13 @@ ENGLISH, HINDI = "country-capital_English", "country-capital_Hindi"
 def shipped(loaded, root: Path, dataset: str, *, data: Path = ICL, **options):
     """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
     defaults = {"seed": 42, "n_shots": 3, "n_trials": 2, "test_split": 0.3, "last_token_only": True}
-    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32"}
+    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32", "max_rows": None}
     run = DatasetRun(
         dataset,
         root,
         Namespace(model_name=loaded.name, root_data_dir=data, **{**defaults, **arguments, **options}),
     )
-    run.score(loaded)
+    run.score(ForkingSweep(loaded), Processes("cpu"), Progress(1, silent=True))
     return load_tensor(run.effect_file), load_tensor(run.means_file)
 
 
@@ -99,13 +100,14 @@ def _tokenized(loaded, n_shots=2, n_prompts=3, seed=0) -> tuple[list, MeanSlots]
     return [tokenize(prompt, loaded, slots) for prompt in prompts], slots
 
 
-@pytest.mark.parametrize("effects_of", [last_token_effects, all_class_effects])
+@pytest.mark.parametrize("classes", [LAST_TOKEN_CLASSES, TOKEN_CLASSES], ids=["last-token", "all-classes"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral-sliding"])
-def test_rows_a_forward_do_not_change_the_effects(effects_of, architecture, tiny_loaded):
+def test_rows_a_forward_do_not_change_the_effects(classes, architecture, tiny_loaded):
     loaded = tiny_loaded(architecture)
     prompts, slots = _tokenized(loaded)
     means = mean_head_activations(loaded, prompts, len(slots))
-    one, some, all_at_once = (effects_of(loaded, prompts[0], means, max_rows=rows) for rows in (1, 5, 1000))
+    sweep = ForkingSweep(loaded)
+    one, some, all_at_once = (indirect_effects(sweep, prompts[0], means, classes, rows) for rows in (1, 90, 10_000))
     torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-7)
     torch.testing.assert_close(some, all_at_once, rtol=0, atol=1e-7)
 
@@ -114,16 +116,16 @@ def test_predictive_query_class_is_the_last_token_effect(tiny_loaded):
     loaded = tiny_loaded("llama")
     prompts, slots = _tokenized(loaded)
     means = mean_head_activations(loaded, prompts, len(slots))
-    every = all_class_effects(loaded, prompts[0], means)
-    last = last_token_effects(loaded, prompts[0], means)
-    torch.testing.assert_close(every[..., TOKEN_CLASSES.index("query_predictive")], last, rtol=0, atol=1e-7)
+    every = indirect_effects(ForkingSweep(loaded), prompts[0], means, TOKEN_CLASSES)
+    last = indirect_effects(ForkingSweep(loaded), prompts[0], means)
+    torch.testing.assert_close(every[..., [TOKEN_CLASSES.index("query_predictive")]], last, rtol=0, atol=1e-7)
 
 
 def test_a_head_that_is_replaced_by_its_own_output_has_no_effect(tiny_loaded):
     loaded = tiny_loaded("llama")
     prompts, slots = _tokenized(loaded)
     own = mean_head_activations(loaded, prompts[:1], len(slots))  # at the last token, a mean over itself
-    assert last_token_effects(loaded, prompts[0], own).abs().max() < 1e-7
+    assert indirect_effects(ForkingSweep(loaded), prompts[0], own).abs().max() < 1e-7
 
 
 def test_hooks_are_gone_after_a_failure(tiny_loaded):
@@ -330,7 +332,7 @@ def test_a_class_that_melted_away_has_no_effect(tiny_loaded):
     prompt = Prompt([Pair("no.", "yes!")], Pair("big.", "small"), PromptForm())
     slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
     means = torch.randn(3, 4, len(slots), 8, generator=torch.Generator().manual_seed(0))
-    effects = all_class_effects(loaded, tokenize(prompt, loaded, slots), means)
+    effects = indirect_effects(ForkingSweep(loaded), tokenize(prompt, loaded, slots), means, TOKEN_CLASSES)
     gone = [TOKEN_CLASSES.index(name) for name in ("separator", "end_of_example", "query_separator")]
     assert effects[..., gone].abs().max() < 1e-7
     assert effects[..., TOKEN_CLASSES.index("query_demonstration")].abs().max() > 1e-5

@@ -7,18 +7,18 @@ replacement raises P(y) carries the task.
 Knows models and prompts; knows nothing of languages, ranks or files.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from soteria.errors import UserError
-from soteria.icl import TOKEN_CLASSES, MeanSlots, Prompt, answer_token, token_roles
-from soteria.models import LoadedModel
+from soteria.icl import MeanSlots, Prompt, answer_token, token_roles
+from soteria.memory import MOST_ROWS
+from soteria.models import AttentionGeometry, LoadedModel
+from soteria.sweep import ForkingSweep, head_outputs
 
 # The classes scored when only the last token is patched: the query's predictive token, alone.
 LAST_TOKEN_CLASSES = ("query_predictive",)
@@ -53,121 +53,135 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> Tokenized
     )
 
 
-@contextmanager
-def head_outputs(loaded: LoadedModel, see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see(layer, heads)` with the heads' outputs (B, T, n_heads * head_dim) before each output projection.
-
-    What it returns, if anything, goes on in their stead. The hooks are gone when the block ends.
-    """
-
-    def hook_for(layer: int):
-        def hook(_module, inputs):
-            replacement = see(layer, inputs[0])
-            return None if replacement is None else (replacement, *inputs[1:])
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, projection in enumerate(loaded.projections):
-            stack.callback(projection.register_forward_pre_hook(hook_for(layer)).remove)
-        yield
-
-
-@torch.inference_mode()
-def mean_head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
-    """The mean output of every head over prompts, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
-
-    The tokens of one word are averaged into its slot first.
-    """
-    geometry = loaded.geometry
-    total = torch.zeros(geometry.n_layers, n_slots, geometry.n_heads * geometry.head_dim)
+def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[TokenizedPrompt]]:
+    """Consecutive prompts of at most `max_rows` tokens together, padding included; at least one each."""
+    cut: list[list[TokenizedPrompt]] = []
     for prompt in prompts:
-        heads: dict[int, Tensor] = {}
-        with head_outputs(loaded, lambda layer, x, heads=heads: heads.update({layer: x[0].float().cpu()})):
-            loaded.model(input_ids=prompt.ids[None], use_cache=False)
-        slots = torch.tensor(prompt.slots)
-        tokens_per_slot = torch.bincount(slots, minlength=n_slots).clamp(min=1)
-        for layer, x in heads.items():  # x: (T, n_heads * head_dim)
-            total[layer] += torch.zeros(n_slots, x.shape[1]).index_add_(0, slots, x) / tokens_per_slot[:, None]
-    mean = (total / len(prompts)).view(geometry.n_layers, n_slots, geometry.n_heads, geometry.head_dim)
-    return mean.transpose(1, 2).contiguous()
-
-
-def _answer_probability(logits: Tensor, answer: int) -> Tensor:
-    """P(answer) for each row of logits (B, vocabulary), softmax in float32 whatever the model's dtype."""
-    return logits.float().softmax(dim=-1)[:, answer]
+        longest = max([len(prompt.ids), *(len(other.ids) for other in cut[-1])]) if cut else 0
+        if cut and longest * (len(cut[-1]) + 1) <= max_rows:
+            cut[-1].append(prompt)
+        else:
+            cut.append([prompt])
+    return cut
 
 
 @torch.inference_mode()
-def last_token_effects(loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, max_rows: int = 256) -> Tensor:
-    """Indirect effects of all heads at the last token, (n_layers, n_heads), float32.
+def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
+    """The sum over prompts of every head's output, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
 
-    A change at the last token changes nothing before it. So the prompt but its last token is run once, and each patched
-    head costs one token over that cache: row 0 is the clean run, each other row has one head replaced.
-    """
-    geometry, device = loaded.geometry, prompt.ids.device
-    patches = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
-    at_last = means[:, :, prompt.slots[-1]]  # (n_layers, n_heads, head_dim)
-    prefix = DynamicCache(config=loaded.model.config)
-    if len(prompt.ids) > 1:
-        loaded.model(input_ids=prompt.ids[None, :-1], past_key_values=prefix, use_cache=True, logits_to_keep=1)
-    probabilities = []
-    for start in range(0, len(patches), max_rows):
-        chunk = patches[start : start + max_rows]
-        rows = [None, *chunk]
-
-        def patch(layer: int, x: Tensor, rows=rows) -> Tensor:
-            x = x.clone()
-            for row, target in enumerate(rows):
-                if target and target[0] == layer:
-                    x[row, -1, geometry.head_slice(target[1])] = at_last[target].to(x)
-            return x
-
-        cache = copy.deepcopy(prefix)
-        if len(prompt.ids) > 1:
-            cache.batch_repeat_interleave(len(rows))
-        with head_outputs(loaded, patch):
-            logits = loaded.model(
-                input_ids=prompt.ids[-1].expand(len(rows), 1),
-                past_key_values=cache,
-                position_ids=torch.full((len(rows), 1), len(prompt.ids) - 1, device=device),
-                use_cache=True,
-            ).logits[:, -1]
-        p = _answer_probability(logits, prompt.answer)
-        probabilities.append(p[1:] - p[0])
-    return torch.cat(probabilities).cpu().view(geometry.n_layers, geometry.n_heads)
-
-
-@torch.inference_mode()
-def all_class_effects(loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, max_rows: int = 16) -> Tensor:
-    """Indirect effects of all heads for each token class, (n_layers, n_heads, 10), float32.
-
-    All tokens of a class are replaced at once. Each (head, class) is one row of a full forward pass.
+    The tokens of one word are averaged into its slot. The prompts are one batch.
     """
     geometry = loaded.geometry
-    places = {name: [t for t, c in enumerate(prompt.classes) if c == name] for name in TOKEN_CLASSES}
-    patches = [
-        (layer, head, name)
-        for layer in range(geometry.n_layers)
-        for head in range(geometry.n_heads)
-        for name in TOKEN_CLASSES
-    ]
-    slots = torch.tensor(prompt.slots)
-    clean = _answer_probability(loaded.model(input_ids=prompt.ids[None], use_cache=False).logits[:, -1], prompt.answer)
-    effects = []
-    for start in range(0, len(patches), max_rows):
-        chunk = patches[start : start + max_rows]
+    length = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), length, dtype=torch.long, device=prompts[0].ids.device)
+    mask = torch.zeros_like(ids)
+    # Each token's share in its slot: activations are brought to slots by one matrix product a prompt.
+    shares = torch.zeros(len(prompts), n_slots, length)
+    for row, prompt in enumerate(prompts):
+        n, slots = len(prompt.ids), torch.tensor(prompt.slots)
+        ids[row, :n], mask[row, :n] = prompt.ids, 1
+        shares[row, slots, torch.arange(n)] = 1 / torch.bincount(slots, minlength=n_slots)[slots].float()
+    total = torch.zeros(geometry.n_layers, n_slots, geometry.n_heads * geometry.head_dim)
 
-        def patch(layer: int, x: Tensor, chunk=chunk) -> Tensor:
-            x = x.clone()
-            for row, (target, head, name) in enumerate(chunk):
-                if target == layer:
-                    own = geometry.head_slice(head)
-                    x[row, places[name], own] = means[layer, head, slots[places[name]]].to(x)
-            return x
+    def collect(layer: int, heads: Tensor) -> None:
+        total[layer] = (shares.to(heads.device) @ heads.float()).sum(dim=0).cpu()
 
-        with head_outputs(loaded, patch):
-            ids = prompt.ids.expand(len(chunk), -1)
-            logits = loaded.model(input_ids=ids, use_cache=False).logits[:, -1]
-        effects.append(_answer_probability(logits, prompt.answer) - clean)
-    return torch.cat(effects).cpu().view(geometry.n_layers, geometry.n_heads, len(TOKEN_CLASSES))
+    with head_outputs(loaded, collect):
+        same_length = all(len(prompt.ids) == length for prompt in prompts)
+        loaded.model(input_ids=ids, attention_mask=None if same_length else mask, use_cache=False, logits_to_keep=1)
+    return total.view(geometry.n_layers, n_slots, geometry.n_heads, geometry.head_dim).transpose(1, 2).contiguous()
+
+
+def mean_head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
+    """The mean over prompts of `head_activations`, taken in one batch."""
+    return head_activations(loaded, prompts, n_slots) / len(prompts)
+
+
+def answer_probability(logits: Tensor, answer: int) -> Tensor:
+    """P(answer) for logits (…, vocabulary), softmax in float32 whatever the model's dtype."""
+    return logits.float().softmax(dim=-1)[..., answer]
+
+
+def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
+    """The sweep's arithmetic in forward passes of the prompt: its own, and the tokens from each class's first one on
+    through the layers from the patched one up, for every head."""
+    after = sum(len(prompt.ids) - prompt.classes.index(name) for name in classes if name in prompt.classes)
+    return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * len(prompt.ids))
+
+
+@torch.inference_mode()
+def indirect_effects(
+    sweep: ForkingSweep,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    classes: Sequence[str] = LAST_TOKEN_CLASSES,
+    max_rows: int = MOST_ROWS,
+) -> Tensor:
+    """Indirect effects of all heads for each token class, (n_layers, n_heads, len(classes)), float32.
+
+    All tokens of a class are replaced at once; a class without tokens in the prompt has no effect. `means` is
+    (n_layers, n_heads, n_slots, head_dim). At most `max_rows` tokens are in flight, but always one patched prompt.
+    """
+    geometry = sweep.loaded.geometry
+    targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
+    places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
+    effects = torch.zeros(len(targets), len(classes))
+    run = sweep.clean_run(prompt.ids, min(at[0] for at in places.values() if at))
+    clean = answer_probability(run.logits, prompt.answer)
+    for column, at in enumerate(places.values()):
+        if not at:
+            continue
+        replacements = means[:, :, [prompt.slots[place] for place in at]]
+        size = max(1, max_rows // (len(prompt.ids) - at[0]))
+        for start in range(0, len(targets), size):
+            logits = sweep.logits(run, at, replacements, targets[start : start + size])
+            effects[start : start + size, column] = (answer_probability(logits, prompt.answer) - clean).cpu()
+    return effects.view(geometry.n_layers, geometry.n_heads, len(classes))
+
+
+@torch.inference_mode()
+def effect_by_full_forward(
+    loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, layer: int, head: int, token_class: str
+) -> float:
+    """One head's indirect effect by two ordinary forward passes: slow, and what the sweep is checked against."""
+    at = [t for t, own in enumerate(prompt.classes) if own == token_class]
+    own = means[layer, head, [prompt.slots[place] for place in at]]
+
+    def replace(here: int, heads: Tensor) -> Tensor | None:
+        if here != layer:
+            return None
+        heads = heads.clone()
+        heads[0, at, loaded.geometry.head_slice(head)] = own.to(heads)
+        return heads
+
+    clean = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    with head_outputs(loaded, replace):
+        patched = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    return (answer_probability(patched, prompt.answer) - answer_probability(clean, prompt.answer)).item()
+
+
+def check_sweep(
+    sweep: ForkingSweep,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    effects: Tensor,
+    classes: Sequence[str],
+    n_sampled: int = 2,
+) -> None:
+    """Hold a prompt's effects against full forward passes for a few random heads.
+
+    Raises UserError where they differ beyond the rounding of the model's dtype: a wrong score is never written.
+    """
+    loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # its own generator: the protocol's draws go on as is
+    tolerance = max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
+    present = [name for name in classes if name in prompt.classes]
+    for _ in range(n_sampled):
+        layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)
+        name = draw.choice(present)
+        slow = effect_by_full_forward(loaded, prompt, means, layer, head, name)
+        fast = effects[layer, head, classes.index(name)].item()
+        if not abs(fast - slow) <= tolerance:  # not a number is no agreement
+            raise UserError(
+                f"{type(loaded.model).__name__} cannot be scored: head {head} of layer {layer} has effect {slow:.3g} "
+                f"by a full forward pass and {fast:.3g} by the sweep; please report the architecture"
+            )

@@ -30,10 +30,12 @@ class AttentionGeometry:
 
     `projection_names[l]` names layer l's output projection; it has `n_heads * head_dim` inputs, head h's being the
     slice `[h * head_dim, (h + 1) * head_dim)`. They are columns of its weight, or rows where `transposed` (GPT-2).
+    `layer_names[l]` names the whole layer.
     """
 
     n_heads: int
     head_dim: int
+    layer_names: tuple[str, ...]
     projection_names: tuple[str, ...]
     transposed: bool
 
@@ -82,7 +84,8 @@ def read_geometry(model: PreTrainedModel) -> AttentionGeometry:
     declared = getattr(config, "head_dim", None)
     if declared and declared != width // n_heads:
         raise refuse(f"head_dim is {declared} in its config, {width // n_heads} in its output projection")
-    return AttentionGeometry(n_heads, width // n_heads, tuple(names), transposed.pop())
+    layer_names = tuple(f"{stack_name}.{index}" for index in range(n_layers))
+    return AttentionGeometry(n_heads, width // n_heads, layer_names, tuple(names), transposed.pop())
 
 
 def _own_projection(layer: nn.Module) -> tuple[str, nn.Module] | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from soteria import files
 from soteria.errors import UserError
-from soteria.icl import MeanSlots, PromptForm, draw_prompt, load_pairs, split_pairs
+from soteria.icl import TOKEN_CLASSES, MeanSlots, PromptForm, draw_prompt, load_pairs, split_pairs
 
 ARGUMENTS_FILE = "indirect_effect_args.txt"
 # The arguments that the numbers depend on. A folder made with other values of these is neither skipped nor added to.
@@ -128,12 +128,22 @@ class DatasetRun:
         scored = self.effect_file.exists() and self.means_file.exists()
         return scored and not self.partial_file.exists()  # the partial file goes last: killed before that, go on
 
-    def score(self, loaded) -> None:
-        """Score the dataset on a `soteria.models.LoadedModel`, going on at the prompt where a killed run stopped."""
-        from soteria.indirect_effect import all_class_effects, last_token_effects, mean_head_activations, tokenize
+    def score(self, sweep, processes, progress) -> None:
+        """Score the dataset with a `soteria.sweep.ForkingSweep`, going on at the prompt where a killed run stopped.
+
+        The prompts are shared out among `processes`. `progress` is told of every forward pass of work.
+        """
+        from soteria.indirect_effect import (
+            LAST_TOKEN_CLASSES,
+            check_sweep,
+            forward_passes,
+            indirect_effects,
+            tokenize,
+        )
+        from soteria.memory import Rows, default_rows
         from soteria.models import BOS_TEXT
 
-        arguments, started = self.arguments, time.monotonic()
+        arguments, loaded, started = self.arguments, sweep.loaded, time.monotonic()
         form = PromptForm(
             {**PromptForm().prefixes, **arguments.prefixes}, {**PromptForm().separators, **arguments.separators}
         )
@@ -153,25 +163,58 @@ class DatasetRun:
         given = arguments.mean_activations_path
         clean = [] if given else draw(shuffle_labels=False)  # given means cost no draws, as in the original
         shuffled = draw(shuffle_labels=True)
+        classes = LAST_TOKEN_CLASSES if arguments.last_token_only else TOKEN_CLASSES
+        cost = [forward_passes(prompt, classes, loaded.geometry) for prompt in shuffled]
+        progress.begin(len(clean) + sum(cost))
 
-        means = self._means(loaded, clean, len(slots), mean_head_activations)
-        files.write_json(self.arguments_file, self.described())  # from here on, other arguments are refused
-        save_tensor(means, self.means_file)
-        effects_of = last_token_effects if arguments.last_token_only else all_class_effects
+        # How many rows share a forward pass moves the last bits: a run that goes on keeps the number it began with.
+        found = files.read_json(self.arguments_file)
+        begun = found.get("max_rows") if isinstance(found, dict) else None
+        wanted = arguments.max_rows or begun or default_rows(loaded)
+        rows = Rows(next(processes.map(lambda _: wanted, [None])))
+        described = self.described() | {"max_rows": rows.most}
+
+        means = self._means(loaded, clean, len(slots), rows, processes)
+        progress.done(len(clean))
+        if processes.is_first:
+            files.write_json(self.arguments_file, described)  # from here on, other arguments are refused
+            save_tensor(means, self.means_file)
+
+        def effects_of(index: int) -> Tensor:
+            prompt = shuffled[index]
+            effects = rows.fit(lambda most: indirect_effects(sweep, prompt, means, classes, most))
+            if index == 0:
+                check_sweep(sweep, prompt, means, effects, classes)
+            return effects[..., 0] if arguments.last_token_only else effects
+
         effects = self._partial()
-        progress = tqdm(shuffled, desc=self.dataset, unit="prompt", initial=len(effects), disable=None)
-        for prompt in shuffled[len(effects) :]:
-            effects.append(effects_of(loaded, prompt, means))
-            progress.update()
-            save_tensor(torch.stack(effects), self.partial_file)
-        progress.close()
-        save_tensor(torch.stack(effects), self.effect_file)
-        files.write_json(self.arguments_file, self.described() | self._circumstances(loaded, started))
-        self.partial_file.unlink(missing_ok=True)
+        progress.done(sum(cost[: len(effects)]))
+        for own in processes.map(effects_of, range(len(effects), len(shuffled))):
+            progress.done(cost[len(effects)])
+            effects.append(own)
+            if processes.is_first:
+                save_tensor(torch.stack(effects), self.partial_file)
+        if processes.is_first:
+            save_tensor(torch.stack(effects), self.effect_file)
+            files.write_json(self.arguments_file, described | self._circumstances(loaded, processes.count, started))
+            self.partial_file.unlink(missing_ok=True)
+            for left in self.effect_file.parent.glob(".*.tmp"):  # by runs that were killed while they wrote
+                left.unlink()
 
-    def _means(self, loaded, clean, n_slots: int, compute) -> Tensor:
+    def _means(self, loaded, clean, n_slots: int, rows, processes) -> Tensor:
+        from soteria.indirect_effect import batches, head_activations
+
         given = self.arguments.mean_activations_path or (self.means_file if self.means_file.exists() else None)
-        means = load_tensor(Path(given)) if given else compute(loaded, clean, n_slots)
+        if given:
+            means = load_tensor(Path(given))
+        else:
+
+            def activations_of(batch) -> Tensor:
+                return rows.fit(
+                    lambda most: sum(head_activations(loaded, part, n_slots) for part in batches(batch, most))
+                )
+
+            means = sum(processes.map(activations_of, batches(clean, rows.most))) / len(clean)
         geometry = loaded.geometry
         expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
         if tuple(means.shape) != expected:
@@ -182,15 +225,40 @@ class DatasetRun:
         return list(load_tensor(self.partial_file)) if self.partial_file.exists() else []
 
     @staticmethod
-    def _circumstances(loaded, started: float) -> dict:
+    def _circumstances(loaded, n_processes: int, started: float) -> dict:
         import transformers
 
         return {
+            "processes": n_processes,
             "device": str(loaded.model.device),
             "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "seconds": round(time.monotonic() - started, 2),
         }
+
+
+class Progress:
+    """One bar over all datasets, in forward passes: a prompt of the means costs one, a scored one what its sweep does.
+
+    Datasets not begun yet are taken to cost what those begun did on average, so the time left is honest throughout.
+    """
+
+    def __init__(self, n_datasets: int, *, silent: bool = False):
+        self.n_datasets, self.costs = n_datasets, []
+        # smoothing=0: the rate is the average so far, not that of the last moment.
+        self.bar = tqdm(desc="scoring", unit=" forwards", smoothing=0, disable=True if silent else None, total=0)
+
+    def begin(self, cost: float) -> None:
+        """A dataset begins, of `cost` forward passes."""
+        self.costs.append(cost)
+        self.bar.total = round(sum(self.costs) / len(self.costs) * self.n_datasets)
+        self.bar.refresh()
+
+    def done(self, cost: float) -> None:
+        self.bar.update(cost)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def json_object(text: str) -> dict[str, str]:

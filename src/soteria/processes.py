@@ -1,0 +1,48 @@
+"""Several processes on one task, as `accelerate launch` or `torchrun` starts them; one where neither does.
+
+Knows accelerate; knows nothing of what the processes compute.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Processes:
+    """This process among its fellows. All of them must call `map` and `wait` alike."""
+
+    def __init__(self, device: str | None):
+        # The launchers say so in the environment. Alone, accelerate need not be set up.
+        self.count, self.index, self.device = 1, 0, device
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=device == "cpu")
+            self.count, self.index = state.num_processes, state.process_index
+            self.device = device or str(state.device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.index == 0
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Each item's result, in order, in every process; each item is computed by one process."""
+        if self.count == 1:
+            yield from map(function, items)
+            return
+        from accelerate.utils import gather_object
+
+        for start in range(0, len(items), self.count):
+            own = items[start + self.index : start + self.index + 1]
+            yield from gather_object([function(item) for item in own])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
