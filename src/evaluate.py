@@ -49,6 +49,7 @@ def main() -> None:
     from tqdm import tqdm
 
     summary = describe(arguments.input) | inputs | {"judge_description": judge.description}
+    journals = []
     for column in columns:
         verdict_column, short = ANSWER_COLUMNS[column]
         journal = files.Journal(
@@ -59,6 +60,7 @@ def main() -> None:
                 "rows": table[["Question", column]].to_numpy().tolist(),
             },
         )
+        journals.append(journal)
         rows = {
             row: texts
             for row, texts in enumerate(zip(table["Question"], table[column], strict=True))
@@ -75,9 +77,8 @@ def main() -> None:
         summary[short] = summarise(list(table[verdict_column]))
     write_table(table, arguments.output)
     files.write_json(arguments.output.with_suffix(".json"), summary)
-    for column in columns:
-        short = ANSWER_COLUMNS[column][1]
-        arguments.output.with_name(f".{arguments.output.name}.{short}.journal").unlink(missing_ok=True)
+    for journal in journals:
+        journal.remove()
     print_table(summary)
 
 

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny checkpoints, the checking kit beside the repository."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
+from soteria import cli
 from soteria.models import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,6 +16,21 @@ SHARED = ROOT.parent / "shared"
 
 # Threads waiting for one another make tiny tensors a hundred times slower on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_script(monkeypatch) -> Callable[..., int]:
+    """`run_script(module, *arguments)`: run a script's `main` as the command line does; gives the exit status."""
+
+    def run(script, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        try:
+            cli.run(script.main)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """The method beside its controls: what is compared, and what the table says of it."""
 
-import sys
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 
 import make_tables as script
-from soteria import cli, files, tables
+from soteria import files, tables
 from soteria.comparison import METHOD, N_RANDOM, Measurement, answered_in_full, compare, conditions
 from soteria.evaluation import Rate
 from soteria.judges import RefusalJudge
@@ -185,16 +185,8 @@ def test_markdown_is_a_table_of_equal_columns():
 
 
 @pytest.fixture
-def make_tables(monkeypatch, tmp_path):
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", "--results", str(tmp_path), *map(str, arguments)])
-        try:
-            cli.run(script.main)
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    return run
+def make_tables(run_script, tmp_path):
+    return partial(run_script, script, "--results", tmp_path)
 
 
 def test_the_table_is_written_as_markdown_csv_and_picture(make_tables, tmp_path):

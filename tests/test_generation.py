@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import generate as script
-from soteria import cli, files, generation
+from soteria import files, generation
 from soteria.errors import UserError
 from soteria.generation import answer_questions, model_inputs
 from soteria.languages import find_language
@@ -169,7 +168,7 @@ def test_a_model_without_chat_template_is_refused_when_one_is_asked_for(tiny_loa
 
 
 @pytest.fixture
-def generate(monkeypatch, tiny_folder, tmp_path):
+def generate(run_script, tiny_folder, tmp_path):
     """`generate(**options)` runs generate.py on QUESTIONS and returns its status."""
     write_table(pd.DataFrame({"question": QUESTIONS}), tmp_path / "asked.csv")
 
@@ -184,12 +183,7 @@ def generate(monkeypatch, tiny_folder, tmp_path):
             "device": "cpu",
         } | options
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--column", column, *flags])
-        try:
-            cli.run(script.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return run_script(script, "--column", column, *flags)
 
     return run
 

@@ -1,7 +1,6 @@
 """Verdicts and what is counted from them: the three judges, and evaluate.py's files."""
 
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +11,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 import evaluate as script
-from soteria import cli, files
+from soteria import files
 from soteria.errors import UserError
 from soteria.evaluation import Rate, summarise
 from soteria.judges import (
@@ -308,7 +307,7 @@ def test_attack_success_over_judged_rows_is_unknown_where_none_was_judged():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, tmp_path):
+def evaluate(run_script, tmp_path):
     """`evaluate(judge)` judges three rows of two answer columns and returns the status."""
     table = {
         "Question": ["What, now?", "NA", 'Say "hi"'],
@@ -320,12 +319,7 @@ def evaluate(monkeypatch, tmp_path):
     def run(judge: str = "refusal", output: str = "Evaluated_answers.csv", **options) -> int:
         options = {"input": tmp_path / "answers.csv", "output": tmp_path / "out" / output, "judge": judge} | options
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-        try:
-            cli.run(script.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return run_script(script, *flags)
 
     return run
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import compute_indirect_effect
-from soteria import cli, files
+from soteria import files
 from soteria import indirect_effect as ie
 from soteria import models as soteria_models
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def step_1(data, tiny_folder, tmp_path, monkeypatch) -> Callable[..., int]:
+def step_1(data, tiny_folder, tmp_path, monkeypatch, run_script) -> Callable[..., int]:
     """Run the command in this process, from another folder, writing to `tmp_path`; gives the exit status."""
     model = tiny_folder("llama")
     monkeypatch.chdir(tmp_path)
@@ -51,12 +51,7 @@ def step_1(data, tiny_folder, tmp_path, monkeypatch) -> Callable[..., int]:
             **options,
         }
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["compute_indirect_effect.py", "--dataset_name", *dataset_names, *words])
-        try:
-            cli.run(compute_indirect_effect.main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return run_script(compute_indirect_effect, "--dataset_name", *dataset_names, *words)
 
     return run
 
@@ -207,15 +202,13 @@ def test_scores_without_readable_arguments_are_refused_and_kept(broken, step_1, 
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("last_token_only", "function"), [("True", "last_token_effects"), ("False", "all_class_effects")]
-)
+@pytest.mark.parametrize("last_token_only", ["True", "False"])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    last_token_only, function, step_1, tmp_path, monkeypatch, capsys
+    last_token_only, step_1, tmp_path, monkeypatch, capsys
 ):
     step_1("hot_Hindi", save_path_root=tmp_path / "whole", last_token_only=last_token_only)
     with monkeypatch.context() as context:
-        interrupt_after(1, context, function)
+        interrupt_after(1, context, "indirect_effects")
         assert step_1("hot_Hindi", last_token_only=last_token_only) == 130
     folder = tmp_path / "out" / "hot_Hindi"
     partial = folder / "hot_Hindi_indirect_effect.partial.pt"
@@ -223,14 +216,14 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert not (folder / "hot_Hindi_indirect_effect.pt").exists()
     assert "Traceback" not in capsys.readouterr().err
 
-    interrupt_after(N_TRIALS - 1, monkeypatch, function)  # a run from the start would need one prompt more
+    interrupt_after(N_TRIALS - 1, monkeypatch, "indirect_effects")  # a run from the start would need one prompt more
     assert step_1("hot_Hindi", last_token_only=last_token_only) == 0
     assert tensors(tmp_path / "out") == tensors(tmp_path / "whole") != {}
 
 
 def test_a_partial_run_is_not_added_to_with_other_arguments(step_1, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        interrupt_after(1, context, "last_token_effects")
+        interrupt_after(1, context, "indirect_effects")
         step_1("hot_Hindi")
     before = contents(tmp_path)
     assert step_1("hot_Hindi", seed=1) == 2
@@ -239,7 +232,7 @@ def test_a_partial_run_is_not_added_to_with_other_arguments(step_1, tmp_path, mo
 
 def test_an_interruption_before_the_first_score_leaves_nothing_to_refuse(step_1, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        interrupt_after(0, context, "mean_head_activations")
+        interrupt_after(0, context, "head_activations")
         assert step_1("hot_Hindi", seed=1) == 130
     assert step_1("hot_Hindi") == 0
 
