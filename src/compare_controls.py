@@ -12,9 +12,8 @@ from pathlib import Path
 from soteria import cli, files
 from soteria.errors import UserError
 from soteria.heads import language_file, mean_effect, rank_heads, read_heads
-from soteria.icl import TASKS, load_pairs, split_pairs
+from soteria.icl import TASKS
 from soteria.languages import PAPER_LANGUAGES, find_language
-from soteria.questions import read_questions
 
 
 def parse_arguments():
@@ -60,17 +59,13 @@ def main() -> None:
 
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     weights = [fingerprint(vector.base), fingerprint(vector.tuned)]
-
     seed = VALIDATION_SEED if arguments.choose else ACCURACY_SEED
-
-    def bench(name: str) -> Bench:
-        tasks = {task: split_pairs(load_pairs(files.DATA / "icl" / f"{task}_{name}.json"), 0.3, 42) for task in TASKS}
-        policy = read_questions(str(files.DATA / "prompts" / f"{arguments.policy}_{name}.csv"))
-        benign = read_questions(str(files.DATA / "benign" / f"{arguments.benign}_{name}.csv"))
-        return Bench(find_language(name), list(policy["question"]), list(benign["question"]), tasks, seed)
+    benches = {name: Bench.read(find_language(name), arguments.policy, arguments.benign, seed) for name in names}
 
     def inputs(name: str, scaling_factor: float) -> dict:
-        made_from = [weights, selected[name], rankings[name], bench(name).policy, bench(name).benign, arguments.choose]
+        """What a measurement was made from; a file that says the same is not made again."""
+        bench = benches[name]
+        made_from = [weights, selected[name], rankings[name], bench.policy, bench.benign, arguments.choose]
         return {
             "base_model": arguments.base_model,
             "finetune_model": arguments.finetune_model,
@@ -81,31 +76,38 @@ def main() -> None:
             "inputs_sha256": hashlib.sha256(json.dumps(made_from).encode()).hexdigest(),
         }
 
-    loaded, task_vectors = None, None
-    cells = [(name, factor) for factor in arguments.scaling_factor for name in names]
-    table: dict[float, list[dict]] = {}
-    for name, factor in tqdm(cells, desc="languages", unit="language", disable=None):
-        kind = "validation" if arguments.choose else "controls"
-        path = files.RESULTS / kind / f"{slug}_{name}_{arguments.policy}_scaling_{factor:g}.json"
-        found = files.read_json(path)
-        if not isinstance(found, dict) or not inputs(name, factor).items() <= found.items():
-            if loaded is None:
-                loaded = load_model(arguments.base_model)
-                task_vectors = [vector.at(layer) for layer in range(loaded.geometry.n_layers)]
-            geometry = loaded.geometry
+    kind = "validation" if arguments.choose else "controls"
+    paths = {
+        (name, factor): files.RESULTS / kind / f"{slug}_{name}_{arguments.policy}_scaling_{factor:g}.json"
+        for factor in arguments.scaling_factor
+        for name in names
+    }
+    found = {cell: files.read_json(path) for cell, path in paths.items()}
+    pending = [
+        cell for cell, at in found.items() if not isinstance(at, dict) or not inputs(*cell).items() <= at.items()
+    ]
+    if pending:
+        loaded = load_model(arguments.base_model)
+        geometry, judge = loaded.geometry, RefusalJudge()
+        task_vectors = [vector.at(layer) for layer in range(geometry.n_layers)]
+        for name, factor in tqdm(pending, desc="measuring", unit="language", disable=None):
             lists = conditions(rankings[name], len(selected[name]), geometry.n_layers, geometry.n_heads)
             lists[METHOD] = [selected[name]]
             if arguments.choose:
                 lists = {condition: lists[condition] for condition in ("base", METHOD)}
-            measured = compare(loaded, task_vectors, lists, factor, bench(name), RefusalJudge())
-            found = inputs(name, factor) | {
-                "judge": RefusalJudge.description,
+            measured = compare(loaded, task_vectors, lists, factor, benches[name], judge)
+            found[name, factor] = inputs(name, factor) | {
+                "judge": judge.description,
                 "n_heads": len(selected[name]),
                 "conditions": {condition: m.as_json() for condition, m in measured.items()},
             }
-            files.write_json(path, found)
-        table.setdefault(factor, []).append(found["conditions"])
+            files.write_json(paths[name, factor], found[name, factor])
     print(f"means over {len(names)} languages, judge: {RefusalJudge.description}")
+    print_means({factor: [found[name, factor]["conditions"] for name in names] for factor in arguments.scaling_factor})
+
+
+def print_means(table: dict[float, list[dict]]) -> None:
+    """Per scaling factor and condition, the three rates' means over the languages."""
     print(f"{'scaling':>8} {'heads':14} {'ASR':>7} {'benign refused':>15} {'ICL accuracy':>13}")
     for factor, rows in table.items():
         for condition in rows[0]:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from soteria import files
 from soteria.evaluation import Rate
 from soteria.generation import answer_questions
 from soteria.heads import Head, random_heads
-from soteria.icl import PromptForm, Split, draw_prompt
+from soteria.icl import TASKS, PromptForm, Split, draw_prompt, load_pairs, split_pairs
 from soteria.judges import HARMFUL, NOT_HARMFUL, Judge
 from soteria.languages import Language
 from soteria.models import BOS_TEXT, LoadedModel
+from soteria.questions import read_questions
 from soteria.scoring import seed_everything
 from soteria.steering import steered_in_place
 
@@ -73,6 +75,17 @@ class Bench:
     tasks: dict[str, Split]  # task -> its rows, split as in step 1
     seed: int = ACCURACY_SEED
     n_prompts: int = 25  # a task
+
+    @classmethod
+    def read(cls, language: Language, policy: str, benign: str, seed: int = ACCURACY_SEED) -> "Bench":
+        """A language's bench from `data/`: sets of questions by name. Raises UserError for missing ones."""
+        questions = [
+            list(read_questions(str(files.DATA / folder / f"{name}_{language.name}.csv"))["question"])
+            for folder, name in (("prompts", policy), ("benign", benign))
+        ]
+        rows = {task: load_pairs(files.DATA / "icl" / f"{task}_{language.name}.json") for task in TASKS}
+        tasks = {task: split_pairs(pairs, 0.3, 42) for task, pairs in rows.items()}
+        return cls(language, *questions, tasks, seed)
 
     def measure(self, loaded: LoadedModel, judge: Judge, batch_size: int = 64) -> Measurement:
         harmful = self._verdicts(loaded, self.policy, judge, batch_size).count(HARMFUL)
