@@ -17,9 +17,10 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 import compute_indirect_effect
-from soteria import cli, files, memory
+from soteria import cli, files, memory, models
 from soteria.errors import UserError
 from soteria.icl import TOKEN_CLASSES
 from soteria.indirect_effect import (
@@ -154,6 +155,22 @@ def test_a_model_spread_over_devices_scores_the_same(tiny_loaded, tmp_path):
     expected = indirect_effects(ForkingSweep(whole), prompt, means, TOKEN_CLASSES)
     found = indirect_effects(ForkingSweep(loaded), prompt, means, TOKEN_CLASSES)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_a_model_that_one_gpu_does_not_hold_is_spread_by_accelerate(tiny_folder, tiny_loaded, monkeypatch):
+    monkeypatch.setattr(models, "fits", lambda *_: False)
+    true_load, asked = AutoModelForCausalLM.from_pretrained, {}
+
+    def load(*given, **options):
+        asked.update(options)
+        return true_load(*given, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    loaded, prompt = models.load_model(str(tiny_folder("llama")), "cpu", "float32"), random_prompt(30)
+    assert asked["device_map"] == "auto"
+    means = random_means(loaded, 30)
+    expected = indirect_effects(ForkingSweep(tiny_loaded("llama")), prompt, means)
+    torch.testing.assert_close(indirect_effects(ForkingSweep(loaded), prompt, means), expected, rtol=0, atol=1e-7)
 
 
 def test_the_model_is_left_as_it_was(tiny_loaded):

@@ -166,6 +166,9 @@ def load_geometry(name: str) -> AttentionGeometry:
 def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:
     """Load a causal LM by hub id or local folder, ready for inference. No remote code is run.
 
+    A model that one GPU does not hold is spread over all of them, and the rest of it over memory and disk, by
+    accelerate (`device_map="auto"`).
+
     Raises UserError for a path that is no model, missing or misshapen weights, an unusable device, or an architecture
     whose heads cannot be told apart.
     """
@@ -175,19 +178,27 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
     config, tokenizer = load_config(name), load_tokenizer(name)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    resolved = resolve_dtype(dtype, device)
     with _explain_loading(name):
+        spread = {} if fits(config, resolved, device) else {"device_map": "auto"}
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=resolve_dtype(dtype, device),
-            output_loading_info=True,
-            trust_remote_code=False,
+            name, config=config, dtype=resolved, output_loading_info=True, trust_remote_code=False, **spread
         )
     # transformers fills what it cannot find or fit with random numbers and only warns.
     broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if broken:
         raise UserError(f"the weights of {name!r} do not fit its config: {len(broken)} tensors, first {broken[0]}")
-    return LoadedModel(name, model.to(device).eval(), tokenizer, read_geometry(model))
+    return LoadedModel(name, (model if spread else model.to(device)).eval(), tokenizer, read_geometry(model))
+
+
+def fits(config: PreTrainedConfig, dtype: torch.dtype | str, device: str) -> bool:
+    """Whether a GPU's free memory holds the model's weights and a tenth more. A CPU is not asked: it can swap."""
+    if torch.device(device).type != "cuda":
+        return True
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    stored = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    return n_parameters * stored.itemsize * 1.1 < torch.cuda.mem_get_info(device)[0]
 
 
 @contextlib.contextmanager
