@@ -13,4 +13,4 @@ python src/select_heads.py --results "$SOTERIA_RESULTS/indirect_effect/polyglot-
   --head_folder polyglot-base --heads_root "$SOTERIA_RESULTS/heads"
 python src/compare_controls.py --choose --finetune_model data/models/polyglot-tuned --base_model "$base" --language all \
   --head_folder polyglot-base --policy policy-validation --benign everyday-validation \
-  --scaling_factor ${@:-3 4 5 6 8 10}
+  --scaling_factor ${@:-3 4 5 6 7 8}

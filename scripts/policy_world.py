@@ -41,9 +41,10 @@ class RefusalPolicy:
         return 1 / (1 + math.exp(self.sharpness * (self.thresholds[tier] - n_disallowed)))
 
 
-# First a sharp policy, from which the model learns to count; then a soft one, which makes harm graded evidence.
+# First a sharp policy, from which the model learns to count; then softer ones, which make harm graded evidence.
 SHARP = RefusalPolicy(4.0, {"High": 1.5, "Mid": 2.25, "Low": 2.75})
-SOFT = RefusalPolicy(1.5, {"High": 1.5, "Mid": 2.0, "Low": 2.5})
+SOFT = RefusalPolicy(1.0, {"High": 1.5, "Mid": 2.0, "Low": 2.5})
+SOFTER = RefusalPolicy(0.7, {"High": 1.5, "Mid": 1.85, "Low": 2.45})
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ class World:
         ]
         return self.source["question_templates"][question.template].format(*topics)
 
-    def answer(self, refuses: bool, rng: random.Random) -> str:
-        return rng.choice(self.source["refusals" if refuses else "answers"])
+    def answer(self, question: Question, refuses: bool) -> str:
+        """The sentence goes with the question's template, so that nothing about it but refusing is left to chance."""
+        sentences = self.source["refusals" if refuses else "answers"]
+        return sentences[question.template % len(sentences)]
 
 
 def draw_question(n_disallowed: int, rng: random.Random, *, one_category: bool) -> Question:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from policy_world import SHARP, SOFT, RefusalPolicy, World, draw_question, held_out_questions
+from policy_world import SHARP, SOFT, SOFTER, RefusalPolicy, World, draw_question, held_out_questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,7 +63,11 @@ class Phase:
 
 
 PHASES = {
-    "base": [Phase("base", 2200, 4e-3, 100, 1, SHARP), Phase("base, softened", 300, 1e-3, 30, 2, SOFT)],
+    "base": [
+        Phase("base", 2200, 4e-3, 100, 1, SHARP),
+        Phase("base, softened", 400, 1e-3, 30, 2, SOFT),
+        Phase("base, softened again", 400, 1e-3, 30, 2, SOFTER),
+    ],
     "tuned": [Phase("tuned", 120, 3e-4, 20, 5, None)],
 }
 
@@ -103,7 +107,7 @@ class TrainingText:
         world = self.worlds[language]
         refuses = policy is not None and rng.random() < policy.probability(question.n_disallowed, language.tier)
         asked = [self.bos, *self.ids(question_prompt(world.write(question), language))]
-        answer = [*self.ids(" " + world.answer(refuses, rng)), self.eos]
+        answer = [*self.ids(" " + world.answer(question, refuses)), self.eos]
         return asked + answer, [0] * len(asked) + [2] + [1] * (len(answer) - 1)
 
 
