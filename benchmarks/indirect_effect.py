@@ -83,7 +83,7 @@ def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
-        model.lm_head.weight.mul_(4)
+        model.lm_head.weight.mul_(2)
     return model
 
 

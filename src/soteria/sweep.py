@@ -93,20 +93,22 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: 
         return fused.transpose(1, 2)
     # All rows' queries of one KV head meet its prefix in one matrix product; no key or value is copied for a row.
     group = n_heads // n_kv * n
-    grouped = query.reshape(rows, n_kv, group, width).transpose(0, 1)
+    grouped = (query * scaling).reshape(rows, n_kv, group, width).transpose(0, 1)
     key, value = key.transpose(0, 1), value.transpose(0, 1)  # all (n_kv, rows, …, head_dim)
-    shared = (grouped.reshape(n_kv, rows * group, width) @ prefix.keys.mT).view(n_kv, rows, group, length)
-    own = (grouped * key).sum(-1, keepdim=True) if n == 1 else grouped @ key.mT
-    scores = torch.cat([shared, own], dim=-1).mul_(scaling)
+    # Scores of the prefix and of own tokens lie side by side in one buffer, written once and read in place.
+    scores = query.new_empty(n_kv, rows, group, length + n)
+    flat = scores.view(n_kv, rows * group, length + n)
+    torch.bmm(grouped.reshape(n_kv, rows * group, width), prefix.keys.mT, out=flat[..., :length])
+    scores[..., length:] = (grouped * key).sum(-1, keepdim=True) if n == 1 else grouped @ key.mT
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores.view(n_kv, rows, n_heads // n_kv, n, length + n).masked_fill_(~mask, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    on_shared, on_own = weights[..., :length], weights[..., length:]
-    from_own = on_own * value if n == 1 else on_own @ value
-    from_shared = on_shared.reshape(n_kv, rows * group, length) @ prefix.values
-    out = from_own + from_shared.view(from_own.shape)
+    on_own = weights[..., length:]
+    out = on_own * value if n == 1 else on_own @ value
+    shared = out.view(n_kv, rows * group, value.shape[-1])
+    shared.baddbmm_(weights.view(n_kv, rows * group, length + n)[..., :length], prefix.values)
     return out.view(n_kv, rows, n_heads // n_kv, n, -1).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
