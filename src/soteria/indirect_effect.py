@@ -54,11 +54,14 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> Tokenized
 
 
 def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[TokenizedPrompt]]:
-    """Consecutive prompts of at most `max_rows` tokens together, padding included; at least one each."""
+    """Prompts of equal length, at most `max_rows` tokens together but at least one prompt, shortest first.
+
+    Unequal ones would need padding, whose mask sends attention through another kernel that rounds differently.
+    """
     cut: list[list[TokenizedPrompt]] = []
-    for prompt in prompts:
-        longest = max([len(prompt.ids), *(len(other.ids) for other in cut[-1])]) if cut else 0
-        if cut and longest * (len(cut[-1]) + 1) <= max_rows:
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        length = len(prompt.ids)
+        if cut and len(cut[-1][0].ids) == length and length * (len(cut[-1]) + 1) <= max_rows:
             cut[-1].append(prompt)
         else:
             cut.append([prompt])
@@ -69,32 +72,29 @@ def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[Toke
 def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
     """The sum over prompts of every head's output, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
 
-    The tokens of one word are averaged into its slot. The prompts are one batch.
+    The tokens of one word are averaged into its slot. The prompts are one batch, all of one length.
     """
     geometry = loaded.geometry
-    length = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.zeros(len(prompts), length, dtype=torch.long, device=prompts[0].ids.device)
-    mask = torch.zeros_like(ids)
     # Each token's share in its slot: activations are brought to slots by one matrix product a prompt.
-    shares = torch.zeros(len(prompts), n_slots, length)
+    shares = torch.zeros(len(prompts), n_slots, len(prompts[0].ids))
     for row, prompt in enumerate(prompts):
-        n, slots = len(prompt.ids), torch.tensor(prompt.slots)
-        ids[row, :n], mask[row, :n] = prompt.ids, 1
-        shares[row, slots, torch.arange(n)] = 1 / torch.bincount(slots, minlength=n_slots)[slots].float()
+        slots = torch.tensor(prompt.slots)
+        shares[row, slots, torch.arange(len(slots))] = 1 / torch.bincount(slots, minlength=n_slots)[slots].float()
     total = torch.zeros(geometry.n_layers, n_slots, geometry.n_heads * geometry.head_dim)
 
     def collect(layer: int, heads: Tensor) -> None:
         total[layer] = (shares.to(heads.device) @ heads.float()).sum(dim=0).cpu()
 
     with head_outputs(loaded, collect):
-        same_length = all(len(prompt.ids) == length for prompt in prompts)
-        loaded.model(input_ids=ids, attention_mask=None if same_length else mask, use_cache=False, logits_to_keep=1)
+        loaded.model(input_ids=torch.stack([prompt.ids for prompt in prompts]), use_cache=False, logits_to_keep=1)
     return total.view(geometry.n_layers, n_slots, geometry.n_heads, geometry.head_dim).transpose(1, 2).contiguous()
 
 
-def mean_head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
-    """The mean over prompts of `head_activations`, taken in one batch."""
-    return head_activations(loaded, prompts, n_slots) / len(prompts)
+def mean_head_activations(
+    loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int, max_rows: int = MOST_ROWS
+) -> Tensor:
+    """The mean of `head_activations` over prompts."""
+    return sum(head_activations(loaded, batch, n_slots) for batch in batches(prompts, max_rows)) / len(prompts)
 
 
 def answer_probability(logits: Tensor, answer: int) -> Tensor:
