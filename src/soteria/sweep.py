@@ -1,4 +1,4 @@
-"""The forking sweep: a prompt's answer under every head's replacement, for about the price of two forward passes.
+"""The forking sweep: a prompt's answer under every head's replacement, for the price of a few forward passes.
 
 A head replaced at some tokens changes nothing before the first of them and nothing in the layers below. So a prompt is
 run once, keeping what enters each layer and the keys and values of its attention. Then the tokens from the first
@@ -163,14 +163,14 @@ class ForkingSweep:
         bottom = min(heads_of)
 
         def enter(layer: int, hidden: Tensor) -> Tensor:
-            if layer < bottom:  # nothing is patched yet: one token, whose values nobody reads, keeps the pass going
-                return hidden[:, :1]
+            if layer < bottom:  # nothing is patched yet: one row, whose values nobody reads, keeps the pass going
+                return hidden
             forks = run.hidden[layer][start - run.first :].expand(len(heads_of.get(layer, ())), -1, -1)
             return forks if layer == bottom else torch.cat([hidden, forks.to(hidden.device)])
 
         def attend(layer, _module, query, key, value, _mask, *, scaling=None, softcap=None, **_):
             if layer < bottom:
-                return value.new_zeros(1, 1, query.shape[1], value.shape[-1]), None
+                return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             return _attend(query, key, value, run.prefix(layer, start), scaling, softcap), None
 
