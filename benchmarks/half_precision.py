@@ -4,40 +4,29 @@ The same prompts are scored in each dtype; float32 is taken for the truth. Print
 among effects between 5e-5 and 2e-4, how many of them change sign, how many of the top half of the heads stay in it.
 """
 
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.icl import MeanSlots, PromptForm, draw_prompt, load_pairs, split_pairs  # noqa: E402
-from soteria.indirect_effect import indirect_effects, mean_head_activations, tokenize  # noqa: E402
-from soteria.models import load_model  # noqa: E402
-from soteria.sweep import ForkingSweep  # noqa: E402
+from soteria.scoring import effect_path, load_tensor  # noqa: E402
 
 DATASETS = ("antonym_Hindi", "country-capital_Hindi", "sentiment_Hindi")
-N_PROMPTS = 5
 
 
 def effects_in(dtype: str) -> Tensor:
     """(prompts, heads), float32."""
-    loaded = load_model(str(ROOT / "data" / "models" / "polyglot-base"), "cpu", dtype)
-    sweep, form = ForkingSweep(loaded), PromptForm()
-    slots, found = MeanSlots(10, form, loaded.tokenizer), []
-    for dataset in DATASETS:
-        split = split_pairs(load_pairs(ROOT / "data" / "icl" / f"{dataset}.json"), 0.3, 42)
-        np.random.seed(42)
-        clean, scored = (
-            [tokenize(draw_prompt(split, 10, form, shuffle_labels=shuffled), loaded, slots) for _ in range(N_PROMPTS)]
-            for shuffled in (False, True)
-        )
-        means = mean_head_activations(loaded, clean, len(slots))
-        found += [indirect_effects(sweep, prompt, means).flatten() for prompt in scored]
-    return torch.stack(found)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "src" / "compute_indirect_effect.py"), "--dataset_name", *DATASETS]
+        command += ["--model_name", str(ROOT / "data" / "models" / "polyglot-base"), "--save_path_root", folder]
+        subprocess.run([*command, "--n_trials", "5", "--device", "cpu", "--dtype", dtype], check=True)
+        return torch.cat([load_tensor(effect_path(Path(folder), dataset)) for dataset in DATASETS]).flatten(1)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+def random_model(arguments: argparse.Namespace) -> PreTrainedModel:
     """A Llama of the shape, its unembedding scaled so that the likeliest token has a probability worth changing."""
     config = LlamaConfig(
         hidden_size=arguments.width,
@@ -75,13 +75,8 @@ def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
         initializer_range=arguments.width**-0.5,
     )
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[arguments.dtype])
-    try:
-        with torch.device(arguments.device):
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device(arguments.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[arguments.dtype]).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     return model

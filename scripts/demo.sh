@@ -8,10 +8,11 @@ cd "$(dirname "$0")/.."
 
 case "${1:-}" in
   "") languages=(English Hindi Bengali) ;;
-  --all) languages=(English Spanish German French Chinese Arabic Bulgarian Thai Hindi Bengali Tamil Telugu) ;;
+  --all) languages=() ;;
   *) echo "usage: bash scripts/demo.sh [--all]" >&2; exit 2 ;;
 esac
 source scripts/environment.sh
+[ ${#languages[@]} -gt 0 ] || read -ra languages <<<"$(paper_languages)"
 export SOTERIA_RESULTS=${SOTERIA_RESULTS:-results}
 base=data/models/polyglot-base tuned=data/models/polyglot-tuned heads=polyglot-base
 # Chosen on the validation questions by scripts/choose_scaling_factor.sh; no number in the table below uses them.

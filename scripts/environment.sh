@@ -7,3 +7,8 @@ if ! cmp -s requirements.txt .venv/requirements.stamp 2>/dev/null; then
 fi
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
+
+# The paper's twelve languages, from the one place where they are listed.
+paper_languages() {
+  PYTHONPATH=src python -c 'from soteria.languages import PAPER_LANGUAGES; print(*(each.name for each in PAPER_LANGUAGES))'
+}

@@ -6,15 +6,17 @@
 # Environment: SWEEP_LANGUAGES and SWEEP_TASKS (lists with spaces), SWEEP_PROCESSES (processes that share a dataset's
 # prompts, default 1), SOTERIA_RESULTS (default results).
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+# Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then cd "$SLURM_SUBMIT_DIR"; else cd "$(dirname "$0")/.."; fi
 source scripts/environment.sh
+trap 'exit 130' INT
 
 models=("$@")
 if [ $# -eq 0 ]; then
   models=(meta-llama/Llama-3.1-8B-Instruct Qwen/Qwen2-7B-Instruct mistralai/Mistral-7B-Instruct-v0.3
     microsoft/Phi-3.5-mini-instruct)
 fi
-read -ra languages <<<"${SWEEP_LANGUAGES:-English Spanish German French Chinese Arabic Bulgarian Thai Hindi Bengali Tamil Telugu}"
+read -ra languages <<<"${SWEEP_LANGUAGES:-$(paper_languages)}"
 read -ra tasks <<<"${SWEEP_TASKS:-antonym country-capital country-currency sentiment ag_news}"
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -38,11 +40,8 @@ failed=()
 for model in "${models[@]}"; do
   echo "$model: ${#datasets[@]} datasets"
   # A model that fails does not keep the others from their turn; Ctrl-C ends the sweep.
-  "${launcher[@]}" src/compute_indirect_effect.py --model_name "$model" --dataset_name "${datasets[@]}" || {
-    status=$?
-    [ "$status" -eq 130 ] && exit 130
+  "${launcher[@]}" src/compute_indirect_effect.py --model_name "$model" --dataset_name "${datasets[@]}" ||
     failed+=("$model")
-  }
 done
 if [ ${#failed[@]} -gt 0 ]; then
   echo "error: not finished: ${failed[*]}; the same command goes on from here" >&2

@@ -53,19 +53,19 @@ def main() -> None:
     root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
-    processes = Processes(arguments.device)
-    if len(pending) < len(runs) and processes.is_first:
-        print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
-    if not pending:
-        return
-    sweep = ForkingSweep(load_model(arguments.model_name, processes.device, arguments.dtype))
-    processes.wait()  # nobody writes before everybody has seen what is there
-    started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
-    for run in pending:
-        run.score(sweep, processes, progress)
-    progress.close()
-    if processes.is_first:
-        print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
+    with Processes(arguments.device) as processes:
+        if len(pending) < len(runs) and processes.is_first:
+            print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
+        if not pending:
+            return
+        sweep = ForkingSweep(load_model(arguments.model_name, processes.device, arguments.dtype))
+        processes.wait()  # nobody writes before everybody has seen what is there
+        started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
+        for run in pending:
+            run.score(sweep, processes, progress)
+        progress.close()
+        if processes.is_first:
+            print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: tiny checkpoints, the checking kit beside the repository."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
-from soteria import cli
+from soteria import cli, files
 from soteria.models import LoadedModel, load_model
+from soteria.processes import Processes
+from soteria.scoring import DatasetRun, Progress, load_tensor
+from soteria.sweep import ForkingSweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -67,3 +71,16 @@ def tiny_loaded(tiny_folder) -> Callable[..., LoadedModel]:
         return loaded[folder]
 
     return load
+
+
+def shipped(loaded, root: Path, dataset: str, *, data: Path = files.DATA / "icl", **options):
+    """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
+    defaults = {"seed": 42, "n_shots": 3, "n_trials": 2, "test_split": 0.3, "last_token_only": True}
+    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32", "max_rows": None}
+    run = DatasetRun(
+        dataset,
+        root,
+        Namespace(model_name=loaded.name, root_data_dir=data, **{**defaults, **arguments, **options}),
+    )
+    run.score(ForkingSweep(loaded), Processes("cpu"), Progress(1, silent=True))
+    return load_tensor(run.effect_file), load_tensor(run.means_file)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
-from soteria import cli, files
+from soteria import files
 from soteria.scoring import effect_path, save_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +190,7 @@ def listing(folder: Path) -> dict[str, str | None]:
 
 
 @pytest.fixture
-def command(monkeypatch):
+def command(monkeypatch, run_script):
     """`command(text, folder)` runs a script's main in a folder and returns its status."""
     for name in [name for name in os.environ if name.startswith(("OPENAI_", "AZURE_", "SOTERIA_"))]:
         monkeypatch.delenv(name)
@@ -199,12 +199,7 @@ def command(monkeypatch):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(files, "RESULTS", folder / "results")
         script, *arguments = shlex.split(text)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        try:
-            cli.run(importlib.import_module(script).main)
-        except SystemExit as end:
-            return end.code
-        return 0
+        return run_script(importlib.import_module(script), *arguments)
 
     return run
 

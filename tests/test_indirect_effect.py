@@ -1,14 +1,13 @@
 """Step 1's numbers: against the slow obvious scorer, against a planted circuit, and the prompts behind them."""
 
 import random
-from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
@@ -37,25 +36,10 @@ from soteria.indirect_effect import (
     tokenize,
 )
 from soteria.models import LoadedModel, load_geometry, load_model, read_geometry
-from soteria.processes import Processes
-from soteria.scoring import DatasetRun, Progress, load_tensor
 from soteria.sweep import ForkingSweep, head_outputs
 
 ICL = files.DATA / "icl"
 ENGLISH, HINDI = "country-capital_English", "country-capital_Hindi"
-
-
-def shipped(loaded, root: Path, dataset: str, *, data: Path = ICL, **options):
-    """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
-    defaults = {"seed": 42, "n_shots": 3, "n_trials": 2, "test_split": 0.3, "last_token_only": True}
-    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32", "max_rows": None}
-    run = DatasetRun(
-        dataset,
-        root,
-        Namespace(model_name=loaded.name, root_data_dir=data, **{**defaults, **arguments, **options}),
-    )
-    run.score(ForkingSweep(loaded), Processes("cpu"), Progress(1, silent=True))
-    return load_tensor(run.effect_file), load_tensor(run.means_file)
 
 
 def assert_same_scores(got, want):

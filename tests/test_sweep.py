@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import ROOT
+from conftest import ROOT, shipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
@@ -35,8 +35,6 @@ from soteria.indirect_effect import (
 )
 from soteria.memory import Rows, default_rows
 from soteria.models import LoadedModel, read_geometry
-from soteria.processes import Processes
-from soteria.scoring import DatasetRun, Progress, load_tensor
 from soteria.sweep import ForkingSweep
 
 
@@ -98,25 +96,12 @@ def test_every_shape_scores_as_one_forward_a_head(architecture, tmp_path_factory
     task = data.draw(st.sampled_from(["country-capital_English", "antonym_English", "sentiment_English"]))
     seed, n_shots = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 3))
     last_token_only = data.draw(st.booleans())
-    options = {"seed": seed, "n_shots": n_shots, "n_trials": 1, "test_split": 0.3, "last_token_only": last_token_only}
-    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32"}
+    options = {"seed": seed, "n_shots": n_shots, "n_trials": 1, "last_token_only": last_token_only}
     rows = data.draw(st.sampled_from([None, 1, 7, 100]))
-    run = DatasetRun(
-        task,
-        tmp_path_factory.mktemp("scores"),
-        Arguments(model_name=architecture, root_data_dir=files.DATA / "icl", max_rows=rows, **options, **arguments),
-    )
-    run.score(ForkingSweep(loaded), Processes("cpu"), Progress(1, silent=True))
+    effects, means = shipped(loaded, tmp_path_factory.mktemp("scores"), task, max_rows=rows, **options)
     expected, expected_means = oracle.score(loaded, files.DATA / "icl" / f"{task}.json", **options)
-    torch.testing.assert_close(load_tensor(run.means_file), expected_means, rtol=1e-5, atol=2e-6)
-    assert (load_tensor(run.effect_file) - expected).abs().max() <= 1e-6
-
-
-class Arguments:
-    """A namespace, as argparse gives it."""
-
-    def __init__(self, **values):
-        vars(self).update(values)
+    torch.testing.assert_close(means, expected_means, rtol=1e-5, atol=2e-6)
+    assert (effects - expected).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("length", [2, 12, 13, 40])
@@ -131,6 +116,17 @@ def test_prompts_of_any_length_score_exactly(architecture, length, tiny_loaded):
             assert effects[layer, 1, TOKEN_CLASSES.index(name)].item() == pytest.approx(slow, abs=1e-6)
     absent = [i for i, name in enumerate(TOKEN_CLASSES) if name not in prompt.classes]
     assert (effects[..., absent] == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_portions_of_any_size_score_the_same(architecture, tiny_loaded):
+    """Small ones begin above the bottom layer, where the layers below have nothing to do."""
+    loaded, prompt = tiny_loaded(architecture), random_prompt(30)
+    means, sweep = random_means(loaded, 30), ForkingSweep(loaded)
+    together = indirect_effects(sweep, prompt, means, TOKEN_CLASSES)
+    for rows in (1, 40, 250):
+        portions = indirect_effects(sweep, prompt, means, TOKEN_CLASSES, max_rows=rows)
+        torch.testing.assert_close(portions, together, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])

@@ -8,7 +8,7 @@ Knows models and prompts; knows nothing of languages, ranks or files.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from soteria.errors import UserError
 from soteria.icl import MeanSlots, Prompt, answer_token, token_roles
-from soteria.memory import MOST_ROWS
+from soteria.memory import MOST_ROWS, Rows
 from soteria.models import AttentionGeometry, LoadedModel
 from soteria.sweep import ForkingSweep, head_outputs
 
@@ -91,10 +91,19 @@ def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_
 
 
 def mean_head_activations(
-    loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int, max_rows: int = MOST_ROWS
+    loaded: LoadedModel,
+    prompts: Sequence[TokenizedPrompt],
+    n_slots: int,
+    rows: Rows | None = None,
+    share: Callable[..., Iterable[Tensor]] = map,
 ) -> Tensor:
-    """The mean of `head_activations` over prompts."""
-    return sum(head_activations(loaded, batch, n_slots) for batch in batches(prompts, max_rows)) / len(prompts)
+    """The mean of `head_activations` over prompts. `share` maps a function over batches, in order, as `map` does."""
+    rows = rows or Rows(MOST_ROWS)
+
+    def activations_of(batch: list[TokenizedPrompt]) -> Tensor:
+        return rows.fit(lambda most: sum(head_activations(loaded, part, n_slots) for part in batches(batch, most)))
+
+    return sum(share(activations_of, batches(prompts, rows.most))) / len(prompts)
 
 
 def answer_probability(logits: Tensor, answer: int) -> Tensor:

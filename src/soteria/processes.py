@@ -12,17 +12,24 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """This process among its fellows. All of them must call `map` and `wait` alike."""
+    """This process among its fellows, as a context. All of them must call `map` and `wait` alike."""
 
     def __init__(self, device: str | None):
+        self.count, self.index, self.device, self._state = 1, 0, device, None
         # The launchers say so in the environment. Alone, accelerate need not be set up.
-        self.count, self.index, self.device = 1, 0, device
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu")
-            self.count, self.index = state.num_processes, state.process_index
-            self.device = device or str(state.device)
+            self._state = PartialState(cpu=device == "cpu")
+            self.count, self.index = self._state.num_processes, self._state.process_index
+            self.device = device or str(self._state.device)
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._state:  # left to the interpreter's end, its threads abort one process in some runs
+            self._state.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
@@ -42,7 +49,5 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.count > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+        if self._state:
+            self._state.wait_for_everyone()

@@ -202,19 +202,12 @@ class DatasetRun:
                 left.unlink()
 
     def _means(self, loaded, clean, n_slots: int, rows, processes) -> Tensor:
-        from soteria.indirect_effect import batches, head_activations
+        from soteria.indirect_effect import mean_head_activations
 
         given = self.arguments.mean_activations_path or (self.means_file if self.means_file.exists() else None)
-        if given:
-            means = load_tensor(Path(given))
-        else:
-
-            def activations_of(batch) -> Tensor:
-                return rows.fit(
-                    lambda most: sum(head_activations(loaded, part, n_slots) for part in batches(batch, most))
-                )
-
-            means = sum(processes.map(activations_of, batches(clean, rows.most))) / len(clean)
+        means = (
+            load_tensor(Path(given)) if given else mean_head_activations(loaded, clean, n_slots, rows, processes.map)
+        )
         geometry = loaded.geometry
         expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
         if tuple(means.shape) != expected:
