@@ -55,7 +55,8 @@ def main() -> None:
     from soteria.comparison import ACCURACY_SEED, METHOD, VALIDATION_SEED, Bench, compare, conditions
     from soteria.judges import RefusalJudge
     from soteria.models import load_model
-    from soteria.steering import TaskVector, fingerprint
+    from soteria.steering import fingerprint
+    from soteria.task_vector import TaskVector
 
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     weights = [fingerprint(vector.base), fingerprint(vector.tuned)]

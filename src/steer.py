@@ -1,11 +1,13 @@
 """Step 3.1: base - scaling_factor * (finetune - base) on the output-projection columns of a language's heads.
 
-Writes a complete model folder: every other tensor is the base's, bit for bit.
+Writes a complete model folder: every other tensor is the base's, bit for bit. With --format delta, writes the
+difference alone, once for any number of languages.
 """
 
 from pathlib import Path
 
 from soteria import cli, files
+from soteria.errors import UserError
 from soteria.heads import language_file, read_heads
 from soteria.languages import find_language
 
@@ -19,7 +21,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
     add("--base_model", required=True, help="the model to make safer: hub id or folder")
-    add("--language", required=True, help="name or code")
+    add("--language", action="append", required=True, help="name or code; may be given several times")
     add(
         "--scaling_factor",
         type=cli.scaling_factor,
@@ -27,35 +29,59 @@ def parse_arguments():
         help="how much of the task vector to subtract, 0 or more",
     )
     add("--head_folder", required=True, help="folder of <Language>_Heads.json: a name under results/heads, or a path")
-    add("--output", type=Path, help="default: results/models/<Language>_<base slug>_scaling_<scaling factor>")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="store the weights so (default: as the base does)")
+    add(
+        "--format",
+        choices=["checkpoint", "delta"],
+        default="checkpoint",
+        help="checkpoint: a complete model folder per language; delta: one small folder for all the languages given, "
+        "for soteria.load_steered",
+    )
+    add(
+        "--output",
+        type=Path,
+        help="default: results/models/<Language>_<base slug>_scaling_<scaling factor>, or <base slug>_delta there",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="store the weights so (default: as the base does; of a delta: float32)",
+    )
     add("--overwrite", action="store_true", help="replace an output folder that was made from other inputs")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    language = find_language(arguments.language)
+    languages = list(dict.fromkeys(find_language(language).name for language in arguments.language))
     folder = files.head_folder(arguments.head_folder)
-    heads = read_heads(folder / language_file(language.name))
+    heads = {language: read_heads(folder / language_file(language)) for language in languages}
+    if arguments.format == "checkpoint" and len(languages) > 1 and arguments.output:
+        raise UserError("--output takes one language's model; leave it out, or give --format delta")
 
-    from soteria import steering
+    # torch takes seconds to load: only once the input is sound
+    from soteria.task_vector import TaskVector
 
-    output = arguments.output or files.steered_folder(
-        files.RESULTS, language.name, arguments.base_model, arguments.scaling_factor
-    )
-    facts = steering.steer_checkpoint(
-        steering.TaskVector.open(arguments.base_model, arguments.finetune_model),
-        heads,
-        arguments.scaling_factor,
-        output,
-        language=language.name,
-        head_source=str(folder / language_file(language.name)),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-    )
-    share = facts["share_of_parameters_changed"]
-    print(f"{output}: {facts['n_heads']} heads, {share:.2%} of the parameters, scaling {arguments.scaling_factor:g}")
+    vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
+    if arguments.format == "delta":
+        from soteria.delta import write_delta
+
+        output = arguments.output or files.delta_folder(files.RESULTS, arguments.base_model)
+        write_delta(vector, heads, arguments.scaling_factor, output, **shared)
+        print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {arguments.scaling_factor:g}")
+        return
+    from soteria.steering import steer_checkpoint
+
+    for language in languages:
+        output = arguments.output or files.steered_folder(
+            files.RESULTS, language, arguments.base_model, arguments.scaling_factor
+        )
+        source = str(folder / language_file(language))
+        facts = steer_checkpoint(
+            vector, heads[language], arguments.scaling_factor, output, language=language, head_source=source, **shared
+        )
+        n_heads, share = facts["n_heads"], facts["share_of_parameters_changed"]
+        print(f"{output}: {n_heads} heads, {share:.2%} of the parameters, scaling {arguments.scaling_factor:g}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,19 @@ from soteria.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. A UserError ends it with its sentence on stderr and status 2, Ctrl-C with status 130."""
+    """Run a script's `main`. A UserError ends it with its sentence on stderr and status 2, Ctrl-C with status 130.
+
+    So does a file or folder that the system does not let us read or write.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename} cannot be used ({error.strerror}); give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

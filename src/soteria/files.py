@@ -1,5 +1,7 @@
 """Where things lie, and files that appear whole or not at all."""
 
+import fcntl
+import glob
 import json
 import os
 import secrets
@@ -24,6 +26,11 @@ def model_slug(name: str) -> str:
 def steered_folder(results: Path, language: str, base: str, scaling_factor: float) -> Path:
     """Where a steered model goes."""
     return results / "models" / f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
+
+
+def delta_folder(results: Path, base: str) -> Path:
+    """Where a base's task vector goes, with the head lists of its languages."""
+    return results / "models" / f"{model_slug(base)}_delta"
 
 
 def answer_files(results: Path, language: str, base: str, dataset: str, scaling_factor: float) -> tuple[Path, Path]:
@@ -73,17 +80,49 @@ def read_json(path: Path) -> object | None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it takes the name `path` when the block ends well, and vanishes otherwise."""
+    """A temporary sibling folder to fill; it takes the name `path` when the block ends well, and vanishes otherwise.
+
+    What killed processes left of theirs is removed first: a lock tells it from the folder of one that is at work.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with _locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    sibling, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     sibling.mkdir()
+    with _locked(sibling):
+        try:
+            yield sibling
+            if path.exists():
+                path.rename(old)  # a folder being removed would look like a whole one
+            sibling.rename(path)
+        finally:
+            shutil.rmtree(sibling, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process at the latest. False where another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield sibling
-        if path.exists():
-            shutil.rmtree(path)
-        sibling.rename(path)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
     finally:
-        shutil.rmtree(sibling, ignore_errors=True)
+        os.close(handle)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of a folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
+            "make room or give another --output"
+        )
 
 
 class Journal:

@@ -127,10 +127,10 @@ def default_device() -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
-    """`auto` is float32 on a CPU, where half precision is slow and inexact, else the checkpoint's own dtype."""
-    if dtype == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else "auto"
-    return DTYPES[dtype]
+    """`stored` is the checkpoint's own dtype, `auto` too but for a CPU, where half precision is slow: float32."""
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        return torch.float32
+    return "auto" if dtype in ("auto", "stored") else DTYPES[dtype]
 
 
 @contextlib.contextmanager

@@ -6,127 +6,45 @@ the selected heads. Everything else stays the base's, bit for bit.
 
 import hashlib
 import json
-import math
-import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
+import transformers
+from huggingface_hub import ModelCardData
 from torch import Tensor
+from tqdm import tqdm
 
+import soteria
 from soteria import files
-from soteria.checkpoints import INDEX, Checkpoint, Place, read_tensor, tensor_bytes
+from soteria.checkpoints import Checkpoint
 from soteria.errors import UserError
 from soteria.heads import Head, check_heads
-from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry
+from soteria.languages import find_language
+from soteria.models import DTYPES, AttentionGeometry, LoadedModel
+from soteria.task_vector import TaskVector
+from soteria.tensors import read_tensor, tensor_bytes
 
 FACTS = "soteria.json"
-MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "n_layer", "n_head", "n_embd")
-# LoRA initialisations that leave the base's weights as they are, so that B @ A is all that training changed.
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def head_slices(geometry: AttentionGeometry, heads: list[Head], layer: int) -> list[slice]:
-    """The columns (rows where transposed) of a layer's output projection that belong to the heads among it."""
-    return [geometry.head_slice(head) for at, head in sorted(heads) if at == layer]
+def slices_of(geometry: AttentionGeometry, heads: list[Head], layer: int) -> list[tuple[slice, slice]]:
+    """Where the heads among a layer's lie in the weight of its output projection: columns, or rows where transposed."""
+    everything = slice(None)
+    slices = [geometry.head_slice(head) for at, head in sorted(heads) if at == layer]
+    return [(own, everything) if geometry.transposed else (everything, own) for own in slices]
 
 
-def subtract_task_vector(
-    weight: Tensor,
-    task_vector: Tensor,
-    slices: list[slice],
-    scaling_factor: float,
-    transposed: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`weight - scaling_factor * task_vector` on the slices, in float32, rounded once to `dtype` (or the weight's)."""
-    steered = weight.to(dtype or weight.dtype, copy=True)
-    for own in slices:
-        at = (own, slice(None)) if transposed else (slice(None), own)
-        steered[at] = (weight[at].float() - scaling_factor * task_vector[at]).to(steered.dtype)
-    return steered
-
-
-@dataclass(frozen=True)
-class TaskVector:
-    """Tuned minus base of the output projections, one layer at a time, float32."""
-
-    base: Checkpoint
-    tuned: Checkpoint
-    geometry: AttentionGeometry
-
-    @classmethod
-    def open(cls, base: str, tuned: str) -> "TaskVector":
-        """Raises UserError for models that are missing, broken, or unlike each other."""
-        vector = cls(Checkpoint.open(base), Checkpoint.open(tuned), load_geometry(base))
-        if not vector.tuned.is_adapter:
-            vector._compare_configs()
-        for layer in range(vector.geometry.n_layers):
-            vector._check_shapes(layer)
-        return vector
-
-    def base_place(self, layer: int) -> Place:
-        return self.base.find(self.geometry.projection_names[layer] + ".weight")
-
-    def at(self, layer: int) -> Tensor:
-        """The layer's task vector, shaped like the projection's weight."""
-        if self.tuned.is_adapter:
-            delta = self._adapter_delta(layer)
-            return delta.T if self.geometry.transposed else delta
-        tuned = self.tuned.find(self.geometry.projection_names[layer] + ".weight")
-        return read_tensor(tuned).float() - read_tensor(self.base_place(layer)).float()
-
-    def _compare_configs(self) -> None:
-        for key in MUST_AGREE:
-            ours, theirs = self.base.config.get(key), self.tuned.config.get(key)
-            if ours != theirs:
-                raise UserError(f"base and tuned differ: {key} is {ours} in {self.base.name!r}, {theirs} in the other")
-
-    def _check_shapes(self, layer: int) -> None:
-        place = self.base_place(layer)
-        self._check_dtype(self.base, place)
-        if self.tuned.is_adapter:
-            shape = tuple(self._adapter_delta(layer).shape)
-            shape = shape[::-1] if self.geometry.transposed else shape
-        else:
-            tuned = self.tuned.find(self.geometry.projection_names[layer] + ".weight")
-            self._check_dtype(self.tuned, tuned)
-            shape = tuned.shape
-        if shape != place.shape:
-            raise UserError(f"base and tuned differ: {place.key} is {place.shape} in one, {shape} in the other")
-
-    def _check_dtype(self, model: Checkpoint, place: Place) -> None:
-        if place.dtype == torch.uint8:
-            raise UserError(f"{model.name!r} stores {place.key} in a quantised dtype; give the unquantised model")
-
-    def _adapter_delta(self, layer: int) -> Tensor:
-        """`scale * B @ A` of a LoRA adapter, (out, in). Raises UserError where it leaves the projection alone."""
-        config = files.read_json(self.tuned.folder / "adapter_config.json")
-        config = config if isinstance(config, dict) else {}
-        name = self.geometry.projection_names[layer]
-        a, b = (
-            [place for key, place in self.tuned.places.items() if f".{key}".endswith(f".{name}.lora_{which}.weight")]
-            for which in "AB"
-        )
-        if config.get("peft_type") != "LORA" or len(a) != 1 or len(b) != 1:
-            raise UserError(f"the adapter {self.tuned.name!r} is no LoRA of {name}: there is nothing to subtract there")
-        starts_plain = config.get("init_lora_weights") in PLAIN_STARTS
-        if not starts_plain or any(config.get(key) for key in ("use_dora", "use_qalora", "use_bdlora")):
-            raise UserError(
-                f"the adapter {self.tuned.name!r} is no plain LoRA; merge it into its base and give the result"
-            )
-        low, high = read_tensor(a[0]).float(), read_tensor(b[0]).float()
-        rank = low.shape[0]
-        patterns = config.get("alpha_pattern") or {}
-        own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))  # PEFT's own rule
-        alpha = next(own, config.get("lora_alpha"))
-        if not isinstance(alpha, int | float):
-            raise UserError(f"the adapter {self.tuned.name!r} has no lora_alpha in its adapter_config.json")
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return scale * (high @ low)
+def steer_slices(
+    weight: Tensor, task_vector: Tensor, slices: list[tuple[slice, slice]], scaling_factor: float, base: Tensor
+) -> None:
+    """Put `base - scaling_factor * task_vector` into the slices of `weight`, in float32, rounded once to its dtype."""
+    for at in slices:
+        steered = base[at].float() - scaling_factor * task_vector[at].to(base.device)
+        weight[at] = steered.to(weight.dtype)
 
 
 def steer_checkpoint(
@@ -142,59 +60,54 @@ def steer_checkpoint(
 ) -> dict:
     """Write the steered model as a complete folder and return the facts in its `soteria.json`.
 
-    The base's files are copied and the selected slices patched in the copy. A folder already made from the same inputs
-    is reused; `overwrite` replaces a steered model, never another folder. Raises UserError for heads outside the model,
-    inputs that are not finite, a tuned model equal to the base, or an output folder that holds something else.
+    The base's files are copied and the selected slices patched in the copy, one projection in memory at a time. A
+    folder already made from the same inputs is reused; `overwrite` replaces a steered model, never another folder.
+    Raises UserError for heads outside the model, inputs that are not finite, a tuned model equal to the base, too
+    small a disk, or an output folder that holds something else.
     """
     base, geometry = vector.base, vector.geometry
     check_heads(heads, geometry.n_layers, geometry.n_heads, head_source, base.name)
     inputs = {
-        "base_model": base.name,
-        "finetune_model": vector.tuned.name,
+        "format": "checkpoint",
+        **input_facts(vector),
         "language": language,
         "scaling_factor": scaling_factor,
         "dtype": dtype or "base",
-        "head_list_sha256": hashlib.sha256(json.dumps(sorted(heads)).encode()).hexdigest(),
-        "base_weights": fingerprint(base),
-        "finetune_weights": fingerprint(vector.tuned),
+        "head_list_sha256": head_list_hash(heads),
     }
-    if any(model.folder.resolve().is_relative_to(output.resolve()) for model in (base, vector.tuned)):
-        raise UserError(f"{output} holds one of the models to steer with; give another --output")
-    if output.exists():
-        found = files.read_json(output / FACTS)
-        if not isinstance(found, dict):
-            raise UserError(f"{output} exists and is no steered model; remove it or give another --output")
-        if not overwrite and all(found.get(key) == value for key, value in inputs.items()):
-            return found
-        if not overwrite:
-            raise UserError(f"{output} exists and was not made from these inputs; remove it or give --overwrite")
-
+    made = made_before(output, inputs, vector, overwrite)
+    if made:
+        return made
     with files.whole_folder(output) as folder:
-        base.copy_to(folder)
-        if dtype:
-            _store_as(folder, base, DTYPES[dtype])
-        copy = Checkpoint(str(folder), folder)
-        changed, norms = 0, []
+        stored_as = DTYPES[dtype] if dtype else None
+        with tqdm(
+            total=base.copied_bytes(stored_as), desc="copying the base", unit="B", unit_scale=True, disable=None
+        ) as bar:
+            base.copy_to(folder, stored_as, bar.update)
+        copy = Checkpoint.open(str(folder))
+        changed, norms, differs = 0, [], False
         for layer in range(geometry.n_layers):
-            place, slices = vector.base_place(layer), head_slices(geometry, heads, layer)
+            place, slices = vector.base_place(layer), slices_of(geometry, heads, layer)
             if not slices:
                 norms.append(0.0)
                 continue
             weight, delta, written = read_tensor(place), vector.at(layer), copy.places[place.key]
-            steered = subtract_task_vector(weight, delta, slices, scaling_factor, geometry.transposed, written.dtype)
-            if not torch.isfinite(steered).all() or not torch.isfinite(delta).all():
+            steered = weight.to(written.dtype, copy=True)
+            steer_slices(steered, delta, slices, scaling_factor, weight)
+            if not steered.isfinite().all() or not delta.isfinite().all():
                 raise UserError(f"{place.key} is not finite in base, tuned or result; one of the models is broken")
-            changed += sum(own.stop - own.start for own in slices) * (weight.numel() // (weight.shape[_in(geometry)]))
+            differs = differs or any(delta[at].any() for at in slices)
+            changed += sum(weight[at].numel() for at in slices)
             moved = steered.float() - weight.to(written.dtype).float()
             norms.append((moved.norm() / weight.float().norm()).item())
             with written.file.open("r+b") as file:
                 file.seek(written.start)
                 file.write(tensor_bytes(steered))
-        if scaling_factor > 0 and not any(norms):
+        if not differs:
             raise UserError(
                 f"{vector.tuned.name!r} equals {base.name!r} on all selected heads: was one path given twice?"
             )
-        total = sum(math.prod(place.shape) for place in base.places.values())
+        total = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {
             "head_list": head_source,
             "heads": [list(head) for head in heads],
@@ -202,16 +115,57 @@ def steer_checkpoint(
             "parameters_changed": changed,
             "share_of_parameters_changed": changed / total,
             "relative_change_per_layer": norms,
-            "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+            "versions": versions(),
         }
-        files.write_json(folder / FACTS, facts)
         files.write_text(folder / "README.md", model_card(facts))
+        files.write_json(folder / FACTS, facts)
     return facts
 
 
-def _in(geometry: AttentionGeometry) -> int:
-    """The axis of a projection's weight that runs over the heads."""
-    return 0 if geometry.transposed else 1
+def input_facts(vector: TaskVector) -> dict:
+    """What a result was made from: both models by name, revision and a hash."""
+    return {
+        "base_model": vector.base.name,
+        "base_revision": vector.base.revision,
+        "base_weights": fingerprint(vector.base),
+        "finetune_model": vector.tuned.name,
+        "finetune_revision": vector.tuned.revision,
+        "finetune_weights": fingerprint(vector.tuned),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "soteria": soteria.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def head_list_hash(heads: list[Head]) -> str:
+    """A hash of the heads as a set: their order steers nothing."""
+    return hashlib.sha256(json.dumps(sorted(heads)).encode()).hexdigest()
+
+
+def made_before(output: Path, inputs: dict, vector: TaskVector, overwrite: bool) -> dict | None:
+    """The facts of a result that these inputs gave already, None where it is to be made.
+
+    Raises UserError for a folder that is no result of steering, or one of other inputs unless `overwrite`.
+    """
+    if any(model.folder.resolve().is_relative_to(output.resolve()) for model in (vector.base, vector.tuned)):
+        raise UserError(f"{output} holds one of the models to steer with; give another --output")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    found = files.read_json(output / FACTS)
+    if not isinstance(found, dict):
+        raise UserError(f"{output} exists and is no steered model; remove it or give another --output")
+    if overwrite:
+        return None
+    if any(found.get(key) != value for key, value in inputs.items()):
+        raise UserError(f"{output} exists and was not made from these inputs; remove it or give --overwrite")
+    return found
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -221,7 +175,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     if checkpoint.is_adapter:
-        digest.update((checkpoint.folder / "adapter_config.json").read_bytes())
+        digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in checkpoint.weight_files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -232,35 +186,21 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _store_as(folder: Path, base: Checkpoint, dtype: torch.dtype) -> None:
-    """Rewrite the weight files of a folder with their floating-point tensors in another dtype, shard by shard."""
-    total_size = 0
-    for shard in base.weight_files:
-        tensors = safetensors.torch.load_file(folder / shard.name)
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensors[key] = tensor.to(dtype)
-                if tensors[key].isinf().any() and not tensor.isinf().any():
-                    raise UserError(f"{key} is too large for {str(dtype).removeprefix('torch.')}; give another --dtype")
-            total_size += tensors[key].nbytes
-        safetensors.torch.save_file(tensors, folder / shard.name, metadata={"format": "pt"})
-    index = files.read_json(folder / INDEX)
-    if isinstance(index, dict):
-        metadata = (index.get("metadata") or {}) | {"total_size": total_size}
-        files.write_json(folder / INDEX, index | {"metadata": metadata})
-    config = files.read_json(folder / "config.json")
-    config.pop("torch_dtype", None)
-    files.write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+def front_matter(base: str, languages: list[str]) -> str:
+    """The hub's front matter of a model card. A local folder goes by its own name: its path is nobody's business."""
+    data = ModelCardData(
+        base_model=Path(base).resolve().name if Path(base).is_dir() else base,
+        language=[find_language(language).code.split("-")[0] for language in languages],
+        library_name="transformers",
+        tags=["soteria", "safety", "steering"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def model_card(facts: dict) -> str:
-    """The README of a steered model, with the hub's front matter."""
-    return f"""---
-base_model: {facts["base_model"]}
-tags: [soteria, safety, steering]
-library_name: transformers
----
-# {facts["base_model"]}, steered for {facts["language"]}
+    """The README of a steered model."""
+    base = files.model_slug(facts["base_model"])
+    return f"""{front_matter(facts["base_model"], [facts["language"]])}# {base}, steered for {facts["language"]}
 
 Made with Soteria (Banerjee et al., 2025): `base - {facts["scaling_factor"]:g} * (tuned - base)` on the
 output-projection slices of {facts["n_heads"]} attention heads, {facts["share_of_parameters_changed"]:.2%} of the
@@ -276,14 +216,10 @@ def steered_in_place(
     kept = [projection.weight.data for projection in loaded.projections]
     try:
         for layer, projection in enumerate(loaded.projections):
-            slices = head_slices(loaded.geometry, heads, layer)
-            projection.weight.data = subtract_task_vector(
-                kept[layer],
-                task_vectors[layer].to(kept[layer].device),
-                slices,
-                scaling_factor,
-                loaded.geometry.transposed,
-            )
+            steered = kept[layer].clone()
+            slices = slices_of(loaded.geometry, heads, layer)
+            steer_slices(steered, task_vectors[layer], slices, scaling_factor, kept[layer])
+            projection.weight.data = steered
         yield
     finally:
         for projection, weight in zip(loaded.projections, kept, strict=True):
