@@ -56,7 +56,7 @@ def read_geometry(model: PreTrainedModel) -> AttentionGeometry:
         return UserError(f"{what} cannot be handled: {reason}; see the README for the architectures that can")
 
     n_layers, n_heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    if not isinstance(n_layers, int) or not isinstance(n_heads, int):
+    if not all(isinstance(count, int) and count > 0 for count in (n_layers, n_heads)):
         raise refuse("its config gives no single number of layers and heads")
     stacks = [
         (name, module)
@@ -137,7 +137,9 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
 def _explain_loading(name: str):
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever a broken config leads it to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         local = "" if Path(name).is_dir() else "; it is no local folder, so give a folder or a reachable hub id"
         raise UserError(f"cannot load the model {name!r}{local} ({reason})") from error

@@ -72,7 +72,9 @@ class TaskVector:
         for key in MUST_AGREE:
             ours, theirs = self.base.config.get(key), self.tuned.config.get(key)
             if ours != theirs:
-                raise UserError(f"base and tuned differ: {key} is {ours} in {self.base.name!r}, {theirs} in the other")
+                raise UserError(
+                    f"base and tuned differ: {key} is {ours} in {self.base.name!r}, {theirs} in {self.tuned.name!r}"
+                )
 
     def _compare_shapes(self, layer: int) -> None:
         place = self.base_place(layer)
