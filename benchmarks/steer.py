@@ -13,6 +13,7 @@ before each run; the files that are read are in memory for both ways alike, as f
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -102,8 +103,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         folder = Path(place)
         base, tuned, copy, steered, delta = (folder / name for name in ("base", "tuned", "copy", "steered", "delta"))
-        n_parameters = write_checkpoint(base, arguments.layers, seed=0)
-        write_checkpoint(tuned, arguments.layers, seed=1)
+        # In processes of their own: a command's peak counts what the process that starts it holds at that moment.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            n_parameters = pool.apply(write_checkpoint, (base, arguments.layers, 0))
+            pool.apply(write_checkpoint, (tuned, arguments.layers, 1))
         for seed, language in enumerate(("Hindi", "Thai")):
             heads = random_heads(arguments.layers, N_HEADS, arguments.layers * N_HEADS // 2, seed)
             write_heads(folder / "heads" / f"{language}_Heads.json", heads)

@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from soteria.checkpoints import Checkpoint
 from soteria.errors import UserError
 from soteria.heads import Head, check_heads, language_file, read_heads, write_heads
 from soteria.languages import find_language
-from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_model
+from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry, load_weights, read_geometry
 from soteria.steering import (
     FACTS,
     front_matter,
@@ -29,7 +29,7 @@ from soteria.steering import (
     versions,
 )
 from soteria.task_vector import TaskVector
-from soteria.tensors import Place, Planned, read_places, read_tensor, write_tensors
+from soteria.tensors import Place, Planned, all_finite, read_places, read_tensor, write_tensors
 
 WEIGHTS = "delta.safetensors"
 SAMPLES = 4096  # values of each projection that tell one base from another
@@ -67,7 +67,7 @@ def write_delta(
 
     def compute(layer: int) -> Tensor:
         delta = vector.at(layer)
-        if not delta.isfinite().all():
+        if not all_finite(delta):
             raise UserError(f"{geometry.projection_names[layer]} is not finite in base or tuned; one of them is broken")
         differs.append(any(delta[at].any() for at in slices_of(geometry, steered_in_any, layer)))
         return delta
@@ -191,19 +191,19 @@ def load_steered(
     The model is transformers' own with one method more: `set_language("hi")` switches it in place, `set_language(None)`
     gives exactly the base back. `scaling_factor` is the delta's own unless given. `dtype`: `stored` is the checkpoint's
     own; the weights are then the very ones that `steer.py` writes. Raises UserError for a delta that is broken or was
-    made for another base, and for whatever `load_model` refuses.
+    made for another base, and for whatever `load_weights` refuses.
     """
     delta, base = Path(delta), str(base)
     facts = files.read_json(delta / FACTS)
     if not isinstance(facts, dict) or facts.get("format") != "delta" or not isinstance(facts.get("languages"), dict):
         raise UserError(f"{delta} is no delta folder; make one with steer.py --format delta")
     factor = checked_factor(facts["scaling_factor"] if scaling_factor is None else scaling_factor)
-    loaded = load_model(base, device, dtype)
-    _check_base(base, delta, facts, loaded.geometry)
-    switch = LanguageSwitch(loaded, delta, facts, factor)
+    _check_base(base, delta, facts, load_geometry(base))
+    model = load_weights(base, device, dtype)
+    switch = LanguageSwitch(LoadedModel(base, model, None, read_geometry(model)), delta, facts, factor)
     switch.set_language(language)
-    nn.Module.__setattr__(loaded.model, "set_language", switch.set_language)
-    return loaded.model
+    model.set_language = switch.set_language
+    return model
 
 
 def _check_base(base: str, delta: Path, facts: dict, geometry: AttentionGeometry) -> None:

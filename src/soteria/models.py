@@ -165,19 +165,18 @@ def load_geometry(name: str) -> AttentionGeometry:
     return read_geometry(model)
 
 
-def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:
-    """Load a causal LM by hub id or local folder, ready for inference. No remote code is run.
+def load_weights(name: str, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal LM by hub id or local folder, in eval mode. No remote code is run.
 
     A model that one GPU does not hold is spread over all of them, and the rest of it over memory and disk, by
-    accelerate (`device_map="auto"`).
+    accelerate (`device_map="auto"`). `dtype`: see `resolve_dtype`.
 
-    Raises UserError for a path that is no model, missing or misshapen weights, an unusable device, or an architecture
-    whose heads cannot be told apart.
+    Raises UserError for a path that is no model, missing or misshapen weights, or an unusable device.
     """
     device = device or default_device()
     with _explain_device(device):
         torch.zeros(1, device=device)
-    config, tokenizer = load_config(name), load_tokenizer(name)
+    config = load_config(name)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     resolved = resolve_dtype(dtype, device)
@@ -190,7 +189,17 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
     broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if broken:
         raise UserError(f"the weights of {name!r} do not fit its config: {len(broken)} tensors, first {broken[0]}")
-    return LoadedModel(name, (model if spread else model.to(device)).eval(), tokenizer, read_geometry(model))
+    return (model if spread else model.to(device)).eval()
+
+
+def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:
+    """Load a causal LM with its tokenizer and geometry, as `load_weights` does.
+
+    Raises UserError too for a missing tokenizer, or an architecture whose heads cannot be told apart.
+    """
+    tokenizer = load_tokenizer(name)
+    model = load_weights(name, device, dtype)
+    return LoadedModel(name, model, tokenizer, read_geometry(model))
 
 
 def fits(config: PreTrainedConfig, dtype: torch.dtype | str, device: str) -> bool:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -26,7 +27,7 @@ from soteria.heads import Head, check_heads
 from soteria.languages import find_language
 from soteria.models import DTYPES, AttentionGeometry, LoadedModel
 from soteria.task_vector import TaskVector
-from soteria.tensors import read_tensor, tensor_bytes
+from soteria.tensors import all_finite, read_tensor, tensor_bytes
 
 FACTS = "soteria.json"
 
@@ -85,28 +86,15 @@ def steer_checkpoint(
         ) as bar:
             base.copy_to(folder, stored_as, bar.update)
         copy = Checkpoint.open(str(folder))
-        changed, norms, differs = 0, [], False
-        for layer in range(geometry.n_layers):
-            place, slices = vector.base_place(layer), slices_of(geometry, heads, layer)
-            if not slices:
-                norms.append(0.0)
-                continue
-            weight, delta, written = read_tensor(place), vector.at(layer), copy.places[place.key]
-            steered = weight.to(written.dtype, copy=True)
-            steer_slices(steered, delta, slices, scaling_factor, weight)
-            if not steered.isfinite().all() or not delta.isfinite().all():
-                raise UserError(f"{place.key} is not finite in base, tuned or result; one of the models is broken")
-            differs = differs or any(delta[at].any() for at in slices)
-            changed += sum(weight[at].numel() for at in slices)
-            moved = steered.float() - weight.to(written.dtype).float()
-            norms.append((moved.norm() / weight.float().norm()).item())
-            with written.file.open("r+b") as file:
-                file.seek(written.start)
-                file.write(tensor_bytes(steered))
-        if not differs:
+        patches = [
+            _patch(vector, layer, slices_of(geometry, heads, layer), scaling_factor, copy)
+            for layer in range(geometry.n_layers)
+        ]
+        if not any(patch.differs for patch in patches):
             raise UserError(
                 f"{vector.tuned.name!r} equals {base.name!r} on all selected heads: was one path given twice?"
             )
+        changed = sum(patch.n_values for patch in patches)
         total = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {
             "head_list": head_source,
@@ -114,12 +102,44 @@ def steer_checkpoint(
             "n_heads": len(heads),
             "parameters_changed": changed,
             "share_of_parameters_changed": changed / total,
-            "relative_change_per_layer": norms,
+            "relative_change_per_layer": [patch.relative_change for patch in patches],
             "versions": versions(),
         }
         files.write_text(folder / "README.md", model_card(facts))
         files.write_json(folder / FACTS, facts)
     return facts
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What was done to one projection."""
+
+    n_values: int = 0
+    relative_change: float = 0.0  # norm of the change / norm of the base's weight
+    differs: bool = False  # whether tuned and base do, on the heads
+
+
+def _patch(
+    vector: TaskVector, layer: int, slices: list[tuple[slice, slice]], scaling_factor: float, copy: Checkpoint
+) -> Patch:
+    """Steer one layer's projection in the files of a copy. Raises UserError where something is not finite."""
+    if not slices:
+        return Patch()
+    place = vector.base_place(layer)
+    weight, task_vector, written = read_tensor(place), vector.at(layer), copy.places[place.key]
+    steered = weight.to(written.dtype, copy=True)
+    steer_slices(steered, task_vector, slices, scaling_factor, weight)
+    if not all_finite(steered) or not all_finite(task_vector):
+        raise UserError(f"{place.key} is not finite in base, tuned or result; one of the models is broken")
+    with written.file.open("r+b") as file:
+        file.seek(written.start)
+        file.write(tensor_bytes(steered))
+    moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
+    return Patch(
+        sum(weight[at].numel() for at in slices),
+        (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item(),
+        any(task_vector[at].any() for at in slices),
+    )
 
 
 def input_facts(vector: TaskVector) -> dict:

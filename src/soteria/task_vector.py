@@ -62,7 +62,8 @@ class TaskVector:
     def at(self, layer: int) -> Tensor:
         """The layer's task vector, shaped like the projection's weight."""
         if not self.tuned.is_adapter:
-            return read_tensor(self.tuned_place(layer)).float() - read_tensor(self.base_place(layer)).float()
+            tuned = read_tensor(self.tuned_place(layer)).to(torch.float32, copy=True)
+            return tuned.sub_(read_tensor(self.base_place(layer)).float())
         delta = self.adapter.delta(self.geometry.projection_names[layer])
         if delta is None:
             return torch.zeros(self.base_place(layer).shape)

@@ -112,9 +112,14 @@ def read_tensor(place: Place) -> Tensor:
         return reader.get_tensor(place.key)
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's bytes as safetensors stores them."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as safetensors stores them, not copied where it is contiguous."""
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity. A sum is several times faster than a look at every value."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def write_tensors(
