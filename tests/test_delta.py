@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import soteria
 import steer
-from soteria import cli
+from soteria import cli, task_vector
 from soteria.errors import UserError
 from soteria.heads import write_heads
+from soteria.tensors import read_tensor
 
 LANGUAGES = {"English": 0, "Hindi": 1, "Bengali": 2}
 ALL = [word for language in LANGUAGES for word in ("--language", language)]
@@ -271,7 +272,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", ["checkpoint", "delta"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_moment_no_folder_looks_whole_that_is_not(models, tmp_path, form, overwrite):
+def test_killed_at_any_moment_no_folder_looks_whole_that_is_not(models, tmp_path, monkeypatch, form, overwrite):
+    def read_slowly(place):
+        time.sleep(0.02)  # as a large matrix would: most kills are to fall between the first byte and the last
+        return read_tensor(place)
+
+    monkeypatch.setattr(task_vector, "read_tensor", read_slowly)
     context = multiprocessing.get_context("fork")
     options = ["--format", form, "--language", "hi", *(["--overwrite"] if overwrite else [])]
 
