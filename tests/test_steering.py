@@ -35,6 +35,9 @@ SINGLE, SHARDS = "1GB", "30KB"
 # (base's dtype and shard size, tuned's, scaling factor)
 LAYOUTS = {
     "float32": ("float32", SINGLE, "float32", SINGLE, 1.0),
+    "float32-sharded-beside-float16": ("float32", SHARDS, "float16", SINGLE, 4.0),
+    "bfloat16": ("bfloat16", SINGLE, "bfloat16", SINGLE, 5.0),
+    "float16-sharded": ("float16", SHARDS, "float16", "50KB", 0.5),
     "bfloat16-sharded-beside-float32": ("bfloat16", SHARDS, "float32", SINGLE, 3.0),
     "float16-beside-bfloat16-sharded": ("float16", SINGLE, "bfloat16", SHARDS, 0.37),
     "both-sharded-unlike": ("bfloat16", SHARDS, "bfloat16", "50KB", 2.5),
@@ -168,14 +171,16 @@ def refused(run_steer, output, capsys) -> Callable[..., str]:
 # The formula
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_checkpoint_is_the_formula_on_the_heads_and_the_base_elsewhere_bit_for_bit(
-    tmp_path, run_steer, model, layout
+    tmp_path, run_steer, model, layout, tied
 ):
     base_dtype, base_shards, tuned_dtype, tuned_shards, factor = LAYOUTS[layout]
-    base = write_model(tmp_path / "base", model, dtype=base_dtype, shard_size=base_shards)
-    tuned = write_model(tmp_path / "tuned", model, tuned=True, dtype=tuned_dtype, shard_size=tuned_shards)
+    embeddings = {"tie_word_embeddings": tied}
+    base = write_model(tmp_path / "base", model, dtype=base_dtype, shard_size=base_shards, **embeddings)
+    tuned = write_model(tmp_path / "tuned", model, tuned=True, dtype=tuned_dtype, shard_size=tuned_shards, **embeddings)
     listed = some_heads(base)
     lists = write_head_list(tmp_path / "heads", listed)
     output = run_steer(base_model=base, finetune_model=tuned, head_folder=lists, scaling_factor=factor)
