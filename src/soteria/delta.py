@@ -107,7 +107,7 @@ def delta_card(facts: dict) -> str:
     """The README of a delta."""
     languages = list(facts["languages"])
     base = files.model_slug(facts["base_model"])
-    return f"""{front_matter(facts["base_model"], languages)}# Steering of {base} for {len(languages)} languages
+    return f"""{front_matter(facts["base_model"], languages)}# Steering of {base}, by language
 
 Made with Soteria (Banerjee et al., 2025): the task vector (tuned - base) of the attention output projections, and the
 functional heads of {", ".join(languages)}. It is nothing without its base:
