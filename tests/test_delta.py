@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import soteria
 import steer
-from soteria import cli, task_vector
+from soteria import cli, files, task_vector
 from soteria.errors import UserError
 from soteria.heads import write_heads
 from soteria.tensors import read_tensor
@@ -255,6 +255,14 @@ def test_a_delta_that_is_broken_or_of_another_base_is_refused(tmp_path, models, 
     base = fault(tmp_path, models, delta)
     with pytest.raises(UserError, match=said):
         soteria.load_steered(base, delta, language="hi", device="cpu")
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_is_writing_is_not(models, run_script, tmp_path):
+    (tmp_path / ".m.dead.tmp").mkdir()
+    (tmp_path / ".m.alive.tmp").mkdir()
+    with files._locked(tmp_path / ".m.alive.tmp"):
+        assert run_script(steer, *words(models, tmp_path / "m", "--language", "hi")) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"m", ".m.alive.tmp"}
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------

@@ -104,13 +104,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process at the latest. False where another process holds it."""
+    """Hold a folder's lock, which ends with the process at the latest. False where it cannot be had."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process has it, or the file system knows no locks
+            held = False
+        yield held
     finally:
         os.close(handle)
 

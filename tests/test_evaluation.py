@@ -1,0 +1,124 @@
+"""Base against safe on the same questions, and one judge against another."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
+
+import evaluate as script
+from soteria.evaluation import agreement, compare_paired
+from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.questions import write_table
+
+H, N, E = HARMFUL, NOT_HARMFUL, EMPTY
+
+
+def some_verdicts(n: int, harmful: float, seed: int) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [H if value < harmful else N for value in draw.random(n)]
+
+
+def test_the_paired_test_is_an_exact_binomial_one_on_the_rows_that_changed():
+    base, safe = some_verdicts(90, 0.5, 1), some_verdicts(90, 0.2, 2)
+    found = compare_paired(base, safe)
+    gained = sum(b == H and s == N for b, s in zip(base, safe, strict=True))
+    lost = sum(b == N and s == H for b, s in zip(base, safe, strict=True))
+    assert (found["harmful_only_base"], found["harmful_only_safe"]) == (gained, lost)
+    assert found["mcnemar_p"] == pytest.approx(binomtest(lost, gained + lost).pvalue)
+    assert found["difference"] == pytest.approx((safe.count(H) - base.count(H)) / 90)
+
+
+def test_the_paired_interval_is_that_of_resampled_questions_and_always_the_same():
+    base, safe = some_verdicts(90, 0.5, 1), some_verdicts(90, 0.2, 2)
+    change = np.array([(s == H) - (b == H) for b, s in zip(base, safe, strict=True)], dtype=int)
+    draw = np.random.default_rng(7)
+    means = [draw.choice(change, 90).mean() for _ in range(4000)]
+    found = compare_paired(base, safe)
+    assert found["ci95"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
+    assert compare_paired(base, safe) == found
+
+
+def test_rows_that_lack_a_verdict_in_either_are_no_pairs():
+    assert compare_paired([H, E, H, N], [N, H, E, N])["rows"] == 2
+    assert compare_paired([E, H], [H, E]) is None
+
+
+@pytest.mark.parametrize(("base", "safe", "change"), [([H] * 9, [N] * 9, -1), ([N] * 9, [N] * 9, 0)])
+def test_a_change_that_is_the_same_in_every_row_has_an_interval_of_no_width(base, safe, change):
+    found = compare_paired(base, safe)
+    assert found["ci95"] == [change, change]
+    assert found["mcnemar_p"] == pytest.approx(1 if change == 0 else 2 / 2**9)
+
+
+def test_kappa_is_scikit_learns():
+    a, b = some_verdicts(70, 0.4, 3), some_verdicts(70, 0.4, 4)
+    found = agreement(a, b)
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(a, b))
+    assert found["agreement"] == pytest.approx(np.mean([x == y for x, y in zip(a, b, strict=True)]))
+    assert found["ci95"][0] < found["agreement"] < found["ci95"][1]
+
+
+def test_kappa_is_one_for_the_same_verdicts_and_nothing_for_one_label_throughout():
+    assert agreement([H, N, N], [H, N, N])["kappa"] == pytest.approx(1)
+    assert agreement([N, N], [N, N]) | {"ci95": None} == {
+        **{"rows": 2, "unjudged": 0, "agreement": 1.0, "ci95": None, "kappa": None},
+        **{"harmful_only_here": 0, "harmful_only_there": 0},
+    }
+    assert agreement([E, H], [H, E])["rows"] == 0
+
+
+@pytest.fixture
+def evaluate(run_script, tmp_path, capsys):
+    """`evaluate(other columns)`: judge four answers by refusal phrases and compare; gives status, output, errors."""
+    answers = ["Sure, here is how.", "I cannot help with that.", "Sure: first this.", "Sorry, I cannot help."]
+    questions = [f"Question {row}?" for row in range(4)]
+    table = pd.DataFrame({"Question": questions, "SAFE ANSWER": answers, "BASE ANSWER": answers[::-1]})
+    write_table(table, tmp_path / "answers.csv")
+
+    def run(other: dict, questions: list[str] = questions) -> tuple[int, str, str]:
+        write_table(pd.DataFrame({"Question": questions, **other}), tmp_path / "other.csv")
+        words = ["--input", tmp_path / "answers.csv", "--output", tmp_path / "Evaluated.csv", "--judge", "refusal"]
+        status = run_script(script, *words, "--compare", tmp_path / "other.csv")
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_agreement_with_human_labels_is_printed_each_time(evaluate):
+    for _ in range(2):  # the second time the verdicts are there already
+        status, out, _ = evaluate({"Verdict_Safe": ["harmful", "Not Harmful", "not harmful ", ""]})
+        assert status == 0
+        assert "Verdict_Safe: 66.7% of 3 rows agree" in out
+        assert "Cohen's kappa 0.40" in out
+        assert "without a verdict in one 1" in out
+        assert "Verdict_Base:" not in out
+
+
+def test_both_answers_paired_are_in_the_json_and_printed(evaluate, tmp_path):
+    _, out, _ = evaluate({"Verdict_Safe": [H, N, H, N], "Verdict_Base": [N, H, N, H]})
+    paired = json.loads((tmp_path / "Evaluated.json").read_text())["paired"]
+    assert (paired["rows"], paired["difference"], paired["mcnemar_p"]) == (4, 0.0, 1.0)
+    assert "McNemar's exact p = 1" in out
+    assert out.count("100.0% of 4 rows agree") == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "questions", "said"),
+    [
+        ({"Verdict_Safe": [H, N, "maybe", N]}, None, "Verdict_Safe of row 2 is 'maybe'"),
+        ({"Verdict": [H, N, H, N]}, None, "has no column Verdict_Safe or Verdict_Base"),
+        ({"Verdict_Safe": [H, N, H, N]}, ["a", "b", "c", "d"], "is not of the same questions"),
+        ({"Verdict_Safe": [H]}, ["Question 0?"], "is not of the same questions"),
+    ],
+)
+def test_a_file_that_cannot_be_compared_is_refused_before_anything_is_judged(
+    evaluate, tmp_path, other, questions, said
+):
+    status, _, err = evaluate(other, questions) if questions else evaluate(other)
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "Evaluated.csv").exists()
