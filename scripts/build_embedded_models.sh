@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Build the embedded pair, data/models/polyglot-base and data/models/polyglot-tuned, from the files under data/.
-# About 35 minutes on two CPU cores. The same files come out again on the same kind of processor; on another kind the
-# last bits of float arithmetic may differ.
+# About 35 minutes on two CPU cores. A pair of the same making comes out, not the committed bytes: see data/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
