@@ -507,18 +507,21 @@ def test_an_adapter_with_a_fault_is_refused(tmp_path, base, refused, fault):
 
 
 class Dangerous:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/soteria-was-here",)
+        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize("which", ["base_model", "finetune_model"])
-@pytest.mark.parametrize("content", [{"x": Dangerous()}, [torch.zeros(2)], {"x": 3}], ids=["code", "list", "number"])
+@pytest.mark.parametrize("content", ["code", [torch.zeros(2)], {"x": 3}], ids=["code", "list", "number"])
 def test_a_pickle_of_something_else_than_tensors_is_refused_and_not_run(tmp_path, tuned, refused, which, content):
-    pickled = shutil.copytree(tuned, tmp_path / "pickled")
+    pickled, trace = shutil.copytree(tuned, tmp_path / "pickled"), tmp_path / "it-ran"
     (pickled / "model.safetensors").unlink()
-    torch.save(content, pickled / "pytorch_model.bin")
+    torch.save({"x": Dangerous(trace)} if content == "code" else content, pickled / "pytorch_model.bin")
     assert "pytorch_model.bin" in refused(**{which: pickled})
-    assert not Path("/tmp/soteria-was-here").exists()
+    assert not trace.exists()
 
 
 def test_a_notebook_gets_these_refusals_as_user_errors(tmp_path):

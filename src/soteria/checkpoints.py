@@ -41,7 +41,7 @@ def _download(name: str, revision: str | None = None, **patterns: list[str]) -> 
         raise UserError(f"{name!r} is no local folder and cannot be had from the hub ({reason})") from None
 
 
-def fits(key: str, name: str) -> bool:
+def is_parameter(key: str, name: str) -> bool:
     """Whether a key of a checkpoint is a parameter's, whatever prefix it has or lacks."""
     return key == name or key.endswith("." + name) or name.endswith("." + key)
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
         Raises UserError where no key, or more than one, fits.
         """
-        found = [place for key, place in self.places.items() if fits(key, name)]
+        found = [place for key, place in self.places.items() if is_parameter(key, name)]
         if len(found) != 1:
             raise UserError(f"{self.name!r} has {len(found)} tensors for {name}, needed is one")
         return found[0]
@@ -190,7 +190,7 @@ def _shards(index: Path, parameters: Sequence[str] | None) -> list[str]:
     wanted = {
         shard
         for key, shard in shards.items()
-        if parameters is None or any(fits(key, parameter) for parameter in parameters)
+        if parameters is None or any(is_parameter(key, parameter) for parameter in parameters)
     }
     return sorted(wanted)
 

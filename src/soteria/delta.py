@@ -20,6 +20,7 @@ from soteria.languages import find_language
 from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry, load_weights, read_geometry
 from soteria.steering import (
     FACTS,
+    check_scaling_factor,
     front_matter,
     head_list_hash,
     input_facts,
@@ -50,6 +51,7 @@ def write_delta(
     Raises UserError as `steer_checkpoint` does.
     """
     base, geometry = vector.base, vector.geometry
+    check_scaling_factor(scaling_factor)
     for language, listed in heads.items():
         check_heads(listed, geometry.n_layers, geometry.n_heads, f"the head list of {language}", base.name)
     inputs = {
@@ -82,9 +84,7 @@ def write_delta(
         with tqdm(total=total, desc="writing the delta", unit="B", unit_scale=True, disable=None) as bar:
             write_tensors(planned, folder / WEIGHTS, bar.update)
         if not any(differs):
-            raise UserError(
-                f"{vector.tuned.name!r} equals {base.name!r} on all selected heads: was one path given twice?"
-            )
+            raise vector.equality()
         for language, listed in heads.items():
             write_heads(folder / "heads" / language_file(language), listed)
         places = [vector.base_place(layer) for layer in range(geometry.n_layers)]
@@ -153,7 +153,8 @@ class LanguageSwitch:
 
         Raises UserError for an unknown language or a factor below 0, and leaves the model as it was.
         """
-        factor = checked_factor(self.scaling_factor if scaling_factor is None else scaling_factor)
+        factor = self.scaling_factor if scaling_factor is None else scaling_factor
+        check_scaling_factor(factor)
         heads = [] if language is None else self.heads(language)
         while self._kept:  # the last first, each forgotten only when it is back: Ctrl-C may come anywhere
             weight, at, values = self._kept[-1]
@@ -169,12 +170,6 @@ class LanguageSwitch:
                 self._kept.append((weight, at, weight[at].clone()))
                 steer_slices(weight, task_vector, [at], factor, weight)
         self.language = find_language(language).name if language else None
-
-
-def checked_factor(scaling_factor: float) -> float:
-    if not 0 <= scaling_factor < float("inf"):
-        raise UserError(f"a scaling factor of {scaling_factor} is not 0 or more (below 0, steering would add harm)")
-    return scaling_factor
 
 
 def load_steered(
@@ -197,7 +192,7 @@ def load_steered(
     facts = files.read_json(delta / FACTS)
     if not isinstance(facts, dict) or facts.get("format") != "delta" or not isinstance(facts.get("languages"), dict):
         raise UserError(f"{delta} is no delta folder; make one with steer.py --format delta")
-    factor = checked_factor(facts["scaling_factor"] if scaling_factor is None else scaling_factor)
+    factor = facts["scaling_factor"] if scaling_factor is None else scaling_factor
     _check_base(base, delta, facts, load_geometry(base))
     model = load_weights(base, device, dtype)
     switch = LanguageSwitch(LoadedModel(base, model, None, read_geometry(model)), delta, facts, factor)

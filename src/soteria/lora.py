@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor
 
-from soteria.checkpoints import Checkpoint, fits
+from soteria.checkpoints import Checkpoint, is_parameter
 from soteria.errors import UserError
 from soteria.tensors import Place, read_tensor
 
@@ -36,7 +36,11 @@ class LoraAdapter:
     def factors(self, module: str) -> tuple[Place, Place] | None:
         """A (rank, in) and B (out, rank) of a module, None where the adapter leaves it alone."""
         a, b = (
-            [place for key, place in self.checkpoint.places.items() if fits(key, f"{module}.lora_{which}.weight")]
+            [
+                place
+                for key, place in self.checkpoint.places.items()
+                if is_parameter(key, f"{module}.lora_{which}.weight")
+            ]
             for which in "AB"
         )
         if not a and not b:

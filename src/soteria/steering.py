@@ -32,6 +32,12 @@ from soteria.tensors import all_finite, read_tensor, tensor_bytes
 FACTS = "soteria.json"
 
 
+def check_scaling_factor(scaling_factor: float) -> None:
+    """Raise UserError for a factor that is not a finite number, 0 or more."""
+    if not 0 <= scaling_factor < float("inf"):
+        raise UserError(f"a scaling factor of {scaling_factor} is not 0 or more (below 0, steering would add harm)")
+
+
 def slices_of(geometry: AttentionGeometry, heads: list[Head], layer: int) -> list[tuple[slice, slice]]:
     """Where the heads among a layer's lie in the weight of its output projection: columns, or rows where transposed."""
     everything = slice(None)
@@ -64,9 +70,10 @@ def steer_checkpoint(
     The base's files are copied and the selected slices patched in the copy, one projection in memory at a time. A
     folder already made from the same inputs is reused; `overwrite` replaces a steered model, never another folder.
     Raises UserError for heads outside the model, inputs that are not finite, a tuned model equal to the base, too
-    small a disk, or an output folder that holds something else.
+    small a disk, a scaling factor below 0, or an output folder that holds something else.
     """
     base, geometry = vector.base, vector.geometry
+    check_scaling_factor(scaling_factor)
     check_heads(heads, geometry.n_layers, geometry.n_heads, head_source, base.name)
     inputs = {
         "format": "checkpoint",
@@ -91,9 +98,7 @@ def steer_checkpoint(
             for layer in range(geometry.n_layers)
         ]
         if not any(patch.differs for patch in patches):
-            raise UserError(
-                f"{vector.tuned.name!r} equals {base.name!r} on all selected heads: was one path given twice?"
-            )
+            raise vector.equality()
         changed = sum(patch.n_values for patch in patches)
         total = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {

@@ -69,6 +69,12 @@ class TaskVector:
             return torch.zeros(self.base_place(layer).shape)
         return delta.T if self.geometry.transposed else delta
 
+    def equality(self) -> UserError:
+        """What to raise where the task vector is zero on all selected heads."""
+        return UserError(
+            f"{self.tuned.name!r} equals {self.base.name!r} on all selected heads: was one path given twice?"
+        )
+
     def _compare_configs(self) -> None:
         for key in MUST_AGREE:
             ours, theirs = self.base.config.get(key), self.tuned.config.get(key)
