@@ -1,6 +1,9 @@
 """Fixtures that several test files share: tiny checkpoints, the checking kit beside the repository."""
 
+import multiprocessing
+import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,29 @@ def run_script(monkeypatch) -> Callable[..., int]:
         return 0
 
     return run
+
+
+def _main_in_child(script, arguments: list[str]) -> None:
+    sys.argv, sys.stderr = [f"{script.__name__}.py", *arguments], Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = sys.stderr
+    cli.run(script.main)
+
+
+def run_in_child(script, arguments: list[str], kill_after: float | None = None) -> float:
+    """Run a script's `main` in a process of its own, ended by SIGKILL after so many seconds; gives the seconds it took.
+
+    The process is forked and has torch loaded: most of its time is then the work, where the kills are to fall.
+    """
+    child = multiprocessing.get_context("fork").Process(target=_main_in_child, args=(script, arguments))
+    started = time.monotonic()
+    child.start()
+    child.join(kill_after)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    else:
+        assert child.exitcode == 0
+    return time.monotonic() - started
 
 
 @pytest.fixture(scope="session")

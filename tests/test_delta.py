@@ -1,24 +1,22 @@
 """One base and one delta for many languages: switching in place, back to the base exactly, and what is refused."""
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import run_in_child
 from test_steering import SHARDS, same_bits, some_heads, stored, write_adapter
 from test_steering import write_model as write
 from transformers import AutoModelForCausalLM
 
 import soteria
 import steer
-from soteria import cli, files, task_vector
+from soteria import files, task_vector
 from soteria.errors import UserError
 from soteria.heads import write_heads
 from soteria.tensors import read_tensor
@@ -268,12 +266,6 @@ def test_what_a_killed_run_left_is_removed_and_what_another_is_writing_is_not(mo
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def steer_in_child(arguments: list[str]) -> None:
-    sys.argv, sys.stderr = ["steer.py", *arguments], Path(os.devnull).open("w")  # noqa: SIM115 (ends with the process)
-    sys.stdout = sys.stderr
-    cli.run(steer.main)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -286,20 +278,10 @@ def test_killed_at_any_moment_no_folder_looks_whole_that_is_not(models, tmp_path
         return read_tensor(place)
 
     monkeypatch.setattr(task_vector, "read_tensor", read_slowly)
-    context = multiprocessing.get_context("fork")
     options = ["--format", form, "--language", "hi", *(["--overwrite"] if overwrite else [])]
 
     def run(out: Path, kill_after: float | None = None, *more: str) -> float:
-        child = context.Process(target=steer_in_child, args=(words(models, out / "m", *options, *more),))
-        started = time.monotonic()
-        child.start()
-        child.join(kill_after)
-        if child.is_alive():
-            child.kill()
-            child.join()
-        else:
-            assert child.exitcode == 0
-        return time.monotonic() - started
+        return run_in_child(steer, words(models, out / "m", *options, *more), kill_after)
 
     run(tmp_path / "older", None, "--scaling_factor", "1")
     seconds = run(tmp_path / "whole")

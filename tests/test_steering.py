@@ -816,3 +816,11 @@ def test_a_refusal_reaches_a_notebook_as_a_user_error(base, output):
     vector = TaskVector.open(str(base), str(base))
     with pytest.raises(UserError, match="given twice"):
         steering.steer_checkpoint(vector, HEADS, 1.0, output, language="English", head_source="by hand")
+
+
+def test_a_notebook_is_refused_a_scaling_factor_below_zero_too(base, tuned, output):
+    vector = TaskVector.open(str(base), str(tuned))
+    for factor in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="0 or more"):
+            steering.steer_checkpoint(vector, HEADS, factor, output, language="English", head_source="by hand")
+    assert not output.exists()

@@ -1,26 +1,24 @@
 """The forking sweep: exact for every architecture, in whatever portions, or refused; and its processes and memory."""
 
 import json
-import multiprocessing
 import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import ROOT, shipped
+from conftest import ROOT, run_in_child, shipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import compute_indirect_effect
-from soteria import cli, files, memory, models
+from soteria import files, memory, models
 from soteria.errors import UserError
 from soteria.icl import TOKEN_CLASSES
 from soteria.indirect_effect import (
@@ -302,32 +300,15 @@ def command(model: Path, icl: Path, out: Path) -> list[str]:
     return [*words, "--n_shots", "2", "--n_trials", str(N_TRIALS)]
 
 
-def score_in_child(words: list[str]) -> None:
-    sys.argv, sys.stderr = words, Path(os.devnull).open("w")  # noqa: SIM115 (the process ends with it)
-    sys.stdout = sys.stderr
-    cli.run(compute_indirect_effect.main)
-
-
 def tensors(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.pt"))}
 
 
 def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(tiny_folder, icl, tmp_path):
-    # Forked children have torch loaded: most of a run is then scoring, where the kills are to fall.
-    context = multiprocessing.get_context("fork")
     model = tiny_folder("llama")
 
     def run(out: Path, kill_after: float | None = None) -> float:
-        child = context.Process(target=score_in_child, args=(command(model, icl, out),))
-        started = time.monotonic()
-        child.start()
-        child.join(kill_after)
-        if child.is_alive():
-            child.kill()
-            child.join()
-        else:
-            assert child.exitcode == 0
-        return time.monotonic() - started
+        return run_in_child(compute_indirect_effect, command(model, icl, out)[1:], kill_after)
 
     run(tmp_path / "warm")
     seconds = run(tmp_path / "whole")

@@ -193,6 +193,7 @@ def load_steered(
     if not isinstance(facts, dict) or facts.get("format") != "delta" or not isinstance(facts.get("languages"), dict):
         raise UserError(f"{delta} is no delta folder; make one with steer.py --format delta")
     factor = facts["scaling_factor"] if scaling_factor is None else scaling_factor
+    check_scaling_factor(factor)
     _check_base(base, delta, facts, load_geometry(base))
     model = load_weights(base, device, dtype)
     switch = LanguageSwitch(LoadedModel(base, model, None, read_geometry(model)), delta, facts, factor)
