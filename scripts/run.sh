@@ -8,12 +8,15 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
   finetune_model  the harmfully tuned model: hub id, folder, or folder of a LoRA adapter
   base_model      the model to make safer: hub id or folder
   language        name or code: Hindi, hi
-  dataset_file    a CSV's path, the name of one under data/prompts, or a hub dataset id
+  dataset_file    path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, a hub dataset id, or its folder
   scaling_factor  how much of the task vector to subtract, 0 or more
   do_base         yes or no: answer with the base model too
-  batch_size      questions answered at once
+  batch_size      memory to take for answers: that of so many of the longest questions
   head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
-environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_RESULTS (default results)
+environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_RESULTS (default results),
+  SOTERIA_BENIGN (harmless questions, answered too for what safety costs: a path, a name under data/benign, or none;
+  default everyday), SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_SPLIT and
+  SOTERIA_QUESTION_COLUMN (of the dataset)
 example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
 USAGE
   exit 2
@@ -26,14 +29,15 @@ if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else
 
 # Everything that the names depend on is checked, and the names are made, in one place.
 plan=$("$python" "$src/plan_run.py" "$@")
-{ read -r safe_model; read -r answers; read -r evaluated; } <<<"$plan"
+mapfile -t plan <<<"$plan"
+safe_model=${plan[0]} answers=${plan[1]} evaluated=${plan[2]} options=("${plan[@]:3}")
 
 "$python" "$src/steer.py" --finetune_model "$finetune_model" --base_model "$base_model" --language "$language" \
   --scaling_factor "$scaling_factor" --head_folder "$head_folder" --output "$safe_model"
 "$python" "$src/generate.py" --model "$safe_model" --dataset "$dataset" --language "$language" \
-  --output "$answers" --column "SAFE ANSWER" --batch_size "$batch_size"
+  --output "$answers" --column "SAFE ANSWER" --batch_size "$batch_size" "${options[@]}"
 if [ "$do_base" = yes ]; then
   "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
-    --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size"
+    --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size" "${options[@]}"
 fi
 "$python" "$src/evaluate.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}"

@@ -1,18 +1,18 @@
 """Step 3.2: a model's greedy answers to a set of questions, into one column of a CSV.
 
 The base and the safe model's answers go into the same file by two calls. An interrupted call, repeated, goes on at its
-next batch; a column that is complete and made with the same settings is left as it is.
+next batch; a column that is complete and made with the same settings is left as it is. The base's answers are kept in
+base_answers/ beside the file, where calls for other scaling factors find them. `accelerate launch` or `torchrun` start
+several processes, which share the questions and write the same file as one.
 """
 
-from pathlib import Path
-
-import pandas as pd
+from contextlib import nullcontext
+from functools import cache
 
 from soteria import cli, files
-from soteria.errors import UserError
-from soteria.evaluation import ANSWER_COLUMNS
 from soteria.languages import find_language
-from soteria.questions import dataset_slug, read_questions, read_table, write_table
+from soteria.processes import Processes
+from soteria.questions import QuestionSet, benign_set, read_questions
 
 
 def parse_arguments():
@@ -23,13 +23,29 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--model", required=True, help="hub id or local folder")
-    add("--dataset", required=True, help="a CSV's path, a name under data/prompts, or a hub dataset id")
+    add(
+        "--dataset",
+        required=True,
+        help="path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, a hub dataset id, or its folder",
+    )
     add("--language", required=True, help="name or code of the questions' language")
     add("--output", type=cli.csv_path, required=True, help="the CSV to write the column to")
-    add("--column", choices=list(ANSWER_COLUMNS), required=True, help="which answers these are")
-    add("--batch_size", type=cli.positive_int, default=8, help="questions answered at once")
+    add("--column", choices=list(files.ANSWER_COLUMNS), required=True, help="which answers these are")
+    add(
+        "--batch_size",
+        type=cli.positive_int,
+        default=8,
+        help="memory to take: that of so many of the longest questions",
+    )
     add("--max_new_tokens", type=cli.positive_int, default=512, help="length of an answer in tokens, at most")
     add("--chat_template", action="store_true", help="ask through the tokenizer's chat template")
+    add("--split", help="split of a hub dataset (default: the language's own, else the first)")
+    add("--question_column", help="column of the questions (default: question, Question, prompt, or the language's)")
+    add(
+        "--benign",
+        help="harmless questions to answer too, for what safety costs: a path, or a name under data/benign without its "
+        "_<Language>.csv; they go into benign/ beside the output (default: none)",
+    )
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
     return parser.parse_args()
 
@@ -37,67 +53,64 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     language = find_language(arguments.language)
-    questions = read_questions(arguments.dataset)
-    table = pd.DataFrame({"Question": questions["question"].astype(str)})
-    facts_file = arguments.output.with_suffix(".json")
-    facts = files.read_json(facts_file) or {}
-    settings = {
-        "model": arguments.model,
-        "language": language.name,  # the instruction is in it
-        "max_new_tokens": arguments.max_new_tokens,
-        "chat_template": arguments.chat_template,
-        # A steered folder made anew under the same name answers anew.
-        "steered": (files.read_json(Path(arguments.model) / "soteria.json") or {}) | {"heads": None},
-    }
-    if arguments.output.exists():
-        found = read_table(arguments.output)
-        if list(found.get("Question", [])) != list(table["Question"]):
-            raise UserError(f"{arguments.output} holds answers to other questions; give another --output or remove it")
-        if arguments.column in found.columns and facts.get("columns", {}).get(arguments.column) == settings:
-            print(f"{arguments.output}: {arguments.column} is complete already")
-            return
-        table = found
+    questions = read_questions(arguments.dataset, language, split=arguments.split, column=arguments.question_column)
+    benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
 
-    from tqdm import tqdm
-
-    from soteria.generation import answer_questions
+    from soteria.answers import AnswerColumn, model_settings
     from soteria.models import load_model
 
-    loaded = load_model(arguments.model, arguments.device)
-    which = ANSWER_COLUMNS[arguments.column][1]
-    journal = files.Journal(
-        arguments.output.with_name(f".{arguments.output.name}.{which}.journal"),
-        settings | {"questions": list(table["Question"])},
-    )
-    with tqdm(total=len(table), initial=len(journal.done), desc=which, unit="answer", disable=None) as progress:
+    settings = model_settings(arguments.model, language, arguments.max_new_tokens, arguments.chat_template)
 
-        def report(batch: dict[int, str]) -> None:
-            journal.add(batch)
-            progress.update(len(batch))
+    def column(asked: QuestionSet, output, **options) -> AnswerColumn:
+        return AnswerColumn(output, arguments.column, asked, arguments.model, settings, **options)
 
-        table[arguments.column] = answer_questions(
-            loaded,
-            list(table["Question"]),
-            language,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            chat_template=arguments.chat_template,
-            done=journal.done,
-            report=report,
-        )
-    table = table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]]
-    write_table(table, arguments.output)
-    files.write_json(
-        facts_file,
-        {
-            "language": language.name,
-            "dataset": dataset_slug(arguments.dataset),
-            "rows": len(table),
-            "columns": facts.get("columns", {}) | {arguments.column: settings},
-        },
-    )
-    journal.remove()
-    print(f"{arguments.output}: {len(table)} rows of {arguments.column}")
+    columns = [column(questions, arguments.output)]
+    if benign:
+        columns.append(column(benign, files.benign_file(arguments.output), with_first_tokens=True))
+    with Processes(arguments.device) as processes:
+        load = cache(lambda: load_model(arguments.model, processes.device))
+        for each in columns:
+            complete = each.is_complete()
+            if not complete:
+                fill(each, language, load, processes, arguments.batch_size)
+            if processes.is_first:
+                state = "is complete already" if complete else f"has {len(each.questions.questions)} rows"
+                print(f"{each.output}: {each.column} {state}")
+
+
+def fill(column, language, load, processes: Processes, batch_size: int) -> None:
+    """Answer what the column's journal lacks, and write the column. `load` gives the model, if it is needed."""
+    from tqdm import tqdm
+
+    from soteria.decoding import first_token_log_probs
+    from soteria.generation import all_inputs, generate
+
+    journal, questions, settings = column.journal(), column.questions.questions, column.settings
+    needs_model = len(journal.done) < len(questions) or (column.with_first_tokens and not column.first_tokens.exists())
+    loaded = load() if processes.agree(needs_model) else None
+    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else []
+    with journal if processes.is_first else nullcontext():
+        answers = processes.agree(journal.done)
+        with tqdm(
+            total=len(questions),
+            initial=len(answers),
+            desc=column.output.stem,
+            unit="answer",
+            disable=None if processes.is_first else True,
+        ) as progress:
+            for batch in generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes):
+                fresh = {row: text for row, text in batch.items() if row not in answers}
+                answers |= fresh
+                if processes.is_first:
+                    journal.add(fresh)
+                progress.update(len(fresh))
+        if processes.is_first:
+            if column.with_first_tokens and not column.first_tokens.exists():
+                column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
+            column.save([answers[row] for row in range(len(questions))])
+            if not column.is_shared:
+                journal.remove()
+    processes.wait()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """What `scripts/run.sh` asks first: are its eight arguments sound, and what will its three results be called?
 
-Prints the folder of the safe model, the CSV of the answers and the CSV of the verdicts, a line each.
+Prints the folder of the safe model, the CSV of the answers and the CSV of the verdicts, a line each, and then the
+options of generate.py that the environment asks for, a word a line.
 """
 
+import argparse
 import os
 
 from soteria import cli, files
+from soteria.errors import UserError
 from soteria.judges import make_judge
 from soteria.languages import find_language
-from soteria.questions import dataset_slug, read_questions
+from soteria.questions import benign_set, dataset_slug, find_local, read_questions
+
+BENIGN = "everyday"  # harmless questions that come with the project, under data/benign
 
 
 def main() -> None:
@@ -22,7 +27,16 @@ def main() -> None:
     parser.add_argument("batch_size", type=cli.positive_int)
     parser.add_argument("head_folder")
     arguments = parser.parse_args()
-    read_questions(arguments.dataset_file)
+    language = arguments.language
+    split, column = (os.environ.get(name) or None for name in ("SOTERIA_SPLIT", "SOTERIA_QUESTION_COLUMN"))
+    read_questions(arguments.dataset_file, language, split=split, column=column)
+    asked_for = os.environ.get("SOTERIA_BENIGN")
+    benign = benign_set(asked_for or BENIGN, language)
+    if asked_for and asked_for != "none":
+        read_questions(benign, language)
+    elif asked_for or find_local(benign) is None:  # not wanted, or a language without such questions
+        benign = None
+    chat_template = read_truth("SOTERIA_CHAT_TEMPLATE")
     files.head_folder(arguments.head_folder)
     judge = os.environ.get("SOTERIA_JUDGE") or "refusal"
     if not judge.startswith("hf:"):  # that one would load its model
@@ -33,6 +47,19 @@ def main() -> None:
         files.RESULTS, *named, dataset_slug(arguments.dataset_file), arguments.scaling_factor
     ):
         print(file)
+    for name, value in {"--split": split, "--question_column": column, "--benign": benign}.items():
+        if value:
+            print(name, value, sep="\n")
+    if chat_template:
+        print("--chat_template")
+
+
+def read_truth(variable: str) -> bool:
+    """A truth value from the environment, false where it is not set."""
+    try:
+        return cli.truth(os.environ.get(variable) or "no")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{variable}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer
 
 import generate as script
 from soteria import files, generation
+from soteria.csv_files import read_table, write_table
 from soteria.errors import UserError
-from soteria.generation import answer_questions, model_inputs
+from soteria.generation import all_inputs, answer_questions, generate, model_inputs
 from soteria.languages import find_language
 from soteria.models import load_model
-from soteria.questions import dataset_slug, question_prompt, read_questions, read_table, write_table
+from soteria.questions import dataset_slug, question_prompt, read_questions
 
 ENGLISH = find_language("en")
 QUESTIONS = ["yes?", "Is the big city old, or is the land new?", "no", "भारत", "hot or cold, small or big, old or new?"]
@@ -53,7 +54,7 @@ class TokenIds:
 
     def batch_decode(self, rows, skip_special_tokens):
         assert skip_special_tokens
-        return [" ".join(str(token) for token in row.tolist() if token != self.eos_token_id) for row in rows]
+        return [" ".join(str(token) for token in row if token != self.eos_token_id) for row in rows]
 
 
 def by_number(loaded):
@@ -119,16 +120,13 @@ def test_an_answer_stops_at_the_end_of_text_token(tiny_loaded, monkeypatch):
     assert got == " ".join(map(str, tokens[: last + 1]))
 
 
-def test_rows_that_are_done_are_not_asked_again(tiny_loaded, monkeypatch):
-    asked, real = [], generation.generate
-
-    def counts(loaded, inputs, *rest):
-        asked.extend(inputs)
-        return real(loaded, inputs, *rest)
-
-    monkeypatch.setattr(generation, "generate", counts)
-    assert answers(tiny_loaded("llama"), done={0: "kept", 2: "kept"})[0:3:2] == ["kept", "kept"]
-    assert len(asked) == len(QUESTIONS) - 2
+def test_batches_that_are_done_are_left_out_and_the_others_are_the_same_batches(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    inputs = all_inputs(loaded, QUESTIONS * 2, ENGLISH, False)
+    every = list(generate(loaded, inputs, 2, N_NEW))
+    assert len(every) > 2 and len(every[1]) > 1
+    done = {*every[0], *every[2], next(iter(every[1]))}  # a batch that is done in part is computed whole
+    assert list(generate(loaded, inputs, 2, N_NEW, done)) == [every[1], *every[3:]]
 
 
 def test_without_chat_template_a_question_stands_between_its_marks(tiny_loaded):
@@ -168,8 +166,8 @@ def test_a_model_without_chat_template_is_refused_when_one_is_asked_for(tiny_loa
 
 
 @pytest.fixture
-def generate(run_script, tiny_folder, tmp_path):
-    """`generate(**options)` runs generate.py on QUESTIONS and returns its status."""
+def run_generate(run_script, tiny_folder, tmp_path):
+    """`run_generate(**options)` runs generate.py on QUESTIONS and returns its status."""
     write_table(pd.DataFrame({"question": QUESTIONS}), tmp_path / "asked.csv")
 
     def run(column: str = "SAFE ANSWER", **options) -> int:
@@ -205,11 +203,11 @@ def no_model(monkeypatch):
     return install
 
 
-def test_both_columns_land_in_one_file_whatever_the_order_of_calls(generate, tmp_path):
+def test_both_columns_land_in_one_file_whatever_the_order_of_calls(run_generate, tmp_path):
     written = []
     for name, columns in [("a", ("SAFE ANSWER", "BASE ANSWER")), ("b", ("BASE ANSWER", "SAFE ANSWER"))]:
         for column in columns:
-            assert generate(column, output=tmp_path / name / "answers.csv") == 0
+            assert run_generate(column, output=tmp_path / name / "answers.csv") == 0
         written.append((tmp_path / name / "answers.csv").read_bytes())
     assert written[0] == written[1]
     table = read_table(tmp_path / "a" / "answers.csv")
@@ -218,89 +216,95 @@ def test_both_columns_land_in_one_file_whatever_the_order_of_calls(generate, tmp
     assert list(table["SAFE ANSWER"]) != list(table["BASE ANSWER"])
 
 
-def test_the_file_holds_the_models_answers_in_the_questions_order(generate, tiny_loaded, tmp_path):
-    assert generate("BASE ANSWER") == 0
+def test_the_file_holds_the_models_answers_in_the_questions_order(run_generate, tiny_loaded, tmp_path):
+    assert run_generate("BASE ANSWER") == 0
     assert list(read_table(tmp_path / "out" / "answers.csv")["BASE ANSWER"]) == answers(tiny_loaded("llama", seed=0))
 
 
-def test_a_complete_column_is_left_as_it_is(generate, tmp_path, no_model):
-    assert generate() == 0
+def test_a_complete_column_is_left_as_it_is(run_generate, tmp_path, no_model):
+    assert run_generate() == 0
     before = contents(tmp_path / "out")
     no_model()
-    assert generate() == 0
+    assert run_generate() == 0
     assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("changed", [{"max_new_tokens": 3}, {"language": "German"}])
-def test_a_column_made_with_other_settings_is_made_anew(changed, generate, tmp_path):
-    assert generate() == 0
+def test_a_column_made_with_other_settings_is_made_anew(changed, run_generate, tmp_path):
+    assert run_generate() == 0
     before = contents(tmp_path / "out")["answers.csv"]
-    assert generate(**changed) == 0
+    assert run_generate(**changed) == 0
     assert contents(tmp_path / "out")["answers.csv"] != before
 
 
-def test_an_interrupted_column_goes_on_and_ends_with_the_same_bytes(generate, tmp_path, monkeypatch):
-    assert generate(output=tmp_path / "whole" / "answers.csv") == 0
+def test_an_interrupted_column_goes_on_and_ends_with_the_same_bytes(run_generate, tmp_path, monkeypatch):
+    assert run_generate(output=tmp_path / "whole" / "answers.csv") == 0
     real, asked = generation.generate, []
 
     def stops(*arguments):
         yield next(real(*arguments))
         raise KeyboardInterrupt
 
-    def counts(loaded, inputs, *rest):
-        asked.extend(inputs)
-        return real(loaded, inputs, *rest)
+    def counts(*arguments):
+        for batch in real(*arguments):
+            asked.extend(batch)
+            yield batch
 
     monkeypatch.setattr(generation, "generate", stops)
-    assert generate() == 130
+    assert run_generate() == 130
     assert list(contents(tmp_path / "out")) == [".answers.csv.safe.journal"]
     monkeypatch.setattr(generation, "generate", counts)
-    assert generate() == 0
-    assert len(asked) == len(QUESTIONS) - 2
+    assert run_generate() == 0
+    assert 0 < len(asked) < len(QUESTIONS)
     assert sorted(contents(tmp_path / "out")) == ["answers.csv", "answers.json"]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_journal_cut_in_the_middle_of_a_line_loses_that_line_only(tmp_path):
-    journal = files.Journal(tmp_path / "journal", {"a": 1})
-    journal.add(dict(enumerate(ODD_TEXTS)))
+    with files.Journal(tmp_path / "journal", {"a": 1}) as journal:
+        journal.add(dict(enumerate(ODD_TEXTS)))
     text = (tmp_path / "journal").read_bytes()
     (tmp_path / "journal").write_bytes(text[:-4])
-    again = files.Journal(tmp_path / "journal", {"a": 1})
-    assert again.done == dict(enumerate(ODD_TEXTS[:-1]))
-    again.add({99: "more"})
+    with files.Journal(tmp_path / "journal", {"a": 1}) as again:
+        assert again.done == dict(enumerate(ODD_TEXTS[:-1]))
+        again.add({99: "more"})
     assert files.Journal(tmp_path / "journal", {"a": 1}).done == again.done
 
 
 def test_a_journal_of_other_settings_counts_for_nothing(tmp_path):
-    files.Journal(tmp_path / "journal", {"a": 1}).add({0: "old"})
-    assert files.Journal(tmp_path / "journal", {"a": 2}).done == {}
+    with files.Journal(tmp_path / "journal", {"a": 1}) as journal:
+        journal.add({0: "old"})
+    with files.Journal(tmp_path / "journal", {"a": 2}) as journal:
+        assert journal.done == {}
+        journal.add({1: "new"})
+    assert files.Journal(tmp_path / "journal", {"a": 2}).done == {1: "new"}
+    assert files.Journal(tmp_path / "journal", {"a": 1}).done == {}
 
 
-def test_odd_texts_come_through_questions_answers_and_a_second_column_unchanged(generate, tmp_path, monkeypatch):
+def test_odd_texts_come_through_questions_answers_and_a_second_column_unchanged(run_generate, tmp_path, monkeypatch):
     questions = [f"{text}?" for text in ODD_TEXTS]
     write_table(pd.DataFrame({"question": questions}), tmp_path / "odd.csv")
     told = [dict(enumerate(ODD_TEXTS)), dict(enumerate(ODD_TEXTS[::-1]))]
     monkeypatch.setattr(generation, "generate", lambda *_: iter([told.pop(0)]))
     for column in ("SAFE ANSWER", "BASE ANSWER"):
-        assert generate(column, dataset=tmp_path / "odd.csv") == 0
+        assert run_generate(column, dataset=tmp_path / "odd.csv") == 0
     table = read_table(tmp_path / "out" / "answers.csv")
     assert list(table["Question"]) == questions
     assert list(table["SAFE ANSWER"]) == ODD_TEXTS
     assert list(table["BASE ANSWER"]) == ODD_TEXTS[::-1]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing(generate, tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(run_generate, tmp_path):
     (tmp_path / "windows.csv").write_bytes("\r\n".join(["\ufeffquestion", *map('"{}"'.format, QUESTIONS), ""]).encode())
-    assert generate() == 0
-    assert generate(dataset=tmp_path / "windows.csv", output=tmp_path / "windows" / "answers.csv") == 0
+    assert run_generate() == 0
+    assert run_generate(dataset=tmp_path / "windows.csv", output=tmp_path / "windows" / "answers.csv") == 0
     assert contents(tmp_path / "windows")["answers.csv"] == contents(tmp_path / "out")["answers.csv"]
 
 
 @pytest.mark.parametrize("column", ["question", "Question", "prompt"])
 def test_the_question_column_has_any_of_three_names(column, tmp_path):
     write_table(pd.DataFrame({"id": ["0"], column: ["hot?"]}), tmp_path / "asked.csv")
-    assert list(read_questions(str(tmp_path / "asked.csv"))["question"]) == ["hot?"]
+    assert read_questions(str(tmp_path / "asked.csv"), ENGLISH).questions == ["hot?"]
 
 
 @pytest.mark.parametrize("name", ["asked_Hindi", "asked_Hindi.csv", "data/prompts/asked_Hindi.csv"])
@@ -309,12 +313,12 @@ def test_a_dataset_is_found_by_name_with_or_without_csv_and_by_path(name, tmp_pa
     monkeypatch.setattr(files, "DATA", tmp_path / "data")
     (tmp_path / "data" / "prompts").mkdir(parents=True)
     write_table(pd.DataFrame({"question": ["hot?"]}), tmp_path / "data" / "prompts" / "asked_Hindi.csv")
-    assert list(read_questions(name)["question"]) == ["hot?"]
+    assert read_questions(name, ENGLISH).questions == ["hot?"]
     assert dataset_slug(name) == "asked_Hindi"
 
 
-def test_the_facts_beside_the_answers_say_how_each_column_was_made(generate, tmp_path, tiny_folder):
-    assert generate("BASE ANSWER") == 0
+def test_the_facts_beside_the_answers_say_how_each_column_was_made(run_generate, tmp_path, tiny_folder):
+    assert run_generate("BASE ANSWER") == 0
     facts = json.loads((tmp_path / "out" / "answers.json").read_text())
     assert (facts["language"], facts["dataset"], facts["rows"]) == ("English", "asked", len(QUESTIONS))
     assert facts["columns"]["BASE ANSWER"]["model"] == str(tiny_folder("llama", seed=0))

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from soteria.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 RESULTS = Path(os.environ.get("SOTERIA_RESULTS") or ROOT / "results")
+SAFE_ANSWER, BASE_ANSWER = "SAFE ANSWER", "BASE ANSWER"
+# Answer column -> (verdict column, name in the JSON)
+ANSWER_COLUMNS = {SAFE_ANSWER: ("Verdict_Safe", "safe"), BASE_ANSWER: ("Verdict_Base", "base")}
 
 
 def model_slug(name: str) -> str:
@@ -37,6 +41,16 @@ def answer_files(results: Path, language: str, base: str, dataset: str, scaling_
     """Where the answers to a question set go, and their verdicts."""
     name = f"{model_slug(base)}_{language}_{dataset}_scaling_{scaling_factor:g}.csv"
     return results / "generations" / name, results / "evaluated" / f"Evaluated_{name}"
+
+
+def benign_file(answers: Path) -> Path:
+    """Where the same models' answers to harmless questions lie."""
+    return answers.parent / "benign" / answers.name
+
+
+def first_token_file(answers: Path, column: str) -> Path:
+    """Where the log-probabilities of the first token of a column's answers lie."""
+    return answers.with_name(f"{answers.stem}.{ANSWER_COLUMNS[column][1]}.first_token.safetensors")
 
 
 def head_folder(name: str) -> Path:
@@ -131,33 +145,66 @@ class Journal:
     """Finished rows of a long job, on disk as they come, so that a killed run goes on where it was.
 
     The first line holds the job's settings; a journal with other settings, or a broken last line, counts for nothing.
-    The file is written with the first new rows: a job that is refused before them leaves none.
+    Rows are added in a `with` block, which one process at a time enters; others wait.
     """
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        self.done, self._sound, self._file = {}, 0, None
+        self._read()
+
+    def _read(self) -> None:
+        """Find what is done, and how many bytes of the file hold it."""
         self.done: dict[int, str] = {}
-        self._started = False
-        if path.exists():
-            first, *lines = path.read_text(encoding="utf-8").split("\n")
-            for line in lines if first == self.settings else []:
-                try:
-                    row, text = json.loads(line)
-                except ValueError:
-                    break
-                self.done[row] = text
+        self._sound = 0
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                if self._sound == 0:
+                    if line.decode("utf-8", "replace").rstrip("\n") != self.settings:
+                        return
+                else:
+                    try:
+                        row, text = json.loads(line)
+                    except ValueError:
+                        return
+                    self.done[row] = text
+                self._sound += len(line)
+
+    def __enter__(self) -> "Journal":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = self.path.open("ab")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that writes {self.path}", file=sys.stderr)
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                pass
+            if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                break
+            self._file.close()  # the other one has removed it
+        self._read()
+        self._file.truncate(self._sound)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._sound == 0 and not self.done:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
 
     def add(self, rows: dict[int, str]) -> None:
-        if not self._started:
-            write_text(self.path, self.settings + "\n" + self._lines(self.done))
-            self._started = True
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._lines(rows))
+        """Write rows down; they are on disk when this returns."""
+        lines = [json.dumps(item, ensure_ascii=False) for item in rows.items()]
+        if self._sound == 0:
+            lines.insert(0, self.settings)
+        self._sound += self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self._file.flush()
         self.done |= rows
-
-    @staticmethod
-    def _lines(rows: dict[int, str]) -> str:
-        return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows.items())
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

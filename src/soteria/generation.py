@@ -3,13 +3,14 @@
 Knows models and text; knows nothing of judging.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
-import torch
-
+from soteria.decoding import decode, plan_batches, token_budget
 from soteria.errors import UserError
 from soteria.languages import Language
+from soteria.memory import Rows
 from soteria.models import LoadedModel
+from soteria.processes import Processes
 from soteria.questions import chat_message, question_prompt
 
 MAX_NEW_TOKENS = 512
@@ -26,43 +27,44 @@ def model_inputs(loaded: LoadedModel, question: str, language: Language, chat_te
     return loaded.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def pad_token(loaded: LoadedModel) -> int:
-    """The tokenizer's own padding token, else its end-of-text token: it is masked, so its choice changes nothing."""
-    for token in (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+def all_inputs(loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool) -> list[list[int]]:
+    """The token ids of each question. Raises UserError for one that leaves no room for an answer, by its row."""
+    inputs = [model_inputs(loaded, question, language, chat_template) for question in questions]
+    room = loaded.context_length
+    for row, ids in enumerate(inputs):
+        if room is not None and len(ids) >= room:
+            raise UserError(
+                f"row {row} is a question of {len(ids)} tokens, but {loaded.name!r} reads {room} at most; "
+                "shorten it or leave it out"
+            )
+    return inputs
 
 
-@torch.inference_mode()
 def generate(
-    loaded: LoadedModel, inputs: list[list[int]], batch_size: int, max_new_tokens: int
+    loaded: LoadedModel,
+    inputs: list[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    done: Collection[int] = (),
+    processes: Processes | None = None,
 ) -> Iterator[dict[int, str]]:
-    """Greedy continuations, batch by batch, as {row: answer}; longest inputs first: memory runs out early if at all.
+    """Greedy continuations, batch by batch, as {row: answer}; batches whose rows are all in `done` are left out.
 
-    Rows are padded on the left and masked: an answer depends neither on its batch nor on its order.
+    `batch_size` says how much memory may be taken: that of so many of the longest inputs with whole answers. Shorter
+    ones share a batch with more. An answer depends neither on its batch nor on its order; it ends where the model's
+    context does. `processes` share the batches out.
     """
-    pad = pad_token(loaded)
-    order = sorted(range(len(inputs)), key=lambda row: -len(inputs[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = len(inputs[rows[0]])
-        ids = torch.tensor([[pad] * (length - len(inputs[row])) + inputs[row] for row in rows])
-        mask = torch.tensor([[0] * (length - len(inputs[row])) + [1] * len(inputs[row]) for row in rows])
-        output = loaded.model.generate(
-            input_ids=ids.to(loaded.model.device),
-            attention_mask=mask.to(loaded.model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
-            repetition_penalty=None,
-            pad_token_id=pad,
-        )
-        texts = loaded.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        yield {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+    lengths, context = list(map(len, inputs)), loaded.context_length
+    room = Rows(token_budget(lengths, batch_size, max_new_tokens), "try a smaller --max_new_tokens")
+
+    def continue_batch(rows: list[int]) -> dict[int, str]:
+        limits = [max_new_tokens if context is None else min(max_new_tokens, context - lengths[row]) for row in rows]
+        tokens = decode(loaded, [inputs[row] for row in rows], limits, room)
+        texts = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+
+    batches = [rows for rows in plan_batches(lengths, batch_size, max_new_tokens) if not set(rows) <= set(done)]
+    yield from (processes.map if processes else map)(continue_batch, batches)
 
 
 def answer_questions(
@@ -73,15 +75,9 @@ def answer_questions(
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
     chat_template: bool = False,
-    done: dict[int, str] | None = None,
-    report: Callable[[dict[int, str]], None] = lambda rows: None,
 ) -> list[str]:
-    """The model's answer to each question, in their order. Rows in `done` are not asked again."""
-    answers = dict(done or {})
-    pending = [row for row in range(len(questions)) if row not in answers]
-    inputs = [model_inputs(loaded, questions[row], language, chat_template) for row in pending]
-    for batch in generate(loaded, inputs, batch_size, max_new_tokens):
-        fresh = {pending[at]: text for at, text in batch.items()}
-        answers |= fresh
-        report(fresh)
+    """The model's answer to each question, in their order."""
+    answers: dict[int, str] = {}
+    for batch in generate(loaded, all_inputs(loaded, questions, language, chat_template), batch_size, max_new_tokens):
+        answers |= batch
     return [answers[row] for row in range(len(questions))]

@@ -37,10 +37,10 @@ def default_rows(loaded: LoadedModel) -> int:
 
 
 class Rows:
-    """The most tokens at once, `most`. It only ever falls."""
+    """The most tokens at once, `most`. It only ever falls. `advice` is what a user may try where it falls too far."""
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, advice: str = "try a smaller --dtype or --n_shots"):
+        self.most, self.advice = most, advice
 
     def fit(self, attempt: Callable[[int], Result]) -> Result:
         """`attempt(most)`, again with half as many while memory runs out. Raises UserError where not even one fits."""
@@ -54,7 +54,5 @@ class Rows:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self.most == 1:
-                raise UserError(
-                    "the memory does not hold one prompt beside the model; try a smaller --dtype or --n_shots"
-                )
+                raise UserError(f"the memory does not hold one prompt beside the model; {self.advice}")
             self.most //= 2

@@ -47,6 +47,10 @@ class Processes:
             own = items[start + self.index : start + self.index + 1]
             yield from gather_object([function(item) for item in own])
 
+    def agree(self, value: Result) -> Result:
+        """The first process's value, in every process."""
+        return next(self.map(lambda _: value, [None]))
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self._state:

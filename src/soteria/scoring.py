@@ -171,7 +171,7 @@ class DatasetRun:
         found = files.read_json(self.arguments_file)
         begun = found.get("max_rows") if isinstance(found, dict) else None
         wanted = arguments.max_rows or begun or default_rows(loaded)
-        rows = Rows(next(processes.map(lambda _: wanted, [None])))
+        rows = Rows(processes.agree(wanted))
         described = self.described() | {"max_rows": rows.most}
 
         means = self._means(loaded, clean, len(slots), rows, processes)
