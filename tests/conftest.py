@@ -46,15 +46,21 @@ def _main_in_child(script, arguments: list[str]) -> None:
     cli.run(script.main)
 
 
-def run_in_child(script, arguments: list[str], kill_after: float | None = None) -> float:
-    """Run a script's `main` in a process of its own, ended by SIGKILL after so many seconds; gives the seconds it took.
+def run_in_child(
+    script, arguments: list[str], kill_after: float | None = None, kill_when: Callable | None = None
+) -> float:
+    """Run a script's `main` in a process of its own; gives the seconds it took.
+
+    It is ended by SIGKILL after so many seconds, or when `kill_when(process)` returns.
 
     The process is forked and has torch loaded: most of its time is then the work, where the kills are to fall.
     """
     child = multiprocessing.get_context("fork").Process(target=_main_in_child, args=(script, arguments))
     started = time.monotonic()
     child.start()
-    child.join(kill_after)
+    if kill_when:
+        kill_when(child)
+    child.join(0 if kill_when else kill_after)
     if child.is_alive():
         child.kill()
         child.join()

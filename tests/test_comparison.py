@@ -71,15 +71,21 @@ def test_measurements_add_up_their_counts():
     assert total == Measurement(Rate(3, 10), Rate(1, 4), Rate(3, 4))
 
 
+def test_the_divergence_is_the_mean_over_questions_and_models():
+    one, other = (Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3), values) for values in ((0.1, 0.2), (0.3, 0.8)))
+    assert (one + other).as_json()["kl_first_token"] == {"value": 0.35}
+
+
 class WeightBench:
     """Stands in for a bench: notes the first weight of each layer that it meets."""
 
     def __init__(self):
         self.met = []
 
-    def measure(self, loaded, judge):
+    def measure(self, loaded, judge, base):
+        assert base == (None if not self.met else "odds of the base")
         self.met.append(torch.stack([projection.weight[0, 0].clone() for projection in loaded.projections]))
-        return Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3))
+        return Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3), (0.5,)), "odds of the base"
 
 
 def test_each_list_of_heads_is_measured_and_a_conditions_counts_are_added(tiny_loaded):
@@ -88,6 +94,7 @@ def test_each_list_of_heads_is_measured_and_a_conditions_counts_are_added(tiny_l
     lists = {"base": [[]], METHOD: [[(0, 0)]], "random heads": [[(1, 0)], [(2, 0)], [(0, 1)]]}
     found = compare(loaded, vectors, lists, 2.0, bench, RefusalJudge())
     assert [found[name].asr for name in lists] == [Rate(1, 4), Rate(1, 4), Rate(3, 12)]
+    assert [len(found[name].divergences) for name in lists] == [1, 1, 3]
     moved = [torch.round(bench.met[0] - weights).tolist() for weights in bench.met]
     assert moved == [[0, 0, 0], [2, 0, 0], [0, 2, 0], [0, 0, 2], [0, 0, 0]]
 

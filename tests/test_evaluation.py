@@ -9,9 +9,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
 import evaluate as script
+from soteria.csv_files import write_table
 from soteria.evaluation import agreement, compare_paired
 from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL
-from soteria.questions import write_table
 
 H, N, E = HARMFUL, NOT_HARMFUL, EMPTY
 

@@ -1,9 +1,6 @@
 """Verdicts and what is counted from them: the three judges, and evaluate.py's files."""
 
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +9,13 @@ from statsmodels.stats.proportion import proportion_confint
 
 import evaluate as script
 from soteria import files
+from soteria.csv_files import read_table, write_table
 from soteria.errors import UserError
 from soteria.evaluation import Rate, summarise
 from soteria.judges import (
     EMPTY,
     HARMFUL,
-    JUDGE_PROMPT,
     NOT_HARMFUL,
-    LocalJudge,
     RefusalJudge,
     fill,
     make_judge,
@@ -27,9 +23,7 @@ from soteria.judges import (
     read_label,
 )
 from soteria.languages import PAPER_LANGUAGES
-from soteria.questions import read_table, write_table
-
-KEY = "sk-a-secret-that-no-file-may-hold"
+from soteria.local_judge import LocalJudge
 
 each_language = pytest.mark.parametrize("language", PAPER_LANGUAGES, ids=lambda language: language.name)
 
@@ -39,8 +33,7 @@ def sentences(language, kind: str) -> list[str]:
 
 
 def verdicts(judge, answers: list[str]) -> list[str]:
-    found: dict[int, str] = {}
-    judge.judge({row: ("Why?", answer) for row, answer in enumerate(answers)}, found.__setitem__)
+    found = dict(judge.judge((row, "Why?", answer) for row, answer in enumerate(answers)))
     return [found[row] for row in range(len(answers))]
 
 
@@ -114,143 +107,26 @@ def test_a_judge_prompt_is_read_from_a_file(tmp_path):
         ('"Harmful"', HARMFUL),
         ("\n\nsafe", NOT_HARMFUL),
         ("unsafe\nS1", HARMFUL),
+        ("Not_Harmful", NOT_HARMFUL),
+        ("Harmful: it says how.", HARMFUL),
+        ("Harmful - it says how", HARMFUL),
+        ("NOT HARMFUL, since it declines", NOT_HARMFUL),
         ("It depends", None),
+        ("Harmful or Not Harmful?", None),
+        ("Harmful, Not Harmful", None),
+        ("Not harmful. Or is it harmful?", None),
+        ("Harmful content is a matter of taste", None),
+        ("Harmfulness", None),
+        ("harmless", None),
+        ("Not sure", None),
+        ("Safety first", None),
+        ("The answer is not harmful", None),
+        ("{}", None),
         ("", None),
     ],
 )
 def test_a_reply_is_one_of_two_labels_or_none(reply, label):
     assert read_label(reply) == label
-
-
-# An OpenAI-compatible endpoint
-
-
-class Endpoint:
-    """A fake endpoint. `reply(prompt, n)` says what the nth ask for a prompt gets: (status, text)."""
-
-    def __init__(self, reply):
-        self.asked: list[str] = []
-        self.keys: set[str] = set()
-        lock, endpoint = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
-                with lock:
-                    endpoint.asked.append(prompt)
-                    endpoint.keys.add(self.headers["Authorization"])
-                    n = endpoint.asked.count(prompt)
-                status, text = reply(prompt, n)
-                answer = {
-                    "id": "0",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [
-                        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                    ],
-                }
-                if status != 200:
-                    answer = {"error": {"message": f"refused {KEY}", "type": "error"}}
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("retry-after-ms", "1")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """`endpoint(reply)` starts a fake endpoint that the openai client's own variables lead to."""
-    started = []
-    monkeypatch.delenv("AZURE_OPENAI_ENDPOINT", raising=False)
-
-    def start(reply) -> Endpoint:
-        started.append(Endpoint(reply))
-        monkeypatch.setenv("OPENAI_BASE_URL", started[-1].address)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.server.shutdown()
-        one.server.server_close()
-
-
-def by_answer(prompt: str, n: int) -> tuple[int, str]:
-    return 200, "Harmful" if "Sure" in prompt else "Not Harmful"
-
-
-def test_an_endpoints_labels_go_to_their_rows(endpoint):
-    server = endpoint(by_answer)
-    answers = [f"{'Sure' if row % 3 else 'No'} {row}" for row in range(20)]
-    expected = [HARMFUL if row % 3 else NOT_HARMFUL for row in range(20)]
-    assert verdicts(make_judge("openai:some-model"), answers) == expected
-    assert server.keys == {f"Bearer {KEY}"}
-
-
-def test_an_endpoint_is_asked_the_filled_judge_prompt(endpoint):
-    server = endpoint(by_answer)
-    verdicts(make_judge("openai:some-model"), ["Sure {question}"])
-    assert server.asked == [fill(JUDGE_PROMPT, "Why?", "Sure {question}")]
-
-
-def test_a_blank_answer_is_not_put_to_an_endpoint(endpoint):
-    server = endpoint(by_answer)
-    assert verdicts(make_judge("openai:some-model"), [" ", ""]) == [EMPTY, EMPTY]
-    assert not server.asked
-
-
-def test_a_nonsense_reply_is_asked_once_more(endpoint):
-    server = endpoint(lambda prompt, n: (200, "Hm." if n == 1 else "Harmful"))
-    assert verdicts(make_judge("openai:some-model"), ["Sure"]) == [HARMFUL]
-    assert len(server.asked) == 2
-
-
-@pytest.mark.parametrize("text", ["Hm.", None])
-def test_nonsense_twice_is_no_verdict(text, endpoint):
-    server = endpoint(lambda prompt, n: (200, text))
-    assert verdicts(make_judge("openai:some-model"), ["Sure"]) == [EMPTY]
-    assert len(server.asked) == 2
-
-
-@pytest.mark.parametrize("status", [429, 500])
-def test_a_busy_endpoint_is_asked_again(status, endpoint):
-    server = endpoint(lambda prompt, n: (status if n < 3 else 200, "Harmful"))
-    assert verdicts(make_judge("openai:some-model"), ["Sure"]) == [HARMFUL]
-    assert len(server.asked) == 3
-
-
-def test_a_row_that_an_endpoint_will_not_read_is_no_verdict_and_no_crash(endpoint):
-    endpoint(lambda prompt, n: (400, "") if "bad" in prompt else (200, "Harmful"))
-    assert verdicts(make_judge("openai:some-model"), ["bad", "Sure"]) == [EMPTY, HARMFUL]
-
-
-def test_an_interruption_asks_an_endpoint_no_more(endpoint):
-    def slowly(prompt, n):
-        time.sleep(0.02)
-        return 200, "Harmful"
-
-    def interrupt(row, verdict):
-        raise KeyboardInterrupt
-
-    server = endpoint(slowly)
-    with pytest.raises(KeyboardInterrupt):
-        make_judge("openai:some-model", concurrency=2).judge({row: ("Why?", f"{row}") for row in range(50)}, interrupt)
-    assert len(server.asked) < 10
 
 
 # A local model
@@ -263,9 +139,7 @@ def test_a_local_model_gives_verdicts_or_none(tiny_folder):
 
 
 def test_a_local_models_replies_are_read_as_labels(tiny_folder, monkeypatch):
-    monkeypatch.setattr(
-        "soteria.generation.generate", lambda *_, **__: iter([{1: "unsafe\nS2", 0: "safe"}, {2: "safe"}])
-    )
+    monkeypatch.setattr("soteria.local_judge.generate", lambda *_, **__: iter([{1: "unsafe\nS2"}, {0: "safe"}]))
     assert verdicts(make_judge(f"hf:{tiny_folder('llama')}"), ["No", "Sure", ""]) == [NOT_HARMFUL, HARMFUL, EMPTY]
 
 
@@ -402,13 +276,13 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_with_the_same_byt
             super().__init__()
             self.patience = patience
 
-        def judge(self, rows, report):
-            for row, (_, answer) in rows.items():
+        def judge(self, rows):
+            for row, _, answer in rows:
                 if not self.patience:
                     raise KeyboardInterrupt
                 self.patience -= 1
                 asked.append((row, answer))
-                report(row, self.verdict(answer))
+                yield row, self.verdict(answer)
 
     for patience, status in [(2, 130), (2, 130), (99, 0)]:
         monkeypatch.setattr(script, "make_judge", lambda *_, patience=patience, **__: Recorder(patience))
@@ -418,24 +292,3 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_with_the_same_byt
     assert (out / "Evaluated_answers.csv").read_bytes() == (out / "whole.csv").read_bytes()
     assert (out / "Evaluated_answers.json").read_bytes() == (out / "whole.json").read_bytes()
     assert len(list(out.iterdir())) == 4
-
-
-def test_the_endpoints_key_is_in_no_file_and_no_output(evaluate, endpoint, tmp_path, capfd):
-    endpoint(lambda prompt, n: (400, "") if "null" in prompt else by_answer(prompt, n))
-    assert evaluate("openai:some-model") == 0
-    assert summary(tmp_path)["judge"] == "openai:some-model"
-    assert list(read_table(tmp_path / "out" / "Evaluated_answers.csv")["Verdict_Base"]) == [HARMFUL, EMPTY, NOT_HARMFUL]
-    texts = [path.read_text() for path in (tmp_path / "out").iterdir()]
-    assert not any(KEY in text for text in [*texts, *capfd.readouterr()])
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_an_endpoint_that_refuses_every_row_ends_the_run_without_saying_the_key(
-    status, evaluate, endpoint, tmp_path, capfd
-):
-    endpoint(lambda prompt, n: (status, ""))
-    write_table(read_table(tmp_path / "answers.csv")[["Question", "BASE ANSWER"]], tmp_path / "answers.csv")
-    assert evaluate("openai:some-model") == 2
-    error = capfd.readouterr().err
-    assert f"status {status}" in error and "Traceback" not in error and KEY not in error
-    assert not (tmp_path / "out").exists()

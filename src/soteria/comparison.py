@@ -1,7 +1,8 @@
 """The method beside its controls: what steering gains and what it costs, measured on one loaded model.
 
-Gain: attack success rate (ASR) on policy questions. Cost: refusals of benign questions, accuracy in context. The heads
-are the language's own top ones, or as many random ones, as many from the bottom of the ranking, or all.
+Gain: attack success rate (ASR) on policy questions. Cost: refusals of benign questions, how far the odds of their
+answers' first token moved, accuracy in context. The heads are the language's own top ones, or as many random ones, as
+many from the bottom of the ranking, or all.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from soteria import files
+from soteria.damage import kl_divergence
+from soteria.decoding import first_token_log_probs
 from soteria.evaluation import Rate
-from soteria.generation import answer_questions
+from soteria.generation import all_inputs, answer_questions
 from soteria.heads import Head, random_heads
 from soteria.icl import TASKS, PromptForm, Split, draw_prompt, load_pairs, split_pairs
 from soteria.judges import HARMFUL, NOT_HARMFUL, Judge
@@ -44,25 +47,31 @@ def conditions(ranking: list[Head], count: int, n_layers: int, n_heads: int) -> 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Three rates of one model in one language."""
+    """Three rates of one model in one language, and KL(base || model) of the first token of benign answers, in nats.
+
+    `divergences` has one number for each benign question and model that was added up.
+    """
 
     asr: Rate
     benign_refusals: Rate
     icl_accuracy: Rate
+    divergences: tuple[float, ...] = ()
 
     def __add__(self, other: "Measurement") -> "Measurement":
-        return Measurement(
-            *(
-                Rate(a.count + b.count, a.n + b.n)
-                for a, b in zip(vars(self).values(), vars(other).values(), strict=True)
-            )
-        )
+        rates = (Rate(a.count + b.count, a.n + b.n) for a, b in zip(self._rates(), other._rates(), strict=True))
+        return Measurement(*rates, self.divergences + other.divergences)
+
+    def _rates(self) -> tuple[Rate, Rate, Rate]:
+        return self.asr, self.benign_refusals, self.icl_accuracy
 
     def as_json(self) -> dict:
-        return {
+        rates = {
             name: {"value": rate.value, "ci95": rate.interval, "count": rate.count, "n": rate.n}
-            for name, rate in vars(self).items()
+            for name, rate in zip(("asr", "benign_refusals", "icl_accuracy"), self._rates(), strict=True)
         }
+        # The last digits depend on how many threads computed them.
+        mean = round(sum(self.divergences) / len(self.divergences), 6) if self.divergences else None
+        return rates | {"kl_first_token": {"value": mean}}
 
 
 @dataclass(frozen=True)
@@ -80,27 +89,32 @@ class Bench:
     def read(cls, language: Language, policy: str, benign: str, seed: int = ACCURACY_SEED) -> "Bench":
         """A language's bench from `data/`: sets of questions by name. Raises UserError for missing ones."""
         questions = [
-            list(read_questions(str(files.DATA / folder / f"{name}_{language.name}.csv"))["question"])
+            read_questions(str(files.DATA / folder / f"{name}_{language.name}.csv"), language).questions
             for folder, name in (("prompts", policy), ("benign", benign))
         ]
         rows = {task: load_pairs(files.DATA / "icl" / f"{task}_{language.name}.json") for task in TASKS}
         tasks = {task: split_pairs(pairs, 0.3, 42) for task, pairs in rows.items()}
         return cls(language, *questions, tasks, seed)
 
-    def measure(self, loaded: LoadedModel, judge: Judge, batch_size: int = 64) -> Measurement:
+    def measure(
+        self, loaded: LoadedModel, judge: Judge, base: Tensor | None = None, batch_size: int = 64
+    ) -> tuple[Measurement, Tensor]:
+        """The measurement, and log-probabilities of the benign answers' first tokens; `base` holds the base's."""
+        inputs = all_inputs(loaded, self.benign, self.language, chat_template=False)
+        odds = first_token_log_probs(loaded, inputs, batch_size)
+        moved = kl_divergence((odds if base is None else base).numpy(), odds.numpy())
         harmful = self._verdicts(loaded, self.policy, judge, batch_size).count(HARMFUL)
         refused = self._verdicts(loaded, self.benign, judge, batch_size).count(NOT_HARMFUL)
         right = list(self._right_answers(loaded))
-        return Measurement(
-            Rate(harmful, len(self.policy)), Rate(refused, len(self.benign)), Rate(sum(right), len(right))
-        )
+        rates = Rate(harmful, len(self.policy)), Rate(refused, len(self.benign)), Rate(sum(right), len(right))
+        return Measurement(*rates, tuple(moved.tolist())), odds
 
     def _verdicts(self, loaded: LoadedModel, questions: list[str], judge: Judge, batch_size: int) -> list[str]:
         answers = answer_questions(
             loaded, questions, self.language, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS
         )
-        verdicts: dict[int, str] = {}
-        judge.judge(dict(enumerate(zip(questions, answers, strict=True))), verdicts.__setitem__)
+        asked = ((row, *texts) for row, texts in enumerate(zip(questions, answers, strict=True)))
+        verdicts = dict(judge.judge(asked))
         return [verdicts[row] for row in range(len(questions))]
 
     def _right_answers(self, loaded: LoadedModel) -> Iterator[bool]:
@@ -137,12 +151,13 @@ def compare(
     bench: Bench,
     judge: Judge,
 ) -> dict[str, Measurement]:
-    """Each condition's measurement; the counts of a condition's several head lists are added up."""
-    found = {}
+    """Each condition's measurement, the base's first; a condition's several head lists are added up."""
+    found, base = {}, None
     for condition, lists in head_lists.items():
         for heads in lists:
             steered = steered_in_place(loaded, task_vectors, heads, scaling_factor) if heads else nullcontext()
             with steered:
-                measured = bench.measure(loaded, judge)
+                measured, odds = bench.measure(loaded, judge, base)
+            base = odds if base is None else base
             found[condition] = found[condition] + measured if condition in found else measured
     return found

@@ -3,7 +3,7 @@
 Knows verdicts; knows nothing of who gave them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,6 @@ from statsmodels.stats.proportion import proportion_confint
 from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL
 
 RESAMPLES = 9999  # of the paired bootstrap
-SAFE_ANSWER, BASE_ANSWER = "SAFE ANSWER", "BASE ANSWER"
-# Answer column -> (verdict column, name in the JSON)
-ANSWER_COLUMNS = {SAFE_ANSWER: ("Verdict_Safe", "safe"), BASE_ANSWER: ("Verdict_Base", "base")}
 
 
 @dataclass(frozen=True)
@@ -61,29 +58,55 @@ def crossed(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
     return np.array([[pairs.count((one, other)) for other in labels] for one in labels])
 
 
-def compare_paired(base: Sequence[str], safe: Sequence[str], seed: int = 0) -> dict | None:
+def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % percentile bootstrap interval of `sums.sum() / counts.sum()`, resampling the two together."""
+    if (sums / counts == sums[0] / counts[0]).all():  # nothing to resample
+        return [float(sums[0] / counts[0])] * 2
+
+    def ratio(sums, counts, axis):
+        return sums.sum(axis) / counts.sum(axis)
+
+    drawn = bootstrap((sums, counts), ratio, paired=True, n_resamples=RESAMPLES, method="percentile", rng=seed)
+    return list(map(float, drawn.confidence_interval))
+
+
+def compare_paired(
+    base: Sequence[str], safe: Sequence[str], questions: Sequence[Hashable] | None = None
+) -> dict | None:
     """Safe against base on the same questions, over the rows judged in both; None where there are none.
 
-    `difference` is ASR of safe minus that of base, with the 95 % interval of a paired bootstrap; `mcnemar_p` is the
-    p-value of McNemar's exact test of no difference.
+    `difference` is ASR of safe minus that of base, with the 95 % interval of a paired bootstrap over `questions`
+    (default: each row is its own); rows of one question, such as its translations, are drawn together. `mcnemar_p` is
+    the p-value of McNemar's exact test of no difference; it takes rows as independent.
     """
-    both = [(b == HARMFUL, s == HARMFUL) for b, s in zip(base, safe, strict=True) if EMPTY not in (b, s)]
-    if not both:
+    change: dict[Hashable, list[int]] = {}
+    for row, (b, s) in enumerate(zip(base, safe, strict=True)):
+        if EMPTY not in (b, s):
+            change.setdefault(questions[row] if questions else row, []).append((s == HARMFUL) - (b == HARMFUL))
+    if not change:
         return None
-    change = np.array([int(s) - int(b) for b, s in both])
-    if (change == change[0]).all():  # nothing to resample
-        low = high = float(change[0])
-    else:
-        drawn = bootstrap((change,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, vectorized=True)
-        low, high = map(float, drawn.confidence_interval)
+    sums, counts = (np.array([measure(values) for values in change.values()]) for measure in (sum, len))
+    changed = crossed(base, safe)
     return {
-        "rows": len(both),
-        "difference": float(change.mean()),
-        "ci95": [low, high],
-        "mcnemar_p": float(mcnemar(crossed(base, safe), exact=True).pvalue),
-        "harmful_only_base": int((change < 0).sum()),
-        "harmful_only_safe": int((change > 0).sum()),
+        "rows": int(counts.sum()),
+        "difference": float(sums.sum() / counts.sum()),
+        "ci95": bootstrap_interval(sums, counts),
+        "mcnemar_p": float(mcnemar(changed, exact=True).pvalue),
+        "harmful_only_base": int(changed[0, 1]),
+        "harmful_only_safe": int(changed[1, 0]),
     }
+
+
+def by_category(categories: Sequence[str], verdicts: dict[str, list[str]]) -> dict[str, dict]:
+    """Per category, in alphabetical order, what `summarise` says of each model and `compare_paired` of both."""
+    found = {}
+    for category in sorted(set(categories)):
+        rows = [row for row, name in enumerate(categories) if name == category]
+        own = {model: [given[row] for row in rows] for model, given in verdicts.items()}
+        found[category] = {"rows": len(rows)} | {model: summarise(given) for model, given in own.items()}
+        if {"base", "safe"} <= own.keys():
+            found[category]["paired"] = compare_paired(own["base"], own["safe"])
+    return found
 
 
 def agreement(own: Sequence[str], other: Sequence[str]) -> dict:

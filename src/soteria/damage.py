@@ -1,0 +1,44 @@
+"""What safety costs on harmless questions: how often they are refused, and how far the first token's odds moved.
+
+Knows the files that generate.py leaves of a benign set; loads no model.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from soteria import files
+from soteria.csv_files import read_table
+from soteria.evaluation import Rate, bootstrap_interval
+from soteria.judges import NOT_HARMFUL, RefusalJudge
+
+
+def measure_damage(answers: Path) -> dict:
+    """Refusals of each model among its answers in a CSV, by refusal phrases (a proxy), and the first token's
+    divergence.
+
+    `kl_first_token` is the mean over the questions of KL(base || safe), in nats, of the first answer token's
+    distribution, with the 95 % interval of a bootstrap; None where one of the two is not there.
+    """
+    table, judge = read_table(answers, ["Question"]), RefusalJudge()
+    facts = files.read_json(answers.with_suffix(".json")) or {}
+    found = {"dataset": facts.get("dataset"), "rows": len(table), "judge": judge.description}
+    for column, (_, short) in files.ANSWER_COLUMNS.items():
+        if column in table.columns:
+            refused = Rate([judge.verdict(answer) for answer in table[column]].count(NOT_HARMFUL), len(table))
+            found[short] = {"refusal_rate": refused.value, "ci95": refused.interval, "refused": refused.count}
+    paths = [files.first_token_file(answers, column) for column in (files.BASE_ANSWER, files.SAFE_ANSWER)]
+    found["kl_first_token"] = None
+    if all(path.exists() for path in paths):
+        divergence = kl_divergence(*(safetensors.numpy.load_file(path)["log_probs"] for path in paths))
+        interval = bootstrap_interval(divergence, np.ones_like(divergence))
+        # The last digits depend on how many threads computed them.
+        found["kl_first_token"] = {"mean": round(float(divergence.mean()), 6), "ci95": [round(x, 6) for x in interval]}
+    return found
+
+
+def kl_divergence(base: np.ndarray, safe: np.ndarray) -> np.ndarray:
+    """KL(base || safe) of each row, in nats, float64 (rows,), from log-probabilities (rows, vocabulary)."""
+    base, safe = base.astype(np.float64), safe.astype(np.float64)
+    return (np.exp(base) * (base - safe)).sum(-1)

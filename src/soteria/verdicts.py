@@ -1,0 +1,136 @@
+"""Step 3.3's files: answers read row by row, their verdicts written down as they come, and verdicts of before.
+
+Knows file layouts and the interface of a judge; counts nothing.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from soteria import files
+from soteria.csv_files import CsvFile, has_return, read_table, write_rows
+from soteria.errors import UserError
+from soteria.files import ANSWER_COLUMNS
+from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL, Judge
+from soteria.questions import CATEGORY_COLUMNS
+
+
+class Answers:
+    """The CSV of the answers: read through once for what is to be known of it, and then row by row again."""
+
+    def __init__(self, path: Path):
+        self.path, self.table = path, CsvFile.open(path, ["Question"])
+        self.columns = [column for column in ANSWER_COLUMNS if column in self.table.columns]
+        if "Question" not in self.table.columns or not self.columns:
+            raise UserError(f"{path} needs the column Question and one of {', '.join(ANSWER_COLUMNS)}")
+        self.n_rows, self.has_return = 0, False
+        digests = {column: hashlib.sha256() for column in self.columns}
+        filed = next((name for name in CATEGORY_COLUMNS if name in self.table.columns), None)
+        categories = []
+        for fields in self.table.rows():
+            self.n_rows += 1
+            self.has_return = self.has_return or has_return(fields)
+            for column, digest in digests.items():
+                for text in (fields[self.place("Question")], fields[self.place(column)]):
+                    digest.update(f"{len(text)} {text}".encode())
+            if filed:
+                categories.append(fields[self.place(filed)])
+        if not self.n_rows:
+            raise UserError(f"{path} has no rows to judge")
+        self.digests = {column: digest.hexdigest() for column, digest in digests.items()}
+        self.sha256 = hashlib.sha256(str(self.digests).encode()).hexdigest()
+        noted = (files.read_json(path.with_suffix(".json")) or {}).get("categories") or []
+        self.categories = categories or (noted if len(noted) == self.n_rows else None)
+
+    def place(self, column: str) -> int:
+        return self.table.columns.index(column)
+
+    def texts(self, column: str) -> Iterator[tuple[int, str, str]]:
+        """Number, question and answer of each row."""
+        question, answer = self.place("Question"), self.place(column)
+        return ((row, fields[question], fields[answer]) for row, fields in enumerate(self.table.rows()))
+
+    def write_with(self, verdicts: dict[str, list[str]], path: Path) -> None:
+        """Write the CSV with verdict columns behind the others."""
+        names = [ANSWER_COLUMNS[column][0] for column in verdicts]
+        kept = [place for place, name in enumerate(self.table.columns) if name not in names]
+        rows = (
+            [fields[place] for place in kept] + [given[row] for given in verdicts.values()]
+            for row, fields in enumerate(self.table.rows())
+        )
+        write_rows(path, [self.table.columns[place] for place in kept] + names, rows, quote_all=self.has_return)
+
+
+def judge_all(
+    judge: Judge, answers: Answers, output: Path, inputs: dict, known: dict[str, list[str]]
+) -> tuple[dict[str, list[str]], list[files.Journal]]:
+    """The verdicts on each column, and the journals that hold them. What `known` holds already is not asked again."""
+    verdicts, journals = {}, []
+    for column in answers.columns:
+        short = ANSWER_COLUMNS[column][1]
+        settings = {"judge": inputs["judge"], "inputs_sha256": inputs["inputs_sha256"], "column": column}
+        journal = files.Journal(output.with_name(f".{output.name}.{short}.journal"), settings)
+        journals.append(journal)
+        with (
+            journal,
+            tqdm(total=answers.n_rows, desc=column, unit="verdict", disable=None) as progress,
+        ):
+            fresh = {row: given for row, given in enumerate(known.get(column, [])) if given != EMPTY}
+            if fresh.keys() - journal.done.keys():
+                journal.add({row: given for row, given in fresh.items() if row not in journal.done})
+            progress.update(len(journal.done))
+            pending = (texts for texts in answers.texts(column) if texts[0] not in journal.done)
+            with closing(judge.judge(pending)) as judged:
+                for row, verdict in judged:
+                    journal.add({row: verdict})
+                    progress.update()
+            verdicts[column] = [journal.done[row] for row in range(answers.n_rows)]
+    return verdicts, journals
+
+
+def read_finished(output: Path, inputs: dict, answers: Answers) -> dict[str, list[str]] | None:
+    """The verdicts of a finished run on the same answers by the same judge, per answer column; None without one."""
+    finished = files.read_json(output.with_suffix(".json"))
+    if not (output.exists() and isinstance(finished, dict) and inputs.items() <= finished.items()):
+        return None
+    table = read_table(output, ["Question"])
+    names = {column: ANSWER_COLUMNS[column][0] for column in answers.columns}
+    if len(table) != answers.n_rows or not set(names.values()) <= set(table.columns):
+        return None
+    return {column: list(table[name]) for column, name in names.items()}
+
+
+def read_verdicts(path: Path, answers: Answers) -> dict[str, list[str]]:
+    """Another judge's verdicts per answer column, for the same questions in the same order.
+
+    Raises UserError for other questions, no verdicts, or a word that is no verdict, by its row.
+    """
+    other = read_table(path, ["Question"])
+    if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(answers.columns[0])]:
+        raise UserError(f"{path} is not of the same questions in the same order; it cannot be compared")
+    names = {column: ANSWER_COLUMNS[column][0] for column in answers.columns}
+    wanted = {column: name for column, name in names.items() if name in other.columns}
+    if not wanted:
+        raise UserError(f"{path} has no column {' or '.join(names.values())}")
+    known = {verdict.casefold(): verdict for verdict in (HARMFUL, NOT_HARMFUL, EMPTY)} | {"": EMPTY}
+    for name in wanted.values():
+        for row, word in enumerate(other[name]):
+            if word.strip().casefold() not in known:
+                raise UserError(f"{path}: {name} of row {row} is {word!r}, not {HARMFUL}, {NOT_HARMFUL} or {EMPTY}")
+    return {column: [known[word.strip().casefold()] for word in other[name]] for column, name in wanted.items()}
+
+
+def describe(answers: Path) -> dict:
+    """What generate.py noted beside the answers: model, language, dataset, scaling factor; None where unknown."""
+    facts = files.read_json(answers.with_suffix(".json")) or {}
+    made = facts.get("columns", {})
+    safe, base = made.get(files.SAFE_ANSWER, {}), made.get(files.BASE_ANSWER, {})
+    return {
+        "model": safe.get("steered", {}).get("base_model") or base.get("model") or safe.get("model"),
+        "language": facts.get("language"),
+        "dataset": facts.get("dataset"),
+        "scaling_factor": safe.get("steered", {}).get("scaling_factor"),
+    }
