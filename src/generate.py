@@ -88,7 +88,7 @@ def fill(column, language, load, processes: Processes, batch_size: int) -> None:
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
     needs_model = len(journal.done) < len(questions) or (column.with_first_tokens and not column.first_tokens.exists())
     loaded = load() if processes.agree(needs_model) else None
-    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else []
+    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
     with journal if processes.is_first else nullcontext():
         answers = processes.agree(journal.done)
         with tqdm(
@@ -98,7 +98,8 @@ def fill(column, language, load, processes: Processes, batch_size: int) -> None:
             unit="answer",
             disable=None if processes.is_first else True,
         ) as progress:
-            for batch in generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes):
+            made = generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes)
+            for batch in made if loaded else ():
                 fresh = {row: text for row, text in batch.items() if row not in answers}
                 answers |= fresh
                 if processes.is_first:

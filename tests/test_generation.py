@@ -1,13 +1,19 @@
 """Greedy answers: what they depend on and what not, and the CSV that they land in."""
 
 import json
+import os
+import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
+from conftest import ROOT, run_in_child
 from transformers import AutoTokenizer
 
 import generate as script
@@ -187,7 +193,7 @@ def run_generate(run_script, tiny_folder, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -323,3 +329,129 @@ def test_the_facts_beside_the_answers_say_how_each_column_was_made(run_generate,
     assert (facts["language"], facts["dataset"], facts["rows"]) == ("English", "asked", len(QUESTIONS))
     assert facts["columns"]["BASE ANSWER"]["model"] == str(tiny_folder("llama", seed=0))
     assert facts["columns"]["BASE ANSWER"]["max_new_tokens"] == N_NEW
+
+
+# What runs share, what safety costs, processes and kills
+
+
+def test_the_bases_answers_are_made_once_and_shared_by_every_scaling_factor(run_generate, tmp_path, no_model):
+    out = tmp_path / "out"
+    assert run_generate("BASE ANSWER", output=out / "scaling_1.csv", benign=tmp_path / "asked.csv") == 0
+    no_model()
+    for other in ("scaling_2.csv", "scaling_3.csv"):
+        assert run_generate("BASE ANSWER", output=out / other, benign=tmp_path / "asked.csv") == 0
+        assert (out / other).read_bytes() == (out / "scaling_1.csv").read_bytes()
+        for end in ("csv", "base.first_token.safetensors"):
+            made = [(out / "benign" / name).with_suffix(f".{end}").read_bytes() for name in (other, "scaling_1.csv")]
+            assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"max_new_tokens": 3}, {"language": "German"}, {"dataset": "other.csv"}, {"model": "another"}]
+)
+def test_the_bases_answers_are_not_shared_where_anything_differs(changed, run_generate, tmp_path, tiny_folder):
+    write_table(pd.DataFrame({"question": QUESTIONS[::-1]}), tmp_path / "other.csv")
+    if "dataset" in changed:
+        changed = {"dataset": tmp_path / "other.csv"}
+    if "model" in changed:
+        changed = {"model": tiny_folder("llama", seed=7)}
+    assert run_generate("BASE ANSWER", output=tmp_path / "out" / "a.csv") == 0
+    assert run_generate("BASE ANSWER", output=tmp_path / "out" / "b.csv", **changed) == 0
+    assert run_generate("BASE ANSWER", output=tmp_path / "fresh" / "b.csv", **changed) == 0
+    assert (tmp_path / "out" / "b.csv").read_bytes() == (tmp_path / "fresh" / "b.csv").read_bytes()
+    assert len(list((tmp_path / "out" / "base_answers").iterdir())) == 2
+
+
+def test_another_model_in_the_same_folder_answers_anew(run_generate, tmp_path, tiny_folder):
+    model = shutil.copytree(tiny_folder("llama", seed=0), tmp_path / "model")
+    assert run_generate("BASE ANSWER", model=model) == 0
+    before = contents(tmp_path / "out")["answers.csv"]
+    shutil.copy(tiny_folder("llama", seed=1) / "model.safetensors", model / "model.safetensors")
+    assert run_generate("BASE ANSWER", model=model) == 0
+    assert contents(tmp_path / "out")["answers.csv"] != before
+
+
+def test_harmless_questions_are_answered_beside_with_the_odds_of_their_first_tokens(
+    run_generate, tmp_path, tiny_loaded
+):
+    assert run_generate(benign=tmp_path / "asked.csv") == 0
+    beside = tmp_path / "out" / "benign" / "answers.csv"
+    assert beside.read_bytes() == (tmp_path / "out" / "answers.csv").read_bytes()
+    odds = safetensors.torch.load_file(files.first_token_file(beside, "SAFE ANSWER"))["log_probs"]
+    loaded = tiny_loaded("llama", seed=1)
+    with torch.no_grad():
+        want = [
+            loaded.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            for ids in all_inputs(loaded, QUESTIONS, ENGLISH, False)
+        ]
+    torch.testing.assert_close(odds, torch.stack(want), atol=1e-4, rtol=1e-4)
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_refused_by_its_row(run_generate, tmp_path, capsys):
+    write_table(pd.DataFrame({"question": ["hot?", "word " * 20_000]}), tmp_path / "long.csv")
+    assert run_generate(dataset=tmp_path / "long.csv") == 2
+    assert "row 1 is a question of" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.csv")) and not list((tmp_path / "out").rglob("*journal"))
+
+
+def test_an_answer_ends_where_the_models_context_does(tiny_folder, tiny_loaded, tmp_path):
+    loaded = load_model(str(tiny_folder("gpt2", n_positions=64)), "cpu")
+    short, long = all_inputs(loaded, ["hot?", "hot? cold? big?"], ENGLISH, False)
+    tokens = dict(pair for batch in generate(by_number(loaded), [short, long], 8, 500) for pair in batch.items())
+    assert [len(ids) + len(tokens[row].split()) for row, ids in enumerate((short, long))] == [64, 64]
+
+
+def command(folder: Path, model: Path, asked: Path, column: str) -> list[str]:
+    words = ["--model", model, "--dataset", asked, "--benign", asked, "--language", "en", "--column", column]
+    words += ["--output", folder / "answers.csv", "--batch_size", 1, "--max_new_tokens", 24, "--device", "cpu"]
+    return list(map(str, words))
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def many_questions(tmp_path) -> Path:
+    write_table(pd.DataFrame({"question": [f"{text} {n}" for n in range(4) for text in QUESTIONS]}), tmp_path / "q.csv")
+    return tmp_path / "q.csv"
+
+
+@pytest.mark.parametrize("column", ["SAFE ANSWER", "BASE ANSWER"])
+def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(column, tiny_folder, many_questions, tmp_path):
+    model = tiny_folder("llama")
+    run_in_child(script, command(tmp_path / "warm", model, many_questions, column))
+    seconds = run_in_child(script, command(tmp_path / "whole", model, many_questions, column))
+    expected = all_files(tmp_path / "whole")
+    draw, stages = random.Random(column), []
+    for index in range(15):
+        out = tmp_path / str(index)
+        run_in_child(script, command(out, model, many_questions, column), kill_after=draw.uniform(0.05, seconds))
+        stages.append(tuple(sorted((name, len(text)) for name, text in all_files(out).items())) if out.exists() else ())
+        run_in_child(script, command(out, model, many_questions, column))
+        assert all_files(out) == expected
+    assert len(set(stages)) >= 5  # the kills fell into different stages
+
+
+def test_two_processes_write_the_same_file_as_one(tiny_folder, many_questions, tmp_path):
+    model, environment = tiny_folder("llama"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    for out, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        words = [sys.executable, *start, ROOT / "src" / "generate.py"]
+        words += command(tmp_path / out, model, many_questions, "BASE ANSWER")
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert all_files(tmp_path / "two") == all_files(tmp_path / "one")
+
+
+def test_two_runs_at_once_share_the_bases_answers(tiny_folder, many_questions, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, ROOT / "src" / "generate.py"]
+    runs = []
+    for name in ("scaling_1.csv", "scaling_2.csv"):
+        more = [*command(tmp_path / "out", tiny_folder("llama"), many_questions, "BASE ANSWER"), "--output"]
+        runs.append(subprocess.Popen([*words, *more, tmp_path / "out" / name], env=environment))
+    assert [run.wait(120) for run in runs] == [0, 0]
+    found = all_files(tmp_path / "out")
+    assert found["scaling_1.csv"] == found["scaling_2.csv"]
+    journal = next(text for name, text in found.items() if name.startswith("base_answers"))
+    assert len(journal.splitlines()) == 1 + 20

@@ -7,8 +7,9 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from soteria.errors import UserError
@@ -63,14 +64,20 @@ def head_folder(name: str) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the name `path` when the block ends well, and vanishes otherwise."""
+    """A temporary sibling to write to; it takes the name `path` when the block ends well, and vanishes otherwise.
+
+    What killed processes left of theirs is removed first: a lock tells it from the file of one that is at work.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path, Path.unlink)
     sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield sibling
-        sibling.replace(path)
-    finally:
-        sibling.unlink(missing_ok=True)
+    sibling.touch()
+    with _locked(sibling):
+        try:
+            yield sibling
+            sibling.replace(path)
+        finally:
+            sibling.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,10 +106,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     What killed processes left of theirs is removed first: a lock tells it from the folder of one that is at work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with _locked(left) as free:
-            if free:
-                shutil.rmtree(left, ignore_errors=True)
+    _remove_left(path, partial(shutil.rmtree, ignore_errors=True))
     sibling, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     sibling.mkdir()
     with _locked(sibling):
@@ -116,10 +120,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove_left(path: Path, remove: Callable[[Path], object]) -> None:
+    """Remove the temporary siblings of a path that nobody holds."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError), _locked(left) as free:  # another process may remove it too
+            if free:
+                remove(left)
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process at the latest. False where it cannot be had."""
-    handle = os.open(folder, os.O_RDONLY)
+def _locked(place: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder, which ends with the process at the latest. False where it cannot be had."""
+    handle = os.open(place, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
