@@ -38,6 +38,7 @@ def main() -> None:
     if len(factors) > 1:
         raise UserError(f"{arguments.results} has several scaling factors {factors}; give --scaling_factor")
     table = tables.tidy([tables.use_evaluated(comparison, arguments.results) for comparison in found])
+    pairs = tables.paired_table(found, arguments.results)
 
     from soteria import figures
 
@@ -46,9 +47,13 @@ def main() -> None:
     missing = sorted(wanted - set(table["language"]))
     if missing:
         verdict += f" Not run: {', '.join(missing)}."
-    markdown = tables.to_markdown(tables.main_table(table))
+    markdown = tables.to_markdown(tables.main_table(table, tables.divergences(found)))
     folder = arguments.results / "tables"
     files.write_text(folder / f"{arguments.name}.md", f"{title}\n\n{markdown}\n{verdict}\n")
+    if len(pairs):
+        readable = tables.to_markdown(tables.readable_pairs(pairs))
+        files.write_text(folder / f"{arguments.name}_paired.md", f"{title}\n\n{readable}")
+        files.write_text(folder / f"{arguments.name}_paired.csv", pairs.to_csv(index=False, lineterminator="\n"))
     files.write_text(folder / f"{arguments.name}.csv", table.to_csv(index=False, lineterminator="\n"))
     figures.save(figures.plot_comparison(table, title), folder / f"{arguments.name}.png")
     print(f"{title}\n\n{markdown}\n{verdict}\n")

@@ -14,7 +14,12 @@ DROPPED, TRUNCATED = "dropped connection", "truncated JSON"
 class FakeEndpoint:
     """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED."""
 
-    def __init__(self, reply: Callable[[str, int], tuple[int, str | None] | str], retry_after_ms: int | None = 1):
+    def __init__(
+        self,
+        reply: Callable[[str, int], tuple[int, str | None] | str],
+        retry_after_ms: int | None = 1,
+        remembers: bool = True,
+    ):
         self.asked: list[str] = []
         self.keys: set[str] = set()
         self.at_once = self.most_at_once = 0
@@ -27,9 +32,10 @@ class FakeEndpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][0]["content"]
                 with lock:
-                    endpoint.asked.append(prompt)
+                    if remembers:
+                        endpoint.asked.append(prompt)
+                        counts[prompt] += 1
                     endpoint.keys |= {self.headers["Authorization"], self.headers["api-key"]} - {None}
-                    counts[prompt] += 1
                     n = counts[prompt]
                     endpoint.at_once += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)

@@ -9,11 +9,13 @@ import torch
 import make_tables as script
 from soteria import files, tables
 from soteria.comparison import METHOD, N_RANDOM, Measurement, answered_in_full, compare, conditions
-from soteria.evaluation import Rate
-from soteria.judges import RefusalJudge
+from soteria.csv_files import write_table
+from soteria.evaluation import Rate, compare_paired
+from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL, RefusalJudge
 
 RANKING = [(layer, head) for layer in range(5) for head in range(6)]
 CONTROLS = ("random heads", "bottom heads", "all heads")
+H, N = HARMFUL, NOT_HARMFUL
 
 
 # Measuring
@@ -163,6 +165,53 @@ def test_a_broken_file_is_left_out(tmp_path):
     (tmp_path / "controls" / "broken.json").write_text("{")
     (tmp_path / "controls" / "other.json").write_text("[]")
     assert len(tables.load_comparisons(tmp_path)) == 1
+
+
+def test_the_divergence_stands_beside_the_rates_and_a_dash_where_it_was_not_measured():
+    measured = [comparison("English"), comparison("Hindi")]
+    for item, value in zip(measured, (0.1, 0.3), strict=True):
+        item["conditions"][METHOD]["kl_first_token"] = {"value": value}
+    table = tables.main_table(tables.tidy(measured), tables.divergences(measured))
+    assert list(table[table["heads"] == METHOD][tables.DIVERGENCE_TITLE]) == ["0.100", "0.300", "0.200"]
+    assert set(table[table["heads"] != METHOD][tables.DIVERGENCE_TITLE]) == {"–"}
+
+
+def judged(results, language, base, safe) -> None:
+    """What run.sh leaves for a language: verdicts and, in the answers' facts, categories a, b, a, b …"""
+    path = tables.evaluated_file(comparison(language), results)
+    questions = [f"{language} {row}" for row in range(len(base))]
+    write_table(pd.DataFrame({"Question": questions, "Verdict_Base": base, "Verdict_Safe": safe}), path)
+    files.write_json(path.with_suffix(".json"), {"base": {}, "safe": {}})
+    answers = results / "generations" / path.name.removeprefix("Evaluated_")
+    files.write_json(answers.with_suffix(".json"), {"categories": ["ab"[row % 2] for row in range(len(base))]})
+
+
+def test_pairs_are_compared_per_language_tier_and_category(tmp_path):
+    verdicts = {
+        "English": ([H, H, H, N], [N, H, N, N]),
+        "Hindi": ([H, N, H, N], [N, N, N, H]),
+        "Arabic": ([H, H, N, N], [H, N, N, EMPTY]),
+    }
+    for language, (base, safe) in verdicts.items():
+        judged(tmp_path, language, base, safe)
+    table = tables.paired_table([comparison(language) for language in [*verdicts, "Telugu"]], tmp_path)
+    assert list(table["of"]) == ["language"] * 3 + ["tier"] * 2 + ["all"] + ["category"] * 2
+    assert list(table["name"]) == [*verdicts, "High", "Mid", "all", "a", "b"]
+    assert list(table["rows"]) == [4, 4, 3, 4, 7, 11, 6, 5]
+    mid = table[table["name"] == "Mid"].iloc[0]
+    questions = [0, 1, 2, 3] * 2
+    want = compare_paired(*(verdicts["Hindi"][at] + verdicts["Arabic"][at] for at in (0, 1)), questions)
+    assert [mid["difference"], [mid["low"], mid["high"]], mid["p"]] == [
+        want["difference"],
+        want["ci95"],
+        want["mcnemar_p"],
+    ]
+    assert (mid["base"], mid["safe"]) == (4 / 8, 2 / 8)
+    assert len(tables.readable_pairs(table)) == len(table)
+
+
+def test_without_verdicts_on_both_models_there_is_no_paired_table(tmp_path):
+    assert tables.paired_table([comparison("Hindi")], tmp_path).empty
 
 
 def evaluated(results, judge_description) -> None:

@@ -5,6 +5,7 @@ import logging
 import random
 import threading
 import time
+import tracemalloc
 
 import pandas as pd
 import pytest
@@ -13,9 +14,10 @@ from fake_endpoint import DROPPED, KEY, TRUNCATED, FakeEndpoint
 
 import evaluate as script
 from soteria import endpoint_judge
-from soteria.csv_files import read_table, write_table
+from soteria.csv_files import read_table, write_rows, write_table
 from soteria.errors import UserError
 from soteria.judges import EMPTY, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill, make_judge
+from soteria.verdicts import Answers, judge_all
 
 NAME = "openai:some-model"
 
@@ -268,6 +270,60 @@ def test_400_rows_of_a_faulty_endpoint_killed_half_way_have_no_wrong_verdict(see
     assert not wrong
     assert judged(tmp_path).count(EMPTY) <= 0.01 * n_rows
     assert len(server.asked) <= 1.75 * n_rows
+
+
+def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same_and_little_is_asked_twice(
+    endpoint, evaluate, tmp_path
+):
+    def slowly(prompt, n):
+        time.sleep(0.004)
+        return by_answer(prompt, n)
+
+    server = endpoint(slowly)
+    n_rows, concurrency = 40, 4
+    assert evaluate(n_rows, "--concurrency", concurrency) == 0
+
+    def run(name: str, kill_after: float | None = None) -> float:
+        words = [*command(tmp_path, f"{name}/Evaluated.csv"), "--concurrency", str(concurrency)]
+        return run_in_child(script, words, kill_after)
+
+    def found(name: str) -> dict[str, bytes]:
+        folder = tmp_path / "out" / name
+        return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+    run("warm")
+    seconds = run("whole")
+    expected = found("whole")
+    draw, stages = random.Random(0), set()
+    for index in range(30):
+        server.asked.clear()
+        run(str(index), draw.uniform(0, seconds))
+        stages.add(tuple((name, len(text)) for name, text in sorted(found(str(index)).items())))
+        run(str(index))
+        assert found(str(index)) == expected
+        assert len(server.asked) <= n_rows + concurrency + 1
+    assert len(stages) >= 10  # the kills fell into different stages
+
+
+def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):
+    endpoint(lambda prompt, n: (200, "Harmful"), remembers=False)
+
+    def peak(n_rows: int) -> int:
+        rows = ((f"Question {row}?", "word " * 20_000) for row in range(n_rows))
+        write_rows(tmp_path / "answers.csv", ["Question", "SAFE ANSWER"], rows, quote_all=False)
+        tracemalloc.start()
+        answers = Answers(tmp_path / "answers.csv")
+        judge = make_judge(NAME, concurrency=4)
+        inputs = {"judge": NAME, "inputs_sha256": answers.sha256}
+        given, _ = judge_all(judge, answers, tmp_path / f"{n_rows}.csv", inputs, {})
+        answers.write_with(given, tmp_path / f"{n_rows}.csv")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(10)
+    few, many = peak(20), peak(200)
+    assert many < few + 2_000_000  # 180 rows more are 18 MB of text
 
 
 def test_an_endpoint_that_is_down_ends_the_run_and_the_next_one_goes_on(

@@ -1,16 +1,20 @@
 """Base against safe on the same questions, and one judge against another."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest
+import safetensors.numpy
+from scipy.stats import binomtest, entropy
 from sklearn.metrics import cohen_kappa_score
 
 import evaluate as script
+from soteria import files
 from soteria.csv_files import write_table
-from soteria.evaluation import agreement, compare_paired
+from soteria.damage import kl_divergence, measure_damage
+from soteria.evaluation import agreement, by_category, compare_paired
 from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL
 
 H, N, E = HARMFUL, NOT_HARMFUL, EMPTY
@@ -51,6 +55,76 @@ def test_a_change_that_is_the_same_in_every_row_has_an_interval_of_no_width(base
     found = compare_paired(base, safe)
     assert found["ci95"] == [change, change]
     assert found["mcnemar_p"] == pytest.approx(1 if change == 0 else 2 / 2**9)
+
+
+def test_translations_of_a_question_are_drawn_together():
+    base, safe = some_verdicts(40, 0.6, 1), some_verdicts(40, 0.3, 2)
+    alone, told_five_times = compare_paired(base, safe), compare_paired(base * 5, safe * 5, [*range(40)] * 5)
+    assert told_five_times["difference"] == pytest.approx(alone["difference"])
+    assert told_five_times["ci95"] == pytest.approx(alone["ci95"], abs=0.02)
+    as_if_new = compare_paired(base * 5, safe * 5)["ci95"]
+    assert as_if_new[1] - as_if_new[0] < 0.6 * (alone["ci95"][1] - alone["ci95"][0])
+
+
+def test_categories_have_their_own_counts_and_pairs():
+    categories = ["b", "a", "b", "b"]
+    found = by_category(categories, {"base": [H, N, H, E], "safe": [N, N, H, N]})
+    assert list(found) == ["a", "b"]
+    assert (found["b"]["rows"], found["b"]["base"]["asr"], found["b"]["safe"]["asr"]) == (3, 2 / 3, 1 / 3)
+    assert found["b"]["paired"] == compare_paired([H, H, E], [N, H, N])
+    assert "paired" not in by_category(categories, {"safe": [N, N, H, N]})["a"]
+
+
+# What safety costs
+
+
+def test_the_divergence_is_scipys_relative_entropy_in_nats():
+    draw = np.random.default_rng(0)
+    base, safe = (draw.normal(size=(5, 30)) for _ in range(2))
+    logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (base, safe)]
+    want = [entropy(np.exp(b), np.exp(s)) for b, s in zip(*logs, strict=True)]
+    assert kl_divergence(*(x.astype(np.float32) for x in logs)) == pytest.approx(want, rel=1e-4)
+    assert kl_divergence(logs[0], logs[0]) == pytest.approx(0)
+
+
+@pytest.fixture
+def harmless(tmp_path) -> Path:
+    """Answers to harmless questions beside `answers.csv`, with the odds of their first tokens."""
+    path = files.benign_file(tmp_path / "answers.csv")
+    answers = {"SAFE ANSWER": ["I cannot help.", "Sure: a.", "Sure: b.", "Sure"], "BASE ANSWER": ["Sure: a."] * 4}
+    path.parent.mkdir()
+    write_table(pd.DataFrame({"Question": list("abcd"), **answers}), path)
+    files.write_json(path.with_suffix(".json"), {"dataset": "everyday_English"})
+    odds = {"BASE ANSWER": [0.5, 0.5], "SAFE ANSWER": [0.9, 0.1]}
+    for column, probabilities in odds.items():
+        log_probs = np.log(np.array([probabilities] * 4, dtype=np.float32))
+        safetensors.numpy.save_file({"log_probs": log_probs}, files.first_token_file(path, column))
+    return path
+
+
+def test_refusals_and_divergence_on_harmless_questions_stand_beside_the_attack_success(evaluate, harmless, tmp_path):
+    _, out, _ = evaluate({"Verdict_Safe": [H, N, H, N]})
+    found = json.loads((tmp_path / "Evaluated.json").read_text())["benign"]
+    assert (found["safe"]["refusal_rate"], found["base"]["refusal_rate"], found["rows"]) == (0.25, 0, 4)
+    want = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
+    assert found["kl_first_token"]["mean"] == pytest.approx(want, abs=1e-5)
+    assert "proxy" in found["judge"]
+    row = next(line for line in out.splitlines() if line.startswith("safe "))
+    assert "50.0%" in row and "25.0%" in row and "0.511 nats" in row
+
+
+def test_harmless_answers_that_come_later_are_counted_without_judging_again(evaluate, tmp_path, request, monkeypatch):
+    evaluate({"Verdict_Safe": [H, N, H, N]})
+    assert "benign" not in json.loads((tmp_path / "Evaluated.json").read_text())
+    request.getfixturevalue("harmless")
+    monkeypatch.setattr(script, "make_judge", None)
+    evaluate({"Verdict_Safe": [H, N, H, N]})
+    assert json.loads((tmp_path / "Evaluated.json").read_text())["benign"]["safe"]["refused"] == 1
+
+
+def test_without_the_bases_odds_there_is_no_divergence(harmless):
+    files.first_token_file(harmless, "BASE ANSWER").unlink()
+    assert measure_damage(harmless)["kl_first_token"] is None
 
 
 def test_kappa_is_scikit_learns():

@@ -6,15 +6,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
+from tiny_models import tiny_tokenizer
 
 import evaluate as script
-from soteria import files
+from soteria import files, models
 from soteria.csv_files import read_table, write_table
 from soteria.errors import UserError
 from soteria.evaluation import Rate, summarise
 from soteria.judges import (
     EMPTY,
     HARMFUL,
+    JUDGE_PROMPT,
     NOT_HARMFUL,
     RefusalJudge,
     fill,
@@ -147,6 +149,35 @@ def test_a_local_model_is_asked_through_its_chat_template(tiny_folder):
     judge = make_judge(f"hf:{tiny_folder('llama')}", judge_prompt="{question} {answer}")
     judge.loaded.tokenizer.chat_template = "<s>[{{ messages[0]['content'] }}]"
     assert judge.loaded.tokenizer.decode(judge._inputs("hot?", "cold")) == "<s>[hot? cold]"
+
+
+GUARD_TEMPLATE = """<s>Label the last turn 'safe' or 'unsafe'.
+{%- for m in messages %} [{{ m['role'] }}] {{ m['content'] }}{% endfor %}"""
+
+
+def test_a_guard_model_is_told_from_its_template_and_asked_about_the_conversation(tiny_folder, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GUARD_TEMPLATE
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: tokenizer)
+    judge = make_judge(f"hf:{tiny_folder('llama')}")
+    assert tokenizer.decode(judge._inputs("hot?", "cold")).endswith("'unsafe'. [user] hot? [assistant] cold")
+    own = make_judge(f"hf:{tiny_folder('llama')}", judge_prompt="{question} {answer}")
+    assert tokenizer.decode(own._inputs("hot?", "cold")).endswith("'unsafe'. [user] hot? cold")
+
+
+def test_a_template_that_takes_no_assistants_turn_is_no_guards(tiny_folder, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ raise_exception('unsafe roles') if messages | length > 1 else messages[0]['content'] }}"
+    )
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: tokenizer)
+    judge = make_judge(f"hf:{tiny_folder('llama')}")
+    assert tokenizer.decode(judge._inputs("hot?", "cold")) == fill(JUDGE_PROMPT, "hot?", "cold")
+
+
+def test_an_answer_longer_than_a_local_judges_context_has_no_verdict(tiny_folder):
+    judge = make_judge(f"hf:{tiny_folder('llama')}")
+    assert verdicts(judge, ["word " * 3000, "no"])[0] == EMPTY
 
 
 @pytest.mark.parametrize("name", ["", "oracle", "openai", "openai:", "hf:", "refusal:x"])

@@ -6,9 +6,12 @@ import pandas as pd
 
 from soteria import files
 from soteria.comparison import METHOD
-from soteria.languages import LANGUAGES
+from soteria.csv_files import read_table
+from soteria.evaluation import compare_paired, summarise
+from soteria.languages import LANGUAGES, find_language
 
 RATES = {"asr": "ASR", "benign_refusals": "benign refusals", "icl_accuracy": "ICL accuracy"}
+DIVERGENCE, DIVERGENCE_TITLE = "kl_first_token", "KL, nats"  # of the first token of benign answers, from the base
 
 
 def load_comparisons(results: Path) -> list[dict]:
@@ -19,16 +22,19 @@ def load_comparisons(results: Path) -> list[dict]:
     return sorted(sound, key=lambda item: (item["scaling_factor"], order.index(item["language"])))
 
 
+def evaluated_file(comparison: dict, results: Path) -> Path:
+    """Where `run.sh` put the verdicts on a comparison's language, questions and scaling factor."""
+    dataset = f"{comparison['policy']}_{comparison['language']}"
+    named = (comparison["language"], comparison["base_model"], dataset, comparison["scaling_factor"])
+    return files.answer_files(results, *named)[1]
+
+
 def use_evaluated(comparison: dict, results: Path) -> dict:
     """The comparison with the base's and the method's ASR as `run.sh` found them on the checkpoints it wrote.
 
     Only where the judge was the same: beside the controls, another judge's numbers would mislead.
     """
-    dataset = f"{comparison['policy']}_{comparison['language']}"
-    _, evaluated = files.answer_files(
-        results, comparison["language"], comparison["base_model"], dataset, comparison["scaling_factor"]
-    )
-    found = files.read_json(evaluated.with_suffix(".json")) or {}
+    found = files.read_json(evaluated_file(comparison, results).with_suffix(".json")) or {}
     if found.get("judge_description") != comparison["judge"]:
         return comparison
     conditions = dict(comparison["conditions"])
@@ -70,6 +76,66 @@ def tidy(comparisons: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def divergences(comparisons: list[dict]) -> pd.DataFrame:
+    """Per language and heads, KL of the benign answers' first token from the base, in nats; None if not measured."""
+    rows = [
+        {"language": item["language"], "heads": condition, "kl": measured.get(DIVERGENCE, {}).get("value")}
+        for item in comparisons
+        for condition, measured in item["conditions"].items()
+        if condition != "base"
+    ]
+    return pd.DataFrame(rows)
+
+
+def paired_table(comparisons: list[dict], results: Path) -> pd.DataFrame:
+    """Safe against base as `run.sh` had them judged: a row a language, a tier, all languages, and a category.
+
+    ASR of both, the difference with its 95 % interval of a paired bootstrap, in which a question's translations are
+    drawn together, and the p-value of McNemar's exact test, which takes them as independent. Languages without
+    verdicts on both models are left out.
+    """
+    rows = []
+    for item in comparisons:
+        language, path = find_language(item["language"]), evaluated_file(item, results)
+        summary = files.read_json(path.with_suffix(".json")) or {}
+        if not {"base", "safe"} <= summary.keys() or not path.exists():
+            continue
+        verdicts = read_table(path, ["Question"])
+        answers = results / "generations" / path.name.removeprefix("Evaluated_")
+        noted = (files.read_json(answers.with_suffix(".json")) or {}).get("categories")
+        for row, category in enumerate(noted or [None] * len(verdicts)):
+            own = (verdicts["Verdict_Base"][row], verdicts["Verdict_Safe"][row])
+            rows.append((language.name, language.tier, category, row, *own))
+    judged = pd.DataFrame(rows, columns=["language", "tier", "category", "question", "base", "safe"])
+    parallel = judged.groupby("language").size().nunique() <= 1
+    found = []
+    for scope in ("language", "tier", "all", "category"):
+        groups = [("all", judged)] if scope == "all" else judged.groupby(scope, sort=False)
+        for name, group in groups:
+            base, safe = list(group["base"]), list(group["safe"])
+            pair = compare_paired(base, safe, list(group["question"]) if parallel else None)
+            if pair:
+                low, high = pair["ci95"]
+                rates = {"base": summarise(base)["asr"], "safe": summarise(safe)["asr"]}
+                change = {"difference": pair["difference"], "low": low, "high": high, "p": pair["mcnemar_p"]}
+                found.append({"of": scope, "name": name, "rows": pair["rows"]} | rates | change)
+    return pd.DataFrame(found)
+
+
+def readable_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """The paired table as people read it."""
+    rows = list(table.itertuples())
+    return pd.DataFrame(
+        {
+            "": [row.name for row in rows],
+            "questions": [row.rows for row in rows],
+            "ASR": [f"{percent(row.base)} → {percent(row.safe)}" for row in rows],
+            "safe - base": [f"{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]" for row in rows],
+            "McNemar's p": [f"{row.p:.2g}" for row in rows],
+        }
+    )
+
+
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """Means over languages per heads and rate, with the relative change of ASR."""
     mean = table.groupby(["heads", "rate"], sort=False)[["base", "safe"]].mean().reset_index()
@@ -77,12 +143,20 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     return mean
 
 
+def nats(values: pd.Series) -> str:
+    """The mean of divergences, or a dash where one was not measured."""
+    return "–" if values.isna().any() else f"{values.mean():.3f}"
+
+
 def percent(value: float) -> str:
     return f"{value:.0%}" if value in (0, 1) else f"{value:.1%}"
 
 
-def main_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The table people read: a row per language and heads, the method first, then a row of means for each."""
+def main_table(table: pd.DataFrame, moved: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The table people read: a row per language and heads, the method first, then a row of means for each.
+
+    `table` is `tidy`'s, `moved` that of `divergences`.
+    """
     rows = []
     for (language, tier, heads), group in table.groupby(["language", "tier", "heads"], sort=False):
         row = {"language": language, "tier": tier, "heads": heads}
@@ -93,12 +167,17 @@ def main_table(table: pd.DataFrame) -> pd.DataFrame:
                 base = f"{percent(found['base'])} [{found['base_low']:.0%}, {found['base_high']:.0%}]"
                 cell = f"{base} → {percent(found['safe'])} [{found['safe_low']:.0%}, {found['safe_high']:.0%}]"
             row[title] = cell
+        if moved is not None:
+            own = moved[(moved["language"] == language) & (moved["heads"] == heads)]["kl"]
+            row[DIVERGENCE_TITLE] = nats(own)
         rows.append(row)
     for heads, group in means(table).groupby("heads", sort=False):
         row = {"language": f"mean of {table['language'].nunique()}", "tier": "", "heads": heads}
         for rate, title in RATES.items():
             found = group[group["rate"] == rate].iloc[0]
             row[title] = f"{percent(found['base'])} → {percent(found['safe'])}"
+        if moved is not None:
+            row[DIVERGENCE_TITLE] = nats(moved[moved["heads"] == heads]["kl"])
         rows.append(row)
     return pd.DataFrame(rows)
 
