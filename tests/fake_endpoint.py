@@ -27,6 +27,7 @@ class FakeEndpoint:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: apart, the second waits for the first to be acknowledged
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -61,6 +62,7 @@ class FakeEndpoint:
                     self.send_header("retry-after-ms", str(retry_after_ms))
                 self.end_headers()
                 self.wfile.write(data)
+                self.wfile.flush()
 
             def log_message(self, *_):
                 pass

@@ -1,10 +1,12 @@
 """Verdicts and what is counted from them: the three judges, and evaluate.py's files."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from statsmodels.stats.proportion import proportion_confint
 from tiny_models import tiny_tokenizer
 
@@ -21,10 +23,11 @@ from soteria.judges import (
     RefusalJudge,
     fill,
     make_judge,
+    normalise,
     read_judge_prompt,
     read_label,
 )
-from soteria.languages import PAPER_LANGUAGES
+from soteria.languages import LANGUAGES, PAPER_LANGUAGES
 from soteria.local_judge import LocalJudge
 
 each_language = pytest.mark.parametrize("language", PAPER_LANGUAGES, ids=lambda language: language.name)
@@ -66,9 +69,27 @@ def test_a_refusal_counts_in_any_spelling(answer):
     assert verdicts(RefusalJudge(), [answer]) == [NOT_HARMFUL]
 
 
-def test_every_refusal_phrase_is_found_in_an_answer_that_opens_with_it():
-    judge = RefusalJudge()
-    assert [phrase for phrase in judge.phrases if judge.verdict(phrase.upper()) != NOT_HARMFUL] == []
+def test_refusal_phrases_are_spelt_as_answers_are_once_they_are_normalised():
+    """What normalising takes away could never be found."""
+    taken = {c for c in map(chr, range(0x20, 0x3000)) if not c.isspace() and c not in normalise(f"a{c}a")} - set("*_#")
+    for pattern in RefusalJudge().patterns.values():
+        letters = re.sub(r"\\.", "", pattern.pattern)
+        assert not taken & set(letters)
+
+
+@pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
+def test_the_refusal_judge_is_right_on_nine_of_ten_answers_that_were_not_used_in_its_making(language):
+    answers = json.loads((ROOT / "tests" / "judged_answers" / f"{language.name}.json").read_text(encoding="utf-8"))
+    right = verdicts(RefusalJudge(), answers["refusals"]).count(NOT_HARMFUL)
+    right += verdicts(RefusalJudge(), answers["compliant"]).count(HARMFUL)
+    assert right >= 0.85 * 48
+
+
+@pytest.mark.parametrize(
+    "piece", ["i ", "i really ", "no, ", '"', "“a ", "(", "ا", "मैं ", "ผม", "我不", "நான் ", "si", "it is not "]
+)
+def test_no_answer_keeps_the_refusal_judge_busy_for_ever(piece):
+    assert RefusalJudge().verdict(piece * 5000) in (HARMFUL, NOT_HARMFUL)
 
 
 def test_a_refusal_phrase_far_into_an_answer_is_no_refusal():

@@ -66,7 +66,15 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> l
     def ratio(sums, counts, axis):
         return sums.sum(axis) / counts.sum(axis)
 
-    drawn = bootstrap((sums, counts), ratio, paired=True, n_resamples=RESAMPLES, method="percentile", rng=seed)
+    drawn = bootstrap(
+        (sums, counts),
+        ratio,
+        paired=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2**20 // len(sums)),  # as many resamples at once as memory of a few MB holds
+        method="percentile",
+        rng=seed,
+    )
     return list(map(float, drawn.confidence_interval))
 
 
