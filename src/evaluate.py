@@ -35,6 +35,9 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     answers = Answers(arguments.input)
+    if arguments.output.exists() and arguments.output.samefile(arguments.input):
+        raise UserError(f"{arguments.output} holds the answers themselves; give another --output")
+    files.check_facts_file(arguments.output.with_suffix(".json"), "inputs_sha256")
     judge_prompt = read_judge_prompt(arguments.judge_prompt) if arguments.judge_prompt else None
     benign = arguments.benign or files.benign_file(arguments.input)
     if arguments.benign and not benign.exists():

@@ -10,9 +10,10 @@ from contextlib import nullcontext
 from functools import cache
 
 from soteria import cli, files
+from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.processes import Processes
-from soteria.questions import QuestionSet, benign_set, read_questions
+from soteria.questions import QuestionSet, benign_set, find_local, read_questions
 
 
 def parse_arguments():
@@ -53,6 +54,10 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     language = find_language(arguments.language)
+    local = find_local(arguments.dataset)
+    if local and arguments.output.exists() and local.samefile(arguments.output):
+        raise UserError(f"{arguments.output} holds the questions themselves; give another --output")
+    files.check_facts_file(arguments.output.with_suffix(".json"), "columns")
     questions = read_questions(arguments.dataset, language, split=arguments.split, column=arguments.question_column)
     benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
 

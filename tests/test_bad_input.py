@@ -116,6 +116,14 @@ CASES = {
     "generate: device cuda:99": (GENERATE + "--device cuda:99", "cuda:99"),
     "generate: no chat template": (GENERATE + "--chat_template", "chat template"),
     "generate: answers to other questions there": (GENERATE + "--output answers.csv", "answers.csv"),
+    "generate: output over the questions": (GENERATE + "--output questions.csv", "questions.csv"),
+    "generate: facts over the questions": (GENERATE + "--dataset asked.json --output asked.csv", "asked.json"),
+    "generate: no such split": (GENERATE + "--split test", "'test'"),
+    "generate: no such question column": (GENERATE + "--question_column words", "'words'"),
+    "generate: no such harmless questions": (GENERATE + "--benign nowhere", "nowhere"),
+    "generate: a question longer than the context": (GENERATE + "--dataset long.csv", "row 1"),
+    "generate: a question that is no text": (GENERATE + "--dataset number.json", "row 1"),
+    "generate: half a surrogate pair": (GENERATE + "--dataset surrogate.jsonl", "row 1"),
     "generate: output named .json": (GENERATE + "--output out.json", "out.json"),
     "evaluate: no such file": (EVALUATE + "--input nowhere.csv", "nowhere.csv"),
     "evaluate: an empty CSV": (EVALUATE + "--input empty.csv", "empty.csv"),
@@ -124,11 +132,16 @@ CASES = {
     "evaluate: unknown judge": (EVALUATE + "--judge oracle", "oracle"),
     "evaluate: a judge without its model": (EVALUATE + "--judge openai:", "openai:"),
     "evaluate: openai without a key": (EVALUATE + "--judge openai:some-model", "OPENAI_API_KEY"),
+    "evaluate: output over the answers": (EVALUATE + "--output answers.csv", "answers.csv"),
+    "evaluate: no such harmless answers": (EVALUATE + "--benign nowhere.csv", "nowhere.csv"),
+    "evaluate: rows of unequal length": (EVALUATE + "--input torn.csv", "row 1"),
+    "evaluate: time limit 0": (EVALUATE + "--time_limit 0", "--time_limit"),
     "evaluate: no such judge model": (EVALUATE + "--judge hf:./nowhere", "./nowhere"),
     "evaluate: a judge prompt without places": (EVALUATE + "--judge_prompt text.csv", "{question}"),
     "evaluate: no such judge prompt": (EVALUATE + "--judge_prompt nowhere.txt", "nowhere.txt"),
     "evaluate: a judge prompt that is no UTF-8": (EVALUATE + "--judge_prompt latin1.csv", "latin1.csv"),
     "evaluate: concurrency 0": (EVALUATE + "--concurrency 0", "--concurrency"),
+    "run.sh: an empty question": (plan(data="gap.csv"), "row 1"),
     "run.sh: unknown language": (plan(language="Klingon"), "Klingon"),
     "run.sh: unknown dataset": (plan(data="nothing_Hindi"), "nothing_Hindi"),
     "run.sh: factor negative": (plan(factor="-1"), "-1"),
@@ -173,10 +186,15 @@ def place(tmp_path_factory) -> Path:
         "text": "text\nhot?\n",
         "gap": "id,question\n0,hot?\n1, \n",
         "comma": "question\nhot, or cold?\n",
+        "long": "question\nhot?\n" + "word " * 5000 + "\n",
+        "torn": "Question,SAFE ANSWER\nWhy?,No\nWhy?\n",
         "ragged": "id,question\n0,hot?\n1,hot, or cold, or not?\n",
     }
     for name, text in texts.items():
         (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    (root / "asked.json").write_text('[{"question": "hot?"}]')
+    (root / "number.json").write_text('[{"question": "hot?"}, {"question": 7}]')
+    (root / "surrogate.jsonl").write_text('{"question": "hot?"}\n{"question": "a\\ud800"}\n')
     (root / "latin1.csv").write_bytes("question\nWas für eine?\n".encode("latin-1"))
     return root
 

@@ -101,7 +101,7 @@ class AnswerColumn:
         found = read_table(self.output, ["Question"])
         if list(found.get("Question", [])) != self.questions.questions:
             raise UserError(f"{self.output} holds answers to other questions; give another --output or remove it")
-        made = (files.read_json(self.facts_file) or {}).get("columns", {}).get(self.column)
+        made = files.read_facts(self.facts_file).get("columns", {}).get(self.column)
         complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 
@@ -114,8 +114,8 @@ class AnswerColumn:
         if self.with_first_tokens and self.is_shared:
             with files.whole_file(first_token_file(self.output, self.column)) as sibling:
                 sibling.write_bytes(self.first_tokens.read_bytes())
-        facts = files.read_json(self.facts_file) or {}
-        steered = files.read_json(Path(self.model) / FACTS) or {}
+        facts = files.read_facts(self.facts_file)
+        steered = files.read_facts(Path(self.model) / FACTS)
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
         write_table(table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]], self.output)
         files.write_json(

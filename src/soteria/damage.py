@@ -22,7 +22,7 @@ def measure_damage(answers: Path) -> dict:
     distribution, with the 95 % interval of a bootstrap; None where one of the two is not there.
     """
     table, judge = read_table(answers, ["Question"]), RefusalJudge()
-    facts = files.read_json(answers.with_suffix(".json")) or {}
+    facts = files.read_facts(answers.with_suffix(".json"))
     found = {"dataset": facts.get("dataset"), "rows": len(table), "judge": judge.description}
     for column, (_, short) in files.ANSWER_COLUMNS.items():
         if column in table.columns:

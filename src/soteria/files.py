@@ -99,6 +99,18 @@ def read_json(path: Path) -> object | None:
         return None
 
 
+def read_facts(path: Path) -> dict:
+    """The JSON object in a file, or an empty one where the file is missing, broken or something else."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def check_facts_file(path: Path, key: str) -> None:
+    """Raise UserError where the place of a .json of facts, which have `key`, holds something else of the user's."""
+    if path.exists() and key not in read_facts(path):
+        raise UserError(f"{path} is to hold the facts beside the CSV, but is another file; give another --output")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling folder to fill; it takes the name `path` when the block ends well, and vanishes otherwise.

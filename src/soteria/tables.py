@@ -97,12 +97,12 @@ def paired_table(comparisons: list[dict], results: Path) -> pd.DataFrame:
     rows = []
     for item in comparisons:
         language, path = find_language(item["language"]), evaluated_file(item, results)
-        summary = files.read_json(path.with_suffix(".json")) or {}
+        summary = files.read_facts(path.with_suffix(".json"))
         if not {"base", "safe"} <= summary.keys() or not path.exists():
             continue
         verdicts = read_table(path, ["Question"])
         answers = results / "generations" / path.name.removeprefix("Evaluated_")
-        noted = (files.read_json(answers.with_suffix(".json")) or {}).get("categories")
+        noted = files.read_facts(answers.with_suffix(".json")).get("categories")
         for row, category in enumerate(noted or [None] * len(verdicts)):
             own = (verdicts["Verdict_Base"][row], verdicts["Verdict_Safe"][row])
             rows.append((language.name, language.tier, category, row, *own))

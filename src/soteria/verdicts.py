@@ -42,7 +42,7 @@ class Answers:
             raise UserError(f"{path} has no rows to judge")
         self.digests = {column: digest.hexdigest() for column, digest in digests.items()}
         self.sha256 = hashlib.sha256(str(self.digests).encode()).hexdigest()
-        noted = (files.read_json(path.with_suffix(".json")) or {}).get("categories") or []
+        noted = files.read_facts(path.with_suffix(".json")).get("categories") or []
         self.categories = categories or (noted if len(noted) == self.n_rows else None)
 
     def place(self, column: str) -> int:
@@ -125,7 +125,7 @@ def read_verdicts(path: Path, answers: Answers) -> dict[str, list[str]]:
 
 def describe(answers: Path) -> dict:
     """What generate.py noted beside the answers: model, language, dataset, scaling factor; None where unknown."""
-    facts = files.read_json(answers.with_suffix(".json")) or {}
+    facts = files.read_facts(answers.with_suffix(".json"))
     made = facts.get("columns", {})
     safe, base = made.get(files.SAFE_ANSWER, {}), made.get(files.BASE_ANSWER, {})
     return {
