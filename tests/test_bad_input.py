@@ -240,6 +240,29 @@ def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_p
     assert command(text, folder) == 0
 
 
+def plan_options(command, capsys, folder) -> list[str]:
+    """The words that run.sh hands to generate.py."""
+    assert command(plan(), folder) == 0
+    return capsys.readouterr().out.splitlines()[3:]
+
+
+def test_the_environment_says_how_questions_are_read_and_asked(place, command, capsys, monkeypatch):
+    options = plan_options(command, capsys, place)
+    assert options[0] == "--benign" and Path(options[1]).name == "everyday_Hindi.csv" and len(options) == 2
+    for name, value in {"BENIGN": "none", "CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
+        monkeypatch.setenv(f"SOTERIA_{name}", value)
+    assert plan_options(command, capsys, place) == ["--question_column", "question", "--chat_template"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("BENIGN", "nowhere"), ("CHAT_TEMPLATE", "maybe"), ("SPLIT", "test")])
+def test_a_fault_in_the_environment_is_refused_before_anything_is_steered(
+    name, value, place, command, capsys, monkeypatch
+):
+    monkeypatch.setenv(f"SOTERIA_{name}", value)
+    assert command(plan(), place) == 2
+    assert value in capsys.readouterr().err
+
+
 def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, monkeypatch, capsys):
     monkeypatch.setenv("SOTERIA_JUDGE", "oracle")
     assert command(plan(), place) == 2

@@ -76,6 +76,17 @@ def test_run_sh_leaves_the_three_results_under_their_names(results):
     assert facts["language"] == "Bengali" and facts["scaling_factor"] == 2 and facts["rows"] == len(answers)
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_safety_costs_is_the_same_on_the_checkpoint_and_in_place(results, language):
+    name = f"polyglot-base_{language}_policy_{language}_scaling_2"
+    found = json.loads((results / "evaluated" / f"Evaluated_{name}.json").read_text())
+    controls = json.loads((results / "controls" / f"polyglot-base_{language}_policy_scaling_2.json").read_text())
+    method = controls["conditions"]["top heads"]
+    assert found["benign"]["safe"]["refused"] == method["benign_refusals"]["count"]
+    assert found["benign"]["kl_first_token"]["mean"] == pytest.approx(method["kl_first_token"]["value"], abs=1e-4)
+    assert sum(own["rows"] for own in found["categories"].values()) == found["rows"]
+
+
 def test_the_original_release_path_of_run_sh_does_the_same(results):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*.csv")}
     run(
@@ -100,7 +111,10 @@ def test_the_table_shows_every_control_beside_the_method(results):
     for heads in ("top heads", "random heads", "bottom heads", "all heads"):
         assert table.count(f"| {heads}") == len(LANGUAGES) + 1
     assert "proxy" in table
+    assert "KL, nats" in table
     assert (results / "tables" / "main.png").stat().st_size > 10_000
+    paired = pd.read_csv(results / "tables" / "main_paired.csv")
+    assert list(paired["name"])[:5] == [*LANGUAGES, "High", "Low", "all"]
 
 
 @pytest.mark.parametrize("notebook", ["notebooks/top_heads.ipynb", "notebooks/paper_tables.ipynb"])
