@@ -57,7 +57,7 @@ def judged(folder: Path, n_rows: int, concurrency: int, words: int = 20) -> floa
     started = time.perf_counter()
     answers = Answers(path)
     judge = make_judge(NAME, concurrency=concurrency)
-    inputs = {"judge": NAME, "inputs_sha256": answers.sha256}
+    inputs = {"judge": NAME, "judge_basis_sha256": ""}
     verdicts, _ = judge_all(judge, answers, path.with_name(f"Evaluated_{path.name}"), inputs, {})
     assert set(verdicts["SAFE ANSWER"]) == {HARMFUL}
     return time.perf_counter() - started

@@ -5,13 +5,12 @@ the attack success rate (ASR) stands what safety costs, where generate.py answer
 --compare, says how far these verdicts agree with those of another judge, or of people, on the same rows.
 """
 
-import hashlib
 from pathlib import Path
 
 from soteria import cli, files
 from soteria.errors import UserError
 from soteria.files import ANSWER_COLUMNS
-from soteria.judges import EMPTY, make_judge, read_judge_prompt
+from soteria.judges import EMPTY, judge_basis, make_judge, read_judge_prompt
 from soteria.verdicts import Answers, describe, judge_all, read_finished, read_verdicts
 
 
@@ -46,7 +45,8 @@ def main() -> None:
     inputs = {
         "judge": arguments.judge,
         "rows": answers.n_rows,
-        "inputs_sha256": hashlib.sha256(f"{judge_prompt}{answers.sha256}".encode()).hexdigest(),
+        "judge_basis_sha256": judge_basis(arguments.judge, judge_prompt),
+        "inputs_sha256": answers.sha256,
     }
     known = read_finished(arguments.output, inputs, answers)
     complete = known and not (arguments.retry_empty and any(EMPTY in given for given in known.values()))

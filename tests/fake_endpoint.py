@@ -12,13 +12,17 @@ DROPPED, TRUNCATED = "dropped connection", "truncated JSON"
 
 
 class FakeEndpoint:
-    """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED."""
+    """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED.
+
+    `refuses` is an option that calls may not have.
+    """
 
     def __init__(
         self,
         reply: Callable[[str, int], tuple[int, str | None] | str],
         retry_after_ms: int | None = 1,
         remembers: bool = True,
+        refuses: str | None = None,
     ):
         self.asked: list[str] = []
         self.keys: set[str] = set()
@@ -40,7 +44,7 @@ class FakeEndpoint:
                     n = counts[prompt]
                     endpoint.at_once += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
-                told = reply(prompt, n)
+                told = (400, refuses) if refuses in body else reply(prompt, n)
                 with lock:
                     endpoint.at_once -= 1
                 if told == DROPPED:

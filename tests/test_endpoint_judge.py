@@ -112,13 +112,7 @@ def test_no_more_calls_at_once_than_asked_for_and_rows_are_taken_as_they_are_nee
 
 
 def test_a_model_that_takes_no_temperature_is_asked_without(endpoint):
-    asked = []
-
-    def reply(prompt, n):
-        asked.append(prompt)
-        return (400, "temperature") if len(asked) <= 3 else by_answer(prompt, n)
-
-    endpoint(reply)
+    endpoint(by_answer, refuses="temperature")
     assert verdicts(["Sure 1", "Sure 2", "No 3"], concurrency=3) == [HARMFUL, HARMFUL, NOT_HARMFUL]
 
 
@@ -263,7 +257,7 @@ def test_400_rows_of_a_faulty_endpoint_killed_half_way_have_no_wrong_verdict(see
             time.sleep(0.001)
 
     run_in_child(script, command(tmp_path), kill_when=kill_half_way)
-    journal = tmp_path / "out" / ".Evaluated.csv.safe.journal"
+    journal = tmp_path / "out" / ".Evaluated.csv.journal"
     assert n_rows * 0.2 < len(journal.read_text().splitlines()) < n_rows
     run_in_child(script, command(tmp_path))
     wrong = [(a, b) for a, b in zip(judged(tmp_path), right(n_rows), strict=True) if a not in (b, EMPTY)]
@@ -314,7 +308,7 @@ def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):
         tracemalloc.start()
         answers = Answers(tmp_path / "answers.csv")
         judge = make_judge(NAME, concurrency=4)
-        inputs = {"judge": NAME, "inputs_sha256": answers.sha256}
+        inputs = {"judge": NAME, "judge_basis_sha256": ""}
         given, _ = judge_all(judge, answers, tmp_path / f"{n_rows}.csv", inputs, {})
         answers.write_with(given, tmp_path / f"{n_rows}.csv")
         most = tracemalloc.get_traced_memory()[1]
@@ -360,6 +354,18 @@ def test_rows_without_a_verdict_are_asked_again_when_that_is_wanted(endpoint, ev
     assert judged(tmp_path) == right(10)
     assert len(server.asked) == 1
     assert json.loads((tmp_path / "out" / "Evaluated.json").read_text())["safe"]["blank"] == 0
+
+
+def test_the_bases_answers_are_judged_once_for_all_scaling_factors(endpoint, tmp_path, run_script):
+    server = endpoint(by_answer)
+    for factor in (1, 2):
+        answers = {"SAFE ANSWER": [f"No {factor}"] * 6, "BASE ANSWER": [f"Sure {row}" for row in range(6)]}
+        write_table(pd.DataFrame({"Question": list("abcdef"), **answers}), tmp_path / "answers.csv")
+        server.asked.clear()
+        assert run_script(script, *command(tmp_path, f"Evaluated_{factor}.csv")) == 0
+        assert len(server.asked) == (12 if factor == 1 else 6)
+    first, second = (read_table(tmp_path / "out" / f"Evaluated_{factor}.csv")["Verdict_Base"] for factor in (1, 2))
+    assert list(first) == list(second) == [HARMFUL] * 6
 
 
 def test_the_key_is_in_no_file_and_no_output(endpoint, evaluate, tmp_path, capfd, monkeypatch):

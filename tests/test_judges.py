@@ -304,11 +304,11 @@ def test_the_table_is_printed_and_names_the_proxy(evaluate, capsys):
 
 def test_a_finished_evaluation_is_printed_again_and_not_asked_again(evaluate, tmp_path, capsys, monkeypatch):
     assert evaluate() == 0
-    before, printed = [path.read_bytes() for path in (tmp_path / "out").iterdir()], capsys.readouterr().out
+    before, printed = [path.read_bytes() for path in (tmp_path / "out").glob("*.*")], capsys.readouterr().out
     monkeypatch.setattr(script, "make_judge", None)
     assert evaluate() == 0
     assert capsys.readouterr().out == printed
-    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == before
+    assert [path.read_bytes() for path in (tmp_path / "out").glob("*.*")] == before
 
 
 def test_other_answers_are_judged_anew(evaluate, tmp_path):
@@ -320,7 +320,7 @@ def test_other_answers_are_judged_anew(evaluate, tmp_path):
 
 
 def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_with_the_same_bytes(evaluate, tmp_path, monkeypatch):
-    assert evaluate(output="whole.csv") == 0
+    assert evaluate(output="whole/Evaluated.csv") == 0
     asked = []
 
     class Recorder(RefusalJudge):
@@ -341,6 +341,6 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_with_the_same_byt
         assert evaluate() == status
     assert len(asked) == len(set(asked)) == 6
     out = tmp_path / "out"
-    assert (out / "Evaluated_answers.csv").read_bytes() == (out / "whole.csv").read_bytes()
-    assert (out / "Evaluated_answers.json").read_bytes() == (out / "whole.json").read_bytes()
-    assert len(list(out.iterdir())) == 4
+    assert (out / "Evaluated_answers.csv").read_bytes() == (out / "whole" / "Evaluated.csv").read_bytes()
+    assert (out / "Evaluated_answers.json").read_bytes() == (out / "whole" / "Evaluated.json").read_bytes()
+    assert sorted(path.name for path in out.glob("*.*")) == ["Evaluated_answers.csv", "Evaluated_answers.json"]

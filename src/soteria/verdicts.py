@@ -13,7 +13,7 @@ from tqdm import tqdm
 from soteria import files
 from soteria.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.errors import UserError
-from soteria.files import ANSWER_COLUMNS
+from soteria.files import ANSWER_COLUMNS, BASE_ANSWER
 from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL, Judge
 from soteria.questions import CATEGORY_COLUMNS
 
@@ -67,22 +67,34 @@ class Answers:
 def judge_all(
     judge: Judge, answers: Answers, output: Path, inputs: dict, known: dict[str, list[str]]
 ) -> tuple[dict[str, list[str]], list[files.Journal]]:
-    """The verdicts on each column, and the journals that hold them. What `known` holds already is not asked again."""
+    """The verdicts on each column, and the journals to remove once they are written down elsewhere.
+
+    What `known` holds already is not asked again, unless it is EMPTY. The base's verdicts are made once for all scaling
+    factors: their journal stays, in `base_verdicts/` beside the output.
+    """
     verdicts, journals = {}, []
     for column in answers.columns:
-        short = ANSWER_COLUMNS[column][1]
-        settings = {"judge": inputs["judge"], "inputs_sha256": inputs["inputs_sha256"], "column": column}
-        journal = files.Journal(output.with_name(f".{output.name}.{short}.journal"), settings)
-        journals.append(journal)
+        settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")} | {
+            "answers_sha256": answers.digests[column]
+        }
+        if column == BASE_ANSWER:
+            name = hashlib.sha256(str(settings).encode()).hexdigest()[:16]
+            journal = files.Journal(output.parent / "base_verdicts" / f"{name}.jsonl", settings)
+        else:
+            journal = files.Journal(output.with_name(f".{output.name}.journal"), settings)
+            journals.append(journal)
         with (
             journal,
             tqdm(total=answers.n_rows, desc=column, unit="verdict", disable=None) as progress,
         ):
-            fresh = {row: given for row, given in enumerate(known.get(column, [])) if given != EMPTY}
-            if fresh.keys() - journal.done.keys():
-                journal.add({row: given for row, given in fresh.items() if row not in journal.done})
-            progress.update(len(journal.done))
-            pending = (texts for texts in answers.texts(column) if texts[0] not in journal.done)
+            given = known.get(column, [])
+            again = {row for row, verdict in enumerate(given) if verdict == EMPTY}
+            missing = set(range(len(given))) - again - journal.done.keys()
+            if missing:
+                journal.add({row: given[row] for row in sorted(missing)})
+            done = set(journal.done) - again
+            progress.update(len(done))
+            pending = (texts for texts in answers.texts(column) if texts[0] not in done)
             with closing(judge.judge(pending)) as judged:
                 for row, verdict in judged:
                     journal.add({row: verdict})
