@@ -127,7 +127,7 @@ def readable_pairs(table: pd.DataFrame) -> pd.DataFrame:
     rows = list(table.itertuples())
     return pd.DataFrame(
         {
-            "": [row.name for row in rows],
+            "group": [row.name for row in rows],
             "questions": [row.rows for row in rows],
             "ASR": [f"{percent(row.base)} → {percent(row.safe)}" for row in rows],
             "safe - base": [f"{row.difference:+.1%} [{row.low:+.1%}, {row.high:+.1%}]" for row in rows],
