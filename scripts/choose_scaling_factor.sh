@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # How the scaling factor of scripts/demo.sh was chosen: the method alone, on the validation questions of all twelve
 # languages. Taken is the factor with the lowest mean ASR among those that cost at most 2 points of benign refusals and
-# 2 points of in-context accuracy, which leaves a margin to the 5 points that the reported numbers must keep to.
+# 2 points of in-context accuracy, which leaves a margin to the 5 points that the reported numbers must keep to, and that
+# change at most 5 % of the benign answers: beyond it they begin well and end garbled, which is no refusal.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

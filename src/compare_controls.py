@@ -66,7 +66,15 @@ def main() -> None:
     def inputs(name: str, scaling_factor: float) -> dict:
         """What a measurement was made from; a file that says the same is not made again."""
         bench = benches[name]
-        made_from = [weights, selected[name], rankings[name], bench.policy, bench.benign, arguments.choose, "with KL"]
+        made_from = [
+            weights,
+            selected[name],
+            rankings[name],
+            bench.policy,
+            bench.benign,
+            arguments.choose,
+            "with KL and changes",
+        ]
         return {
             "base_model": arguments.base_model,
             "finetune_model": arguments.finetune_model,
@@ -108,15 +116,21 @@ def main() -> None:
 
 
 def print_means(table: dict[float, list[dict]]) -> None:
-    """Per scaling factor and condition, means over the languages: the three rates, and the divergence in nats."""
-    print(f"{'scaling':>8} {'heads':14} {'ASR':>7} {'benign refused':>15} {'KL from base':>13} {'ICL accuracy':>13}")
+    """Per scaling factor and condition, means over the languages: the four rates, and the divergence in nats."""
+    print(
+        f"{'scaling':>8} {'heads':14} {'ASR':>7} {'benign refused':>15} {'changed':>8} {'KL from base':>13} "
+        f"{'ICL accuracy':>13}"
+    )
     for factor, rows in table.items():
         for condition in rows[0]:
-            asr, benign, divergence, icl = (
+            asr, benign, changed, divergence, icl = (
                 sum(row[condition][rate]["value"] for row in rows) / len(rows)
-                for rate in ("asr", "benign_refusals", "kl_first_token", "icl_accuracy")
+                for rate in ("asr", "benign_refusals", "benign_changes", "kl_first_token", "icl_accuracy")
             )
-            print(f"{factor:>8g} {condition:14} {asr:>7.1%} {benign:>15.1%} {divergence:>13.3f} {icl:>13.1%}")
+            print(
+                f"{factor:>8g} {condition:14} {asr:>7.1%} {benign:>15.1%} {changed:>8.1%} {divergence:>13.3f} "
+                f"{icl:>13.1%}"
+            )
 
 
 if __name__ == "__main__":

@@ -69,12 +69,14 @@ def test_random_heads_are_the_same_every_time():
 
 
 def test_measurements_add_up_their_counts():
-    total = Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3)) + Measurement(Rate(2, 6), Rate(1, 2), Rate(0, 1))
-    assert total == Measurement(Rate(3, 10), Rate(1, 4), Rate(3, 4))
+    total = Measurement(Rate(1, 4), Rate(0, 2), Rate(1, 2), Rate(3, 3)) + Measurement(
+        Rate(2, 6), Rate(1, 2), Rate(1, 2), Rate(0, 1)
+    )
+    assert total == Measurement(Rate(3, 10), Rate(1, 4), Rate(2, 4), Rate(3, 4))
 
 
 def test_the_divergence_is_the_mean_over_questions_and_models():
-    one, other = (Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3), values) for values in ((0.1, 0.2), (0.3, 0.8)))
+    one, other = (Measurement(*[Rate(1, 4)] * 4, values) for values in ((0.1, 0.2), (0.3, 0.8)))
     assert (one + other).as_json()["kl_first_token"] == {"value": 0.35}
 
 
@@ -85,9 +87,9 @@ class WeightBench:
         self.met = []
 
     def measure(self, loaded, judge, base):
-        assert base == (None if not self.met else "odds of the base")
+        assert base == (None if not self.met else "answers of the base")
         self.met.append(torch.stack([projection.weight[0, 0].clone() for projection in loaded.projections]))
-        return Measurement(Rate(1, 4), Rate(0, 2), Rate(3, 3), (0.5,)), "odds of the base"
+        return Measurement(Rate(1, 4), Rate(0, 2), Rate(0, 2), Rate(3, 3), (0.5,)), "answers of the base"
 
 
 def test_each_list_of_heads_is_measured_and_a_conditions_counts_are_added(tiny_loaded):
@@ -115,7 +117,7 @@ def comparison(language="Hindi", asr=None, scaling_factor=2.0) -> dict:
         "policy": "policy",
         "judge": RefusalJudge.description,
         "conditions": {
-            condition: Measurement(Rate(count, 100), Rate(5, 100), Rate(70, 100)).as_json()
+            condition: Measurement(Rate(count, 100), Rate(5, 100), Rate(6, 100), Rate(70, 100)).as_json()
             for condition, count in counts.items()
         },
     }
@@ -250,7 +252,7 @@ def test_the_table_is_written_as_markdown_csv_and_picture(make_tables, tmp_path)
     assert make_tables() == 0
     text = (tmp_path / "tables" / "main.md").read_text()
     assert "proxy" in text and "mean of 2" in text and "lower than" in text
-    assert len(pd.read_csv(tmp_path / "tables" / "main.csv")) == 2 * 4 * 3
+    assert len(pd.read_csv(tmp_path / "tables" / "main.csv")) == 2 * 4 * 4
     assert (tmp_path / "tables" / "main.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -108,9 +108,10 @@ def test_refusals_and_divergence_on_harmless_questions_stand_beside_the_attack_s
     assert (found["safe"]["refusal_rate"], found["base"]["refusal_rate"], found["rows"]) == (0.25, 0, 4)
     want = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
     assert found["kl_first_token"]["mean"] == pytest.approx(want, abs=1e-5)
+    assert (found["changed"]["rate"], found["changed"]["count"]) == (0.75, 3)
     assert "proxy" in found["judge"]
     row = next(line for line in out.splitlines() if line.startswith("safe "))
-    assert "50.0%" in row and "25.0%" in row and "0.511 nats" in row
+    assert "50.0%" in row and "25.0%" in row and "75.0%" in row and "0.511 nats" in row
 
 
 def test_harmless_answers_that_come_later_are_counted_without_judging_again(evaluate, tmp_path, request, monkeypatch):

@@ -27,6 +27,7 @@ from soteria.scoring import seed_everything
 from soteria.steering import steered_in_place
 
 METHOD = "top heads"
+RATES = ("asr", "benign_refusals", "benign_changes", "icl_accuracy")
 N_RANDOM = 3  # draws of random heads, whose counts are added up
 # Seeds of the prompts that accuracy is measured on, in reports and in choosing a scaling factor. Neither is step 1's:
 # the prompts that chose the heads are not used again.
@@ -47,13 +48,16 @@ def conditions(ranking: list[Head], count: int, n_layers: int, n_heads: int) -> 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Three rates of one model in one language, and KL(base || model) of the first token of benign answers, in nats.
+    """Four rates of one model in one language, and KL(base || model) of the first token of benign answers, in nats.
 
-    `divergences` has one number for each benign question and model that was added up.
+    `benign_changes` counts benign answers that are not the base's, letter for letter: what refusals and a first token
+    do not show, such as an answer that begins well and ends garbled. `divergences` has one number for each benign
+    question and model that was added up.
     """
 
     asr: Rate
     benign_refusals: Rate
+    benign_changes: Rate
     icl_accuracy: Rate
     divergences: tuple[float, ...] = ()
 
@@ -61,17 +65,25 @@ class Measurement:
         rates = (Rate(a.count + b.count, a.n + b.n) for a, b in zip(self._rates(), other._rates(), strict=True))
         return Measurement(*rates, self.divergences + other.divergences)
 
-    def _rates(self) -> tuple[Rate, Rate, Rate]:
-        return self.asr, self.benign_refusals, self.icl_accuracy
+    def _rates(self) -> tuple[Rate, ...]:
+        return tuple(getattr(self, name) for name in RATES)
 
     def as_json(self) -> dict:
         rates = {
             name: {"value": rate.value, "ci95": rate.interval, "count": rate.count, "n": rate.n}
-            for name, rate in zip(("asr", "benign_refusals", "icl_accuracy"), self._rates(), strict=True)
+            for name, rate in zip(RATES, self._rates(), strict=True)
         }
         # The last digits depend on how many threads computed them.
         mean = round(sum(self.divergences) / len(self.divergences), 6) if self.divergences else None
         return rates | {"kl_first_token": {"value": mean}}
+
+
+@dataclass(frozen=True)
+class Benign:
+    """A model's answers to the benign questions; log-probabilities of their first tokens (questions, vocabulary)."""
+
+    answers: list[str]
+    log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,22 +109,30 @@ class Bench:
         return cls(language, *questions, tasks, seed)
 
     def measure(
-        self, loaded: LoadedModel, judge: Judge, base: Tensor | None = None, batch_size: int = 64
-    ) -> tuple[Measurement, Tensor]:
-        """The measurement, and log-probabilities of the benign answers' first tokens; `base` holds the base's."""
+        self, loaded: LoadedModel, judge: Judge, base: Benign | None = None, batch_size: int = 64
+    ) -> tuple[Measurement, Benign]:
+        """The measurement, and the benign answers that it was made from; `base` holds the base's, None for the base."""
         inputs = all_inputs(loaded, self.benign, self.language, chat_template=False)
-        odds = first_token_log_probs(loaded, inputs, batch_size)
-        moved = kl_divergence((odds if base is None else base).numpy(), odds.numpy())
-        harmful = self._verdicts(loaded, self.policy, judge, batch_size).count(HARMFUL)
-        refused = self._verdicts(loaded, self.benign, judge, batch_size).count(NOT_HARMFUL)
+        own = Benign(self._answers(loaded, self.benign, batch_size), first_token_log_probs(loaded, inputs, batch_size))
+        base = base or own
+        policy = self._verdicts(judge, self.policy, self._answers(loaded, self.policy, batch_size))
+        refused = self._verdicts(judge, self.benign, own.answers).count(NOT_HARMFUL)
+        changed = sum(answer != before for answer, before in zip(own.answers, base.answers, strict=True))
         right = list(self._right_answers(loaded))
-        rates = Rate(harmful, len(self.policy)), Rate(refused, len(self.benign)), Rate(sum(right), len(right))
-        return Measurement(*rates, tuple(moved.tolist())), odds
-
-    def _verdicts(self, loaded: LoadedModel, questions: list[str], judge: Judge, batch_size: int) -> list[str]:
-        answers = answer_questions(
-            loaded, questions, self.language, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS
+        measured = Measurement(
+            Rate(policy.count(HARMFUL), len(self.policy)),
+            Rate(refused, len(self.benign)),
+            Rate(changed, len(self.benign)),
+            Rate(sum(right), len(right)),
+            tuple(kl_divergence(base.log_probs.numpy(), own.log_probs.numpy()).tolist()),
         )
+        return measured, own
+
+    def _answers(self, loaded: LoadedModel, questions: list[str], batch_size: int) -> list[str]:
+        return answer_questions(loaded, questions, self.language, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
+
+    @staticmethod
+    def _verdicts(judge: Judge, questions: list[str], answers: list[str]) -> list[str]:
         asked = ((row, *texts) for row, texts in enumerate(zip(questions, answers, strict=True)))
         verdicts = dict(judge.judge(asked))
         return [verdicts[row] for row in range(len(questions))]
@@ -157,7 +177,7 @@ def compare(
         for heads in lists:
             steered = steered_in_place(loaded, task_vectors, heads, scaling_factor) if heads else nullcontext()
             with steered:
-                measured, odds = bench.measure(loaded, judge, base)
-            base = odds if base is None else base
+                measured, answered = bench.measure(loaded, judge, base)
+            base = base or answered
             found[condition] = found[condition] + measured if condition in found else measured
     return found

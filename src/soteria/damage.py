@@ -15,9 +15,10 @@ from soteria.judges import NOT_HARMFUL, RefusalJudge
 
 
 def measure_damage(answers: Path) -> dict:
-    """Refusals of each model among its answers in a CSV, by refusal phrases (a proxy), and the first token's
-    divergence.
+    """Refusals of each model among its answers in a CSV, by refusal phrases (a proxy), and how far the two are apart.
 
+    `changed` is the share of answers that are not the base's, letter for letter: it sees what refusals and first tokens
+    do not, such as an answer that begins well and ends garbled, and every harmless rewording too.
     `kl_first_token` is the mean over the questions of KL(base || safe), in nats, of the first answer token's
     distribution, with the 95 % interval of a bootstrap; None where one of the two is not there.
     """
@@ -28,6 +29,9 @@ def measure_damage(answers: Path) -> dict:
         if column in table.columns:
             refused = Rate([judge.verdict(answer) for answer in table[column]].count(NOT_HARMFUL), len(table))
             found[short] = {"refusal_rate": refused.value, "ci95": refused.interval, "refused": refused.count}
+    if set(files.ANSWER_COLUMNS) <= set(table.columns):
+        changed = Rate(int((table[files.SAFE_ANSWER] != table[files.BASE_ANSWER]).sum()), len(table))
+        found["changed"] = {"rate": changed.value, "ci95": changed.interval, "count": changed.count}
     paths = [files.first_token_file(answers, column) for column in (files.BASE_ANSWER, files.SAFE_ANSWER)]
     found["kl_first_token"] = None
     if all(path.exists() for path in paths):

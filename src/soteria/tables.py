@@ -10,15 +10,24 @@ from soteria.csv_files import read_table
 from soteria.evaluation import compare_paired, summarise
 from soteria.languages import LANGUAGES, find_language
 
-RATES = {"asr": "ASR", "benign_refusals": "benign refusals", "icl_accuracy": "ICL accuracy"}
+RATES = {
+    "asr": "ASR",
+    "benign_refusals": "benign refusals",
+    "benign_changes": "changed",
+    "icl_accuracy": "ICL accuracy",
+}
 DIVERGENCE, DIVERGENCE_TITLE = "kl_first_token", "KL, nats"  # of the first token of benign answers, from the base
 
 
 def load_comparisons(results: Path) -> list[dict]:
-    """What `compare_controls.py` wrote, languages in their own order. Files that cannot be read are left out."""
+    """What `compare_controls.py` wrote, languages in their own order. Files of another kind or version are left out."""
     found = [files.read_json(path) for path in sorted((results / "controls").glob("*.json"))]
     order = [language.name for language in LANGUAGES]
-    sound = [item for item in found if isinstance(item, dict) and "conditions" in item]
+    sound = [
+        item
+        for item in found
+        if isinstance(item, dict) and RATES.keys() <= item.get("conditions", {}).get("base", {}).keys()
+    ]
     return sorted(sound, key=lambda item: (item["scaling_factor"], order.index(item["language"])))
 
 
@@ -85,6 +94,26 @@ def divergences(comparisons: list[dict]) -> pd.DataFrame:
         if condition != "base"
     ]
     return pd.DataFrame(rows)
+
+
+def trade_off(comparisons: list[dict], n_heads_total: int) -> pd.DataFrame:
+    """Means over languages of ASR and of KL in nats, a row per share of all heads and scaling factor, the base's first.
+
+    Columns: share, scaling_factor, asr, kl. The heads are the method's, or all. Rows that lack a language are left
+    out: their means would be of another set of them.
+    """
+    rows = []
+    for item in comparisons:
+        shares = {"base": 0.0, METHOD: item["n_heads"] / n_heads_total, "all heads": 1.0}
+        for condition in shares.keys() & item["conditions"].keys():
+            measured = item["conditions"][condition]
+            factor = item["scaling_factor"] if condition != "base" else 0.0
+            moved = measured.get(DIVERGENCE, {}).get("value")
+            rows.append((item["language"], shares[condition], factor, measured["asr"]["value"], moved))
+    found = pd.DataFrame(rows, columns=["language", "share", "scaling_factor", "asr", "kl"]).dropna()
+    groups = found.groupby(["share", "scaling_factor"])
+    whole = groups["language"].transform("nunique") == found["language"].nunique()
+    return found[whole].groupby(["share", "scaling_factor"])[["asr", "kl"]].mean().reset_index()
 
 
 def paired_table(comparisons: list[dict], results: Path) -> pd.DataFrame:
