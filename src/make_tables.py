@@ -1,4 +1,4 @@
-"""Step 4: the table of results, as text, Markdown, CSV and a picture.
+"""Step 4: the tables of results as text, Markdown and CSV, and the figures as PNG and PDF.
 
 Reads what `run.sh` and `compare_controls.py` left under results/. A language that was not run is not in the table.
 """
@@ -55,9 +55,37 @@ def main() -> None:
         files.write_text(folder / f"{arguments.name}_paired.md", f"{title}\n\n{readable}")
         files.write_text(folder / f"{arguments.name}_paired.csv", pairs.to_csv(index=False, lineterminator="\n"))
     files.write_text(folder / f"{arguments.name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    figures.save(figures.plot_comparison(table, title), folder / f"{arguments.name}.png")
+    pictures = {"": figures.plot_comparison(table, title)} | draw(found, table, arguments.results)
+    for figure, picture in pictures.items():
+        figures.save(picture, folder / f"{arguments.name}{figure}.png")
     print(f"{title}\n\n{markdown}\n{verdict}\n")
-    print("wrote " + ", ".join(str(folder / f"{arguments.name}{ending}") for ending in (".md", ".csv", ".png")))
+    print(f"wrote {folder / arguments.name}.md and .csv, and as .png and .pdf " + ", ".join(map(repr, pictures)))
+
+
+def draw(comparisons: list[dict], table, results: Path) -> dict:
+    """The figures whose numbers are there, by what their files' names end in: ASR, heads and layers, the trade-off."""
+    from soteria import figures, steering_figures, tables
+    from soteria.comparison import METHOD
+    from soteria.heads import mean_effect, rank_heads
+    from soteria.icl import TASKS
+
+    method = table[(table["rate"] == "asr") & (table["heads"] == METHOD)]
+    pictures = {"_asr": steering_figures.plot_asr(method)}
+    scores = results / "indirect_effect" / files.model_slug(comparisons[0]["base_model"])
+    try:
+        effects = {item["language"]: mean_effect(scores, item["language"], list(TASKS)) for item in comparisons}
+    except UserError:  # step 1 ran elsewhere
+        return pictures
+    selected = {item["language"]: rank_heads(effects[item["language"]])[: item["n_heads"]] for item in comparisons}
+    pictures["_effects"] = figures.plot_effects(effects, selected)
+    pictures["_layers"] = figures.plot_layer_profiles(effects)
+    if len(selected) > 1:
+        pictures["_overlaps"] = figures.plot_overlaps(selected)
+    tried = tables.load_comparisons(results, "validation")
+    if tried:
+        n_heads = next(iter(effects.values())).numel()
+        pictures["_trade_off"] = steering_figures.plot_trade_off(tables.trade_off(tried, n_heads))
+    return pictures
 
 
 if __name__ == "__main__":

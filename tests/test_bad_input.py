@@ -14,6 +14,7 @@ import torch
 from tiny_models import save_tiny_model
 
 from soteria import files
+from soteria.icl import TASKS
 from soteria.scoring import effect_path, save_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,7 @@ EVALUATE = "evaluate --input answers.csv --output out.csv --judge refusal "
 CONTROLS = (
     "compare_controls --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
 )
+TUNE = "tune --base_model base --finetune_model tuned --language Hindi --results scored --trials 2 "
 
 
 def plan(tuned="tuned", base="base", language="Hindi", data="questions.csv", factor="1", do_base="yes", batch="2"):
@@ -153,6 +155,26 @@ CASES = {
     "controls: unknown language": (CONTROLS + "--language Klingon", "Klingon"),
     "controls: several factors": (CONTROLS + "--scaling_factor 1 2", "--choose"),
     "controls: no effects": (CONTROLS + "--results nowhere", "nowhere"),
+    "tune: unknown language": (TUNE + "--language Klingon", "Klingon"),
+    "tune: no effects": (TUNE + "--results nowhere", "nowhere"),
+    "tune: effects of another model": (TUNE + "--base_model deep --finetune_model deep", "(4, 4)"),
+    "tune: no such base": (TUNE + "--base_model ./nowhere", "./nowhere"),
+    "tune: no such tuned": (TUNE + "--finetune_model ./nowhere", "./nowhere"),
+    "tune: base given as tuned": (TUNE + "--finetune_model base", "equals"),
+    "tune: no such policy questions": (TUNE + "--policy nowhere", "nowhere_Hindi.csv"),
+    "tune: no such benign questions": (TUNE + "--benign nowhere", "nowhere_Hindi.csv"),
+    "tune: trials 0": (TUNE + "--trials 0", "--trials"),
+    "tune: a seed below zero": (TUNE + "--seed -1", "--seed -1"),
+    "tune: seed no number": (TUNE + "--seed many", "--seed"),
+    "tune: factor negative": (TUNE + "--min_scaling -1", "--min_scaling"),
+    "tune: factor inf": (TUNE + "--max_scaling inf", "--max_scaling"),
+    "tune: factors the wrong way round": (TUNE + "--min_scaling 5 --max_scaling 4", "--min_scaling 5"),
+    "tune: a share of 0": (TUNE + "--shares 0 1", "--shares 0 1"),
+    "tune: a share above 1": (TUNE + "--shares 0.5 12", "--shares 0.5 12"),
+    "tune: shares the wrong way round": (TUNE + "--shares 0.9 0.1", "--shares 0.9 0.1"),
+    "tune: one share": (TUNE + "--shares 0.9", "--shares"),
+    "tune: refusals in percent": (TUNE + "--max_refusals 2", "--max_refusals 2"),
+    "tune: accuracy loss nan": (TUNE + "--max_accuracy_loss nan", "--max_accuracy_loss nan"),
     "tables: nothing there": ("make_tables --results nowhere", "nowhere"),
     "tables: results without comparisons": ("make_tables --results effects", "effects"),
     "tables: unknown language": ("make_tables --language Klingon", "Klingon"),
@@ -174,6 +196,8 @@ def place(tmp_path_factory) -> Path:
         files.write_json(root / "icl" / f"{name}_Hindi.json", value)
     (root / "icl" / "broken_Hindi.json").write_text("[{")
     save_tensor(torch.rand(2, 3, 4), effect_path(root / "effects", "hot_Hindi"))
+    for task in TASKS:
+        save_tensor(torch.rand(2, 3, 4), effect_path(root / "scored", f"{task}_Hindi"))
     lists = {"heads": "[[0, 1], [2, 3]]", "heads-beyond": "[[99, 0]]", "heads-malformed": '[[0, "1"]]'}
     for folder, text in {**lists, "heads-broken": "[[0,"}.items():
         files.write_text(root / folder / "Hindi_Heads.json", text)

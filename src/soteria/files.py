@@ -168,8 +168,9 @@ def check_room(folder: Path, needed: int) -> None:
 class Journal:
     """Finished rows of a long job, on disk as they come, so that a killed run goes on where it was.
 
-    The first line holds the job's settings; a journal with other settings, or a broken last line, counts for nothing.
-    Rows are added in a `with` block, which one process at a time enters; others wait.
+    A row is anything that JSON can hold. The first line holds the job's settings; a journal with other settings, or a
+    broken last line, counts for nothing. Rows are added in a `with` block, which one process at a time enters; others
+    wait.
     """
 
     def __init__(self, path: Path, settings: dict):
@@ -179,7 +180,7 @@ class Journal:
 
     def _read(self) -> None:
         """Find what is done, and how many bytes of the file hold it."""
-        self.done: dict[int, str] = {}
+        self.done: dict[int, object] = {}
         self._sound = 0
         if not self.path.exists():
             return
@@ -221,7 +222,7 @@ class Journal:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
-    def add(self, rows: dict[int, str]) -> None:
+    def add(self, rows: dict[int, object]) -> None:
         """Write rows down; they are on disk when this returns."""
         lines = [json.dumps(item, ensure_ascii=False) for item in rows.items()]
         if self._sound == 0:

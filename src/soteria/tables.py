@@ -19,9 +19,12 @@ RATES = {
 DIVERGENCE, DIVERGENCE_TITLE = "kl_first_token", "KL, nats"  # of the first token of benign answers, from the base
 
 
-def load_comparisons(results: Path) -> list[dict]:
-    """What `compare_controls.py` wrote, languages in their own order. Files of another kind or version are left out."""
-    found = [files.read_json(path) for path in sorted((results / "controls").glob("*.json"))]
+def load_comparisons(results: Path, kind: str = "controls") -> list[dict]:
+    """What `compare_controls.py` wrote (`controls`, or with --choose `validation`), languages in their own order.
+
+    Files of another kind or version are left out.
+    """
+    found = [files.read_json(path) for path in sorted((results / kind).glob("*.json"))]
     order = [language.name for language in LANGUAGES]
     sound = [
         item
