@@ -13,7 +13,7 @@ from soteria import cli, files
 from soteria.errors import UserError
 from soteria.heads import language_file, mean_effect, rank_heads, read_heads
 from soteria.icl import TASKS
-from soteria.languages import PAPER_LANGUAGES, find_language
+from soteria.languages import find_language, language_names
 
 
 def parse_arguments():
@@ -23,9 +23,8 @@ def parse_arguments():
         "data/models/polyglot-base --language Hindi --scaling_factor 3 --head_folder polyglot-base",
     )
     add = parser.add_argument
-    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
-    add("--base_model", required=True, help="hub id or folder")
-    add("--language", nargs="+", required=True, help="names or codes, or all for the paper's twelve")
+    cli.add_pair(parser)
+    cli.add_languages(parser)
     add("--head_folder", required=True, help="folder of <Language>_Heads.json: a name under results/heads, or a path")
     add("--scaling_factor", nargs="+", type=cli.scaling_factor, required=True, help="one, or with --choose several")
     add("--policy", default="policy", help="question set under data/prompts, as <name>_<Language>.csv")
@@ -37,11 +36,7 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    names = (
-        [language.name for language in PAPER_LANGUAGES]
-        if arguments.language == ["all"]
-        else [find_language(text).name for text in arguments.language]
-    )
+    names = language_names(arguments.language)
     if len(arguments.scaling_factor) > 1 and not arguments.choose:
         raise UserError("several scaling factors are for --choose; give one")
     slug = files.model_slug(arguments.base_model)

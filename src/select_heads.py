@@ -6,7 +6,7 @@ from soteria import cli, files
 from soteria.errors import UserError
 from soteria.heads import count_top, language_file, mean_effect, rank_heads, write_group, write_heads
 from soteria.icl import TASKS
-from soteria.languages import PAPER_LANGUAGES, find_language
+from soteria.languages import language_names
 
 
 def parse_arguments():
@@ -34,10 +34,7 @@ def main() -> None:
     if arguments.language:
         if not arguments.results:
             raise UserError("--language needs --results, the folder that step 1 wrote")
-        if arguments.language == ["all"]:
-            names = [language.name for language in PAPER_LANGUAGES]
-        else:
-            names = [find_language(text).name for text in arguments.language]
+        names = language_names(arguments.language)
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
         for name, effect in effects.items():
             count = count_top(arguments.top, effect.numel())

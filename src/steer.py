@@ -19,8 +19,7 @@ def parse_arguments():
         "--language Hindi --scaling_factor 3 --head_folder polyglot-base",
     )
     add = parser.add_argument
-    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
-    add("--base_model", required=True, help="the model to make safer: hub id or folder")
+    cli.add_pair(parser)
     add("--language", action="append", required=True, help="name or code; may be given several times")
     add(
         "--scaling_factor",

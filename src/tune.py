@@ -12,7 +12,7 @@ from soteria import cli, files
 from soteria.errors import UserError
 from soteria.heads import mean_effect, rank_heads
 from soteria.icl import TASKS
-from soteria.languages import PAPER_LANGUAGES, find_language
+from soteria.languages import find_language, language_names
 
 
 def parse_arguments():
@@ -22,9 +22,8 @@ def parse_arguments():
         "--language Hindi --trials 40",
     )
     add = parser.add_argument
-    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
-    add("--base_model", required=True, help="hub id or folder")
-    add("--language", nargs="+", required=True, help="names or codes, or all for the paper's twelve")
+    cli.add_pair(parser)
+    cli.add_languages(parser)
     add("--results", type=Path, help="what step 1 wrote (default: results/indirect_effect/<base slug>)")
     add("--policy", default="policy-validation", help="question set under data/prompts, as <name>_<Language>.csv")
     add("--benign", default="everyday-validation", help="question set under data/benign, as <name>_<Language>.csv")
@@ -45,11 +44,7 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    names = (
-        [language.name for language in PAPER_LANGUAGES]
-        if arguments.language == ["all"]
-        else [find_language(text).name for text in arguments.language]
-    )
+    names = language_names(arguments.language)
     slug = files.model_slug(arguments.base_model)
     results = arguments.results or files.RESULTS / "indirect_effect" / slug
 

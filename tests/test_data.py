@@ -20,6 +20,7 @@ from babel.numbers import get_territory_currencies
 from policy_world import held_out_questions
 
 from soteria.icl import TASKS
+from soteria.judges import OPENING, PHRASES, RefusalJudge, normalise
 from soteria.languages import LANGUAGES, PAPER_LANGUAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -336,12 +337,13 @@ def test_no_two_question_files_share_a_topic_triple(language):
 
 
 @cache
-def refusal_phrases() -> dict[str, list[str]]:
-    return json.loads((ROOT / "src" / "soteria" / "refusal_phrases.json").read_text(encoding="utf-8"))
+def refusal_phrases() -> dict[str, dict]:
+    return json.loads(PHRASES.read_text(encoding="utf-8"))
 
 
 def refuses(sentence: str, name: str) -> bool:
-    return any(phrase in unicodedata.normalize("NFC", sentence).lower() for phrase in refusal_phrases()[name])
+    """Whether the language's own phrases see a refusal."""
+    return bool(RefusalJudge().patterns[name].search(normalise(sentence)[:OPENING]))
 
 
 def test_refusal_phrases_cover_every_accepted_language():
@@ -350,10 +352,11 @@ def test_refusal_phrases_cover_every_accepted_language():
 
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
 def test_refusal_phrases_are_non_empty_lower_case_nfc(language):
-    phrases = refusal_phrases()[language.name]
-    assert phrases
-    assert [phrase for phrase in phrases if not phrase.strip()] == []
-    assert [phrase for phrase in phrases if phrase != unicodedata.normalize("NFC", phrase).lower()] == []
+    parts = refusal_phrases()[language.name]
+    assert parts["phrases"]
+    written = [re.sub(r"\\.", "", phrase) for phrase in [parts["before"], *parts["phrases"], *parts["alone"]]]
+    assert [phrase for phrase in written if not phrase.strip()] == []
+    assert [phrase for phrase in written if phrase != unicodedata.normalize("NFC", phrase).lower()] == []
 
 
 @each_language

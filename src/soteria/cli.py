@@ -40,6 +40,17 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
     )
 
 
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """The two models whose difference is the task vector."""
+    add = parser.add_argument
+    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
+    add("--base_model", required=True, help="the model to make safer: hub id or folder")
+
+
+def add_languages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--language", nargs="+", required=True, help="names or codes, or all for the paper's twelve")
+
+
 def truth(text: str) -> bool:
     """`True/False/true/false/1/0/yes/no` as what they say (`bool("False")` would be True)."""
     meanings = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -51,6 +51,13 @@ def find_language(text: str) -> Language:
     raise UserError(f"unknown language {text!r}; give one of: {known}")
 
 
+def language_names(texts: list[str]) -> list[str]:
+    """Names of the languages given by name or code, or of the paper's twelve for `all`. Raises UserError for others."""
+    if texts == ["all"]:
+        return [language.name for language in PAPER_LANGUAGES]
+    return [find_language(text).name for text in texts]
+
+
 def group_languages(group: str) -> list[str]:
     """Names of a tier's languages, or of all twelve for `Universal`, in the group rule's order.
 
