@@ -159,7 +159,7 @@ SAVE_ELSEWHERE = """
 import sys
 from pathlib import Path
 import test_figures
-test_figures.figures.save(test_figures.FIGURES["own names"](), Path(sys.argv[1]))
+test_figures.figures.save(test_figures.FIGURES["effects"](), Path(sys.argv[1]))
 """
 
 
@@ -170,7 +170,7 @@ def test_another_process_without_a_display_writes_the_same_bytes(tmp_path):
     }
     command = [sys.executable, "-c", SAVE_ELSEWHERE, tmp_path / "other" / "a.png"]
     subprocess.run(command, check=True, env=kept | places, timeout=120)
-    for path in figures.save(FIGURES["own names"](), tmp_path / "here" / "a.png"):
+    for path in figures.save(FIGURES["effects"](), tmp_path / "here" / "a.png"):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
 
 
