@@ -47,19 +47,22 @@ def main() -> None:
     missing = sorted(wanted - set(table["language"]))
     if missing:
         verdict += f" Not run: {', '.join(missing)}."
-    markdown = tables.to_markdown(tables.main_table(table, tables.divergences(found)))
+    main = tables.main_table(table, tables.divergences(found))
+    markdown = tables.to_markdown(main)
     folder = arguments.results / "tables"
     files.write_text(folder / f"{arguments.name}.md", f"{title}\n\n{markdown}\n{verdict}\n")
+    files.write_text(folder / f"{arguments.name}.tex", tables.to_latex(main, title))
     if len(pairs):
-        readable = tables.to_markdown(tables.readable_pairs(pairs))
-        files.write_text(folder / f"{arguments.name}_paired.md", f"{title}\n\n{readable}")
+        readable = tables.readable_pairs(pairs)
+        files.write_text(folder / f"{arguments.name}_paired.md", f"{title}\n\n{tables.to_markdown(readable)}")
+        files.write_text(folder / f"{arguments.name}_paired.tex", tables.to_latex(readable, title))
         files.write_text(folder / f"{arguments.name}_paired.csv", pairs.to_csv(index=False, lineterminator="\n"))
     files.write_text(folder / f"{arguments.name}.csv", table.to_csv(index=False, lineterminator="\n"))
     pictures = {"": figures.plot_comparison(table, title)} | draw(found, table, arguments.results)
     for figure, picture in pictures.items():
         figures.save(picture, folder / f"{arguments.name}{figure}.png")
     print(f"{title}\n\n{markdown}\n{verdict}\n")
-    print(f"wrote {folder / arguments.name}.md and .csv, and as .png and .pdf " + ", ".join(map(repr, pictures)))
+    print(f"wrote {folder / arguments.name}.md, .csv and .tex, and as .png and .pdf " + ", ".join(map(repr, pictures)))
 
 
 def draw(comparisons: list[dict], table, results: Path) -> dict:

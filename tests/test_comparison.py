@@ -233,6 +233,15 @@ def test_another_judges_numbers_do_not_stand_beside_the_controls(tmp_path):
     assert tables.use_evaluated(comparison(), tmp_path) == comparison()
 
 
+def test_latex_has_the_rules_of_booktabs_and_no_bare_percent_sign():
+    latex = tables.to_latex(tables.main_table(tables.tidy([comparison()])), "some_base, 5 % of it")
+    assert all(
+        rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{some\_base, 5 \% of it}")
+    )
+    assert r"80.0\% [71\%, 87\%] $\to$ 20.0\%" in latex
+    assert "%" not in latex.replace(r"\%", "")
+
+
 def test_markdown_is_a_table_of_equal_columns():
     lines = tables.to_markdown(pd.DataFrame({"a": ["long text", "x"], "b": [1, 22]})).splitlines()
     assert len({len(line) for line in lines}) == 1

@@ -225,6 +225,12 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_latex(table: pd.DataFrame, caption: str) -> str:
+    """A table for a paper, with the rules of booktabs and a caption."""
+    latex = table.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%").replace("_", r"\_"))
+    return latex.replace("→", r"$\to$").replace("−", "-")
+
+
 def verdict_on_controls(table: pd.DataFrame) -> str:
     """Whether the method beats its controls, in a sentence that the numbers alone decide."""
     asr = means(table).query("rate == 'asr'").set_index("heads")["safe"]
