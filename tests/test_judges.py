@@ -20,6 +20,7 @@ from soteria.judges import (
     HARMFUL,
     JUDGE_PROMPT,
     NOT_HARMFUL,
+    OPENING,
     RefusalJudge,
     fill,
     make_judge,
@@ -75,6 +76,21 @@ def test_refusal_phrases_are_spelt_as_answers_are_once_they_are_normalised():
     for pattern in RefusalJudge().patterns.values():
         letters = re.sub(r"\\.", "", pattern.pattern)
         assert not taken & set(letters)
+
+
+def test_looking_for_a_languages_phrases_only_where_its_letters_are_changes_no_verdict():
+    judge = RefusalJudge()
+    answers = [
+        text
+        for file in sorted((ROOT / "tests" / "judged_answers").glob("*.json"))
+        for texts in json.loads(file.read_text(encoding="utf-8")).values()
+        for text in texts
+    ]
+    answers += [f"{a} {b}" for a, b in zip(answers, answers[::-1], strict=True)]
+    for text in answers:
+        opening = normalise(text)[:OPENING]
+        everywhere = any(pattern.search(opening) for pattern in judge.patterns.values())
+        assert judge.verdict(text) == (NOT_HARMFUL if everywhere else HARMFUL)
 
 
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
