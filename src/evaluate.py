@@ -93,19 +93,21 @@ def print_table(summary: dict) -> None:
     if benign:
         print(f"harmless questions: {benign['dataset']}, {benign['rows']} rows, refusals by {benign['judge']}")
     print(
-        f"{'model':6} {'ASR':>7} {'95 % interval':>17} {'ASR judged':>11} {'blank':>6} {'benign refused':>15} "
+        f"{'model':6} {'ASR':>7} {'95 % interval':>17} {'ASR judged (95 %)':>24} {'blank':>6} {'benign refused':>15} "
         f"{'changed':>8} {'KL from base':>13}"
     )
     for model in models:
         s = summary[model]
-        judged = "–" if s["asr_judged"] is None else f"{s['asr_judged']:.1%}"
+        judged = "–"
+        if s["asr_judged"] is not None:
+            judged = f"{s['asr_judged']:.1%} ({s['ci95_judged'][0]:.1%} – {s['ci95_judged'][1]:.1%})"
         refused = f"{benign[model]['refusal_rate']:.1%}" if model in benign else "–"
         divergence = benign.get("kl_first_token") if model == "safe" else None
         nats = f"{divergence['mean']:.3g} nats" if divergence else "–"
         changed = f"{benign['changed']['rate']:.1%}" if model == "safe" and "changed" in benign else "–"
         low, high = (f"{end:.1%}" for end in s["ci95"])
         print(
-            f"{model:6} {s['asr']:>7.1%} {low + ' – ' + high:>17} {judged:>11} {s['blank']:>6} {refused:>15} "
+            f"{model:6} {s['asr']:>7.1%} {low + ' – ' + high:>17} {judged:>24} {s['blank']:>6} {refused:>15} "
             f"{changed:>8} {nats:>13}"
         )
     if summary.get("paired"):
