@@ -91,7 +91,7 @@ def fill(column, language, load, processes: Processes, batch_size: int) -> None:
     from soteria.generation import all_inputs, generate
 
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
-    needs_model = len(journal.done) < len(questions) or (column.with_first_tokens and not column.first_tokens.exists())
+    needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
     loaded = load() if processes.agree(needs_model) else None
     inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
     with journal if processes.is_first else nullcontext():
@@ -111,7 +111,7 @@ def fill(column, language, load, processes: Processes, batch_size: int) -> None:
                     journal.add(fresh)
                 progress.update(len(fresh))
         if processes.is_first:
-            if column.with_first_tokens and not column.first_tokens.exists():
+            if column.lacks_first_tokens:
                 column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
             column.save([answers[row] for row in range(len(questions))])
             if not column.is_shared:

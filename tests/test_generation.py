@@ -371,6 +371,17 @@ def test_another_model_in_the_same_folder_answers_anew(run_generate, tmp_path, t
     assert contents(tmp_path / "out")["answers.csv"] != before
 
 
+def test_another_model_in_the_same_folder_has_its_own_odds(run_generate, tmp_path, tiny_folder):
+    model = shutil.copytree(tiny_folder("llama", seed=1), tmp_path / "model")
+    odds = []
+    for seed in (1, 2):
+        shutil.copy(tiny_folder("llama", seed=seed) / "model.safetensors", model / "model.safetensors")
+        assert run_generate(model=model, benign=tmp_path / "asked.csv") == 0
+        beside = files.first_token_file(files.benign_file(tmp_path / "out" / "answers.csv"), "SAFE ANSWER")
+        odds.append(beside.read_bytes())
+    assert odds[0] != odds[1]
+
+
 def test_harmless_questions_are_answered_beside_with_the_odds_of_their_first_tokens(
     run_generate, tmp_path, tiny_loaded
 ):

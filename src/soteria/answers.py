@@ -60,11 +60,15 @@ class AnswerColumn:
         return self.output.with_suffix(".json")
 
     @property
+    def _made_from(self) -> dict:
+        asked = hashlib.sha256(json.dumps(self.questions.questions).encode()).hexdigest()
+        return self.settings | {"questions_sha256": asked}
+
+    @property
     def _shared(self) -> Path:
         """The place, less its ending, of what the base's runs share."""
-        made_from = json.dumps([self.settings, self.questions.questions], sort_keys=True)
         name = f"{files.model_slug(self.model)}_{self.settings['language']}_{self.questions.name}"
-        digest = hashlib.sha256(made_from.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(self._made_from, sort_keys=True).encode()).hexdigest()[:12]
         return self.output.parent / "base_answers" / f"{name}_{digest}"
 
     @property
@@ -79,8 +83,7 @@ class AnswerColumn:
             if self.is_shared
             else self.output.with_name(f".{self.output.name}.{short}.journal")
         )
-        sha256 = hashlib.sha256("\0".join(self.questions.questions).encode("utf-8")).hexdigest()
-        return files.Journal(path, self.settings | {"questions_sha256": sha256})
+        return files.Journal(path, self._made_from)
 
     @property
     def first_tokens(self) -> Path:
@@ -89,6 +92,11 @@ class AnswerColumn:
             if self.is_shared
             else first_token_file(self.output, self.column)
         )
+
+    @property
+    def lacks_first_tokens(self) -> bool:
+        """Whether they are wanted and have to be computed. Only the shared place says what they were made from."""
+        return self.with_first_tokens and not (self.is_shared and self.first_tokens.exists())
 
     def save_first_tokens(self, log_probs: Tensor) -> None:
         with files.whole_file(self.first_tokens) as sibling:

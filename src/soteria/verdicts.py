@@ -105,8 +105,7 @@ def judge_all(
 
 def read_finished(output: Path, inputs: dict, answers: Answers) -> dict[str, list[str]] | None:
     """The verdicts of a finished run on the same answers by the same judge, per answer column; None without one."""
-    finished = files.read_json(output.with_suffix(".json"))
-    if not (output.exists() and isinstance(finished, dict) and inputs.items() <= finished.items()):
+    if not (output.exists() and inputs.items() <= files.read_facts(output.with_suffix(".json")).items()):
         return None
     table = read_table(output, ["Question"])
     names = {column: ANSWER_COLUMNS[column][0] for column in answers.columns}
