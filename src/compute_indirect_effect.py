@@ -5,6 +5,8 @@ arguments. A finished dataset is skipped, an interrupted one goes on at its next
 """
 
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from soteria import cli, files
@@ -12,7 +14,7 @@ from soteria.icl import PromptForm
 from soteria.scoring import DatasetRun, Progress, expand_datasets, json_object
 
 
-def parse_arguments():
+def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
     parser = cli.new_parser(
         __doc__,
         "python src/compute_indirect_effect.py --dataset_name '*_Hindi' --model_name data/models/polyglot-base",
@@ -38,34 +40,42 @@ def parse_arguments():
         default="auto",
         help="of the weights; auto: float32 on a CPU, else the checkpoint's own",
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
+    expand_datasets(arguments.dataset_name, arguments.root_data_dir)
 
     # torch takes seconds to load: only once the input is sound
     from soteria.models import load_model
     from soteria.processes import Processes
-    from soteria.sweep import ForkingSweep
 
+    with Processes(arguments.device) as processes:
+        score(arguments, processes, lambda: load_model(arguments.model_name, processes.device, arguments.dtype))
+
+
+def score(arguments: Namespace, processes, load: Callable) -> None:
+    """Score what is not finished of the datasets named; `load` gives the model, if it is needed."""
+    datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
     root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
-    with Processes(arguments.device) as processes:
-        if len(pending) < len(runs) and processes.is_first:
-            print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
-        if not pending:
-            return
-        sweep = ForkingSweep(load_model(arguments.model_name, processes.device, arguments.dtype))
-        processes.wait()  # nobody writes before everybody has seen what is there
-        started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
-        for run in pending:
-            run.score(sweep, processes, progress)
-        progress.close()
-        if processes.is_first:
-            print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
+    if len(pending) < len(runs) and processes.is_first:
+        print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
+    if not pending:
+        return
+
+    from soteria.sweep import ForkingSweep
+
+    sweep = ForkingSweep(load())
+    processes.wait()  # nobody writes before everybody has seen what is there
+    started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
+    for run in pending:
+        run.score(sweep, processes, progress)
+    progress.close()
+    if processes.is_first:
+        print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

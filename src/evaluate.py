@@ -10,8 +10,8 @@ from pathlib import Path
 from soteria import cli, files
 from soteria.errors import UserError
 from soteria.files import ANSWER_COLUMNS
-from soteria.judges import EMPTY, judge_basis, make_judge, read_judge_prompt
-from soteria.verdicts import Answers, describe, judge_all, read_finished, read_verdicts
+from soteria.judges import make_judge, read_judge_prompt
+from soteria.verdicts import Answers, describe, inputs_of, judge_answers, read_verdicts
 
 
 def parse_arguments():
@@ -42,32 +42,25 @@ def main() -> None:
     if arguments.benign and not benign.exists():
         raise UserError(f"no file {benign}; give the answers to harmless questions, or leave out --benign")
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
-    inputs = {
-        "judge": arguments.judge,
-        "rows": answers.n_rows,
-        "judge_basis_sha256": judge_basis(arguments.judge, judge_prompt),
-        "inputs_sha256": answers.sha256,
-    }
-    known = read_finished(arguments.output, inputs, answers)
-    complete = known and not (arguments.retry_empty and any(EMPTY in given for given in known.values()))
-    if complete:
-        description = files.read_json(arguments.output.with_suffix(".json"))["judge_description"]
-        verdicts, journals = known, []
-    else:
-        judge = make_judge(
+    inputs = inputs_of(answers, arguments.judge, judge_prompt)
+    judged = judge_answers(
+        answers,
+        arguments.output,
+        inputs,
+        lambda: make_judge(
             arguments.judge,
             concurrency=arguments.concurrency,
             judge_prompt=judge_prompt,
             time_limit=arguments.time_limit,
-        )
-        description = judge.description
-        verdicts, journals = judge_all(judge, answers, arguments.output, inputs, known or {})
+        ),
+        retry_empty=arguments.retry_empty,
+    )
 
     from soteria.damage import measure_damage
     from soteria.evaluation import by_category, compare_paired, summarise
 
-    by_model = {ANSWER_COLUMNS[column][1]: given for column, given in verdicts.items()}
-    summary = describe(arguments.input) | inputs | {"judge_description": description}
+    by_model = {ANSWER_COLUMNS[column][1]: given for column, given in judged.verdicts.items()}
+    summary = describe(arguments.input) | inputs | {"judge_description": judged.description}
     summary |= {model: summarise(given) for model, given in by_model.items()}
     if {"base", "safe"} <= by_model.keys():
         summary["paired"] = compare_paired(by_model["base"], by_model["safe"])
@@ -75,14 +68,9 @@ def main() -> None:
         summary["categories"] = by_category(answers.categories, by_model)
     if benign.exists():
         summary["benign"] = measure_damage(benign)
-    if not complete:
-        answers.write_with(verdicts, arguments.output)
-    if summary != files.read_json(arguments.output.with_suffix(".json")):
-        files.write_json(arguments.output.with_suffix(".json"), summary)
-    for journal in journals:
-        journal.remove()
+    judged.write(summary)
     print_table(summary)
-    print_agreement(verdicts, others)
+    print_agreement(judged.verdicts, others)
 
 
 def print_table(summary: dict) -> None:

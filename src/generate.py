@@ -6,7 +6,6 @@ base_answers/ beside the file, where calls for other scaling factors find them. 
 several processes, which share the questions and write the same file as one.
 """
 
-from contextlib import nullcontext
 from functools import cache
 
 from soteria import cli, files
@@ -62,6 +61,7 @@ def main() -> None:
     benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
 
     from soteria.answers import AnswerColumn, model_settings
+    from soteria.generation import fill
     from soteria.models import load_model
 
     settings = model_settings(arguments.model, language, arguments.max_new_tokens, arguments.chat_template)
@@ -81,42 +81,6 @@ def main() -> None:
             if processes.is_first:
                 state = "is complete already" if complete else f"has {len(each.questions.questions)} rows"
                 print(f"{each.output}: {each.column} {state}")
-
-
-def fill(column, language, load, processes: Processes, batch_size: int) -> None:
-    """Answer what the column's journal lacks, and write the column. `load` gives the model, if it is needed."""
-    from tqdm import tqdm
-
-    from soteria.decoding import first_token_log_probs
-    from soteria.generation import all_inputs, generate
-
-    journal, questions, settings = column.journal(), column.questions.questions, column.settings
-    needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
-    loaded = load() if processes.agree(needs_model) else None
-    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
-    with journal if processes.is_first else nullcontext():
-        answers = processes.agree(journal.done)
-        with tqdm(
-            total=len(questions),
-            initial=len(answers),
-            desc=column.output.stem,
-            unit="answer",
-            disable=None if processes.is_first else True,
-        ) as progress:
-            made = generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes)
-            for batch in made if loaded else ():
-                fresh = {row: text for row, text in batch.items() if row not in answers}
-                answers |= fresh
-                if processes.is_first:
-                    journal.add(fresh)
-                progress.update(len(fresh))
-        if processes.is_first:
-            if column.lacks_first_tokens:
-                column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
-            column.save([answers[row] for row in range(len(questions))])
-            if not column.is_shared:
-                journal.remove()
-    processes.wait()
 
 
 if __name__ == "__main__":

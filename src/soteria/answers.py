@@ -46,7 +46,10 @@ def model_settings(name: str, language: Language, max_new_tokens: int, chat_temp
 
 @dataclass(frozen=True)
 class AnswerColumn:
-    """One model's answers to a set of questions. `settings` is what they depend on, `model` the model's name."""
+    """One model's answers to a set of questions. `settings` is what they depend on, `model` the model's name.
+
+    `steered` says how a model was steered in place; of a steered model's folder it is known.
+    """
 
     output: Path
     column: str
@@ -54,6 +57,7 @@ class AnswerColumn:
     model: str
     settings: dict
     with_first_tokens: bool = False
+    steered: dict | None = None
 
     @property
     def facts_file(self) -> Path:
@@ -123,7 +127,7 @@ class AnswerColumn:
             with files.whole_file(first_token_file(self.output, self.column)) as sibling:
                 sibling.write_bytes(self.first_tokens.read_bytes())
         facts = files.read_facts(self.facts_file)
-        steered = files.read_facts(Path(self.model) / FACTS)
+        steered = self.steered or files.read_facts(Path(self.model) / FACTS)
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
         write_table(table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]], self.output)
         files.write_json(

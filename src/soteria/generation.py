@@ -3,9 +3,13 @@
 Knows models and text; knows nothing of judging.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 
-from soteria.decoding import decode, plan_batches, token_budget
+from tqdm import tqdm
+
+from soteria.answers import AnswerColumn
+from soteria.decoding import decode, first_token_log_probs, plan_batches, token_budget
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.memory import Rows
@@ -81,3 +85,37 @@ def answer_questions(
     for batch in generate(loaded, all_inputs(loaded, questions, language, chat_template), batch_size, max_new_tokens):
         answers |= batch
     return [answers[row] for row in range(len(questions))]
+
+
+def fill(
+    column: AnswerColumn, language: Language, load: Callable[[], LoadedModel], processes: Processes, batch_size: int
+) -> None:
+    """Answer what the column's journal lacks, and write the column. `load` gives the model, if it is needed."""
+    journal, questions, settings = column.journal(), column.questions.questions, column.settings
+    needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
+    loaded = load() if processes.agree(needs_model) else None
+    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
+    with journal if processes.is_first else nullcontext():
+        answers = processes.agree(journal.done)
+        with tqdm(
+            total=len(questions),
+            initial=len(answers),
+            desc=column.output.stem,
+            unit="answer",
+            leave=None,
+            disable=None if processes.is_first else True,
+        ) as progress:
+            made = generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes)
+            for batch in made if loaded else ():
+                fresh = {row: text for row, text in batch.items() if row not in answers}
+                answers |= fresh
+                if processes.is_first:
+                    journal.add(fresh)
+                progress.update(len(fresh))
+        if processes.is_first:
+            if column.lacks_first_tokens:
+                column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
+            column.save([answers[row] for row in range(len(questions))])
+            if not column.is_shared:
+                journal.remove()
+    processes.wait()

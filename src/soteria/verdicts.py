@@ -4,8 +4,9 @@ Knows file layouts and the interface of a judge; counts nothing.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from soteria import files
 from soteria.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.errors import UserError
 from soteria.files import ANSWER_COLUMNS, BASE_ANSWER
-from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL, Judge
+from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL, Judge, judge_basis
 from soteria.questions import CATEGORY_COLUMNS
 
 
@@ -64,6 +65,51 @@ class Answers:
         write_rows(path, [self.table.columns[place] for place in kept] + names, rows, quote_all=self.has_return)
 
 
+def inputs_of(answers: Answers, judge: str, judge_prompt: str | None = None) -> dict:
+    """What verdicts depend on: the same inputs, the same verdicts."""
+    return {
+        "judge": judge,
+        "rows": answers.n_rows,
+        "judge_basis_sha256": judge_basis(judge, judge_prompt),
+        "inputs_sha256": answers.sha256,
+    }
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Verdicts per answer column, and what is left to do to have them on disk."""
+
+    answers: Answers
+    output: Path
+    verdicts: dict[str, list[str]]
+    description: str  # the judge's
+    journals: list[files.Journal] | None  # None where a finished run gave the verdicts
+
+    def write(self, summary: dict) -> None:
+        """Write the CSV and the summary beside it, each if it is new; the journals are not needed any more."""
+        if self.journals is not None:
+            self.answers.write_with(self.verdicts, self.output)
+        if summary != files.read_json(self.output.with_suffix(".json")):
+            files.write_json(self.output.with_suffix(".json"), summary)
+        for journal in self.journals or ():
+            journal.remove()
+
+
+def judge_answers(
+    answers: Answers, output: Path, inputs: dict, get_judge: Callable[[], Judge], *, retry_empty: bool = False
+) -> Judged:
+    """Verdicts on every answer column, a finished run's where there is one. `get_judge` makes the judge, if needed.
+
+    `retry_empty`: ask again for what a finished run left without a verdict.
+    """
+    known = read_finished(output, inputs, answers)
+    if known and not (retry_empty and any(EMPTY in given for given in known.values())):
+        return Judged(answers, output, known, files.read_json(output.with_suffix(".json"))["judge_description"], None)
+    judge = get_judge()
+    verdicts, journals = judge_all(judge, answers, output, inputs, known or {})
+    return Judged(answers, output, verdicts, judge.description, journals)
+
+
 def judge_all(
     judge: Judge, answers: Answers, output: Path, inputs: dict, known: dict[str, list[str]]
 ) -> tuple[dict[str, list[str]], list[files.Journal]]:
@@ -85,7 +131,7 @@ def judge_all(
             journals.append(journal)
         with (
             journal,
-            tqdm(total=answers.n_rows, desc=column, unit="verdict", disable=None) as progress,
+            tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as progress,
         ):
             given = known.get(column, [])
             again = {row for row, verdict in enumerate(given) if verdict == EMPTY}
