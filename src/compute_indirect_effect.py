@@ -52,30 +52,37 @@ def main() -> None:
     from soteria.processes import Processes
 
     with Processes(arguments.device) as processes:
-        score(arguments, processes, lambda: load_model(arguments.model_name, processes.device, arguments.dtype))
+        started = time.monotonic()
+        runs, scored = score(
+            arguments, processes, lambda: load_model(arguments.model_name, processes.device, arguments.dtype)
+        )
+        if processes.is_first:
+            if scored < len(runs):
+                print(f"{len(runs) - scored} of {len(runs)} datasets are finished already")
+            if scored:
+                root = runs[0].effect_file.parents[1]
+                print(f"wrote {scored} datasets under {root} in {time.monotonic() - started:.1f} s")
 
 
-def score(arguments: Namespace, processes, load: Callable) -> None:
-    """Score what is not finished of the datasets named; `load` gives the model, if it is needed."""
+def score(arguments: Namespace, processes, load: Callable) -> tuple[list[DatasetRun], int]:
+    """Score what is not finished of the datasets named; gives all of them, and how many were scored now.
+
+    `load` gives the model, if it is needed.
+    """
     datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
     root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
-    if len(pending) < len(runs) and processes.is_first:
-        print(f"{len(runs) - len(pending)} of {len(runs)} datasets are finished already")
-    if not pending:
-        return
+    if pending:
+        from soteria.sweep import ForkingSweep
 
-    from soteria.sweep import ForkingSweep
-
-    sweep = ForkingSweep(load())
-    processes.wait()  # nobody writes before everybody has seen what is there
-    started, progress = time.monotonic(), Progress(len(pending), silent=not processes.is_first)
-    for run in pending:
-        run.score(sweep, processes, progress)
-    progress.close()
-    if processes.is_first:
-        print(f"wrote {len(pending)} datasets under {root} in {time.monotonic() - started:.1f} s")
+        sweep = ForkingSweep(load())
+        processes.wait()  # nobody writes before everybody has seen what is there
+        progress = Progress(len(pending), silent=not processes.is_first)
+        for run in pending:
+            run.score(sweep, processes, progress)
+        progress.close()
+    return runs, len(pending)
 
 
 if __name__ == "__main__":

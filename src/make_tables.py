@@ -1,6 +1,7 @@
 """Step 4: the tables of results as text, Markdown and CSV, and the figures as PNG and PDF.
 
-Reads what `run.sh` and `compare_controls.py` left under results/. A language that was not run is not in the table.
+Reads what `run.sh` and `compare_controls.py` left under results/. A language that was not run is not in the table. With
+--grid, reads what `reproduce.py` left of a grid, and writes the paper's tables, its figures and an HTML report.
 """
 
 from pathlib import Path
@@ -16,12 +17,18 @@ def parse_arguments():
     add("--results", type=Path, default=files.RESULTS, help="what the other steps wrote to")
     add("--language", nargs="+", help="names or codes (default: every language that was run)")
     add("--scaling_factor", type=cli.scaling_factor, help="which one (default: the only one that was run)")
+    add("--grid", type=Path, help="a grid file: all of its tables, instead of one table of the controls")
     add("--name", default="main", help="file name of the table, under <results>/tables")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.grid:
+        from soteria.grid import read_grid
+
+        write_grid(read_grid(arguments.grid), arguments.grid, arguments.results)
+        return
     wanted = {find_language(text).name for text in arguments.language or []}
 
     from soteria import tables
@@ -63,6 +70,22 @@ def main() -> None:
         figures.save(picture, folder / f"{arguments.name}{figure}.png")
     print(f"{title}\n\n{markdown}\n{verdict}\n")
     print(f"wrote {folder / arguments.name}.md, .csv and .tex, and as .png and .pdf " + ", ".join(map(repr, pictures)))
+
+
+def write_grid(grid, grid_file: Path, results: Path) -> None:
+    """Write all of a grid's tables, its figures and the report, and print the main table and what is blank."""
+    from soteria import write_up
+    from soteria.tables import to_markdown
+
+    found = write_up.compose(grid, results)
+    written = write_up.write(found, grid_file)
+    main = found.tables[0]
+    print(f"{found.caption(main)}\n\n{to_markdown(main.readable)}")
+    for table in found.tables:
+        print(f"{found.path(table.name, 'md')}: {table.counted}")
+    for line in (*write_up.verdicts(found), *found.left_out):
+        print(line)
+    print(f"wrote {len(written)} files under {found.folder}, and {written[-1]}")
 
 
 def draw(comparisons: list[dict], table, results: Path) -> dict:

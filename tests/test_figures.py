@@ -16,13 +16,13 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
-from soteria import figures, steering_figures, tables
+from soteria import figures, fonts, steering_figures, tables
 from soteria.comparison import METHOD
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES
 
 NAMES = [language.name for language in PAPER_LANGUAGES]
-NO_FONT_PINNED = "Chinese"
+pytestmark = pytest.mark.filterwarnings("error:Glyph")  # a letter without a font
 
 
 def some_effects(names=NAMES, shape=(4, 8)) -> dict[str, torch.Tensor]:
@@ -57,17 +57,19 @@ def some_trade_off(shares=(0.1, 0.25, 0.5, 0.75, 1.0), factors=range(3, 9)) -> p
 
 
 FIGURES = {
-    "effects": lambda: figures.plot_effects(some_effects(), some_lists()),
-    "effects of two languages": lambda: figures.plot_effects(some_effects(NAMES[:2])),
-    "effects of a large model": lambda: figures.plot_effects(some_effects(NAMES[:5], (32, 32))),
-    "overlaps": lambda: figures.plot_overlaps(some_lists()),
-    "overlap of two languages": lambda: figures.plot_overlaps(some_lists(NAMES[:2])),
-    "layer profiles": lambda: figures.plot_layer_profiles(some_effects()),
-    "layer profiles of a deep model": lambda: figures.plot_layer_profiles(some_effects(shape=(80, 4))),
-    "ASR": lambda: steering_figures.plot_asr(some_rates()),
-    "ASR of three languages": lambda: steering_figures.plot_asr(some_rates(["English", "Hindi", "Bengali"])),
-    "trade-off": lambda: steering_figures.plot_trade_off(some_trade_off()),
-    "trade-off of one share": lambda: steering_figures.plot_trade_off(some_trade_off([0.5])),
+    "effects": lambda own=True: figures.plot_effects(some_effects(), some_lists(), own_names=own),
+    "effects of two languages": lambda own=True: figures.plot_effects(some_effects(NAMES[:2]), own_names=own),
+    "effects of a large model": lambda own=True: figures.plot_effects(some_effects(NAMES[:5], (32, 32)), own_names=own),
+    "overlaps": lambda own=True: figures.plot_overlaps(some_lists(), own_names=own),
+    "overlap of two languages": lambda own=True: figures.plot_overlaps(some_lists(NAMES[:2]), own_names=own),
+    "layer profiles": lambda own=True: figures.plot_layer_profiles(some_effects()),
+    "layer profiles of a deep model": lambda own=True: figures.plot_layer_profiles(some_effects(shape=(80, 4))),
+    "ASR": lambda own=True: steering_figures.plot_asr(some_rates(), own_names=own),
+    "ASR of three languages": lambda own=True: steering_figures.plot_asr(
+        some_rates(["English", "Hindi", "Bengali"]), own_names=own
+    ),
+    "trade-off": lambda own=True: steering_figures.plot_trade_off(some_trade_off()),
+    "trade-off of one share": lambda own=True: steering_figures.plot_trade_off(some_trade_off([0.5])),
 }
 
 
@@ -108,9 +110,16 @@ def hidden_ticks(figure: plt.Figure) -> set[Text]:
     return hidden
 
 
+def names_on(labels: list[Text]) -> list[str]:
+    """The languages that labels name, in English."""
+    names = {label: name for name, label in fonts.language_labels(NAMES).items()}
+    return [names[label.get_text()] for label in labels]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own names", "English names"])
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_text_of_a_figure_lies_on_another_or_is_too_small(name):
-    figure = FIGURES[name]()
+def test_no_text_of_a_figure_lies_on_another_or_is_too_small(name, own):
+    figure = FIGURES[name](own)
     assert touching(figure) == []
     sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()]
     assert min(sizes) >= 7 and figure.get_figwidth() <= figures.WIDTH
@@ -195,6 +204,28 @@ def test_no_figure_is_left_open():
     assert plt.get_fignums() == []
 
 
+# Languages' own names
+
+
+@pytest.mark.parametrize("name", ["effects", "overlaps", "ASR"])
+def test_languages_stand_with_their_own_names_or_in_english_only(name):
+    for own in (True, False):
+        texts = {text.get_text() for text in FIGURES[name](own).findobj(Text)}
+        assert set(fonts.language_labels(NAMES, own).values()) <= texts
+    assert "Spanish" in texts and not any("español" in text for text in texts)
+
+
+def test_the_table_as_a_picture_names_languages_too():
+    rates = [some_rates(["Spanish"]).assign(rate=rate, heads=METHOD) for rate in tables.RATES]
+    axes = figures.plot_comparison(pd.concat(rates), "title").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Spanish  español"]
+
+
+def test_english_names_do_not_look_for_fonts(monkeypatch):
+    monkeypatch.setattr(fonts, "chosen_families", None)
+    figures.plot_overlaps(some_lists(), own_names=False)
+
+
 # Effects
 
 
@@ -217,7 +248,7 @@ def test_the_outlined_cells_are_the_selected_heads(count):
     lists = some_lists(NAMES[:3], count=count)
     figure = figures.plot_effects(some_effects(NAMES[:3]), lists)
     for axes, name in zip(figure.axes, lists, strict=False):
-        assert axes.get_title() == name
+        assert axes.get_title() == fonts.language_labels([name])[name]
         assert enclosed(axes, (4, 8)) == [set(lists[name])] * 2  # white in black
 
 
@@ -269,7 +300,7 @@ def test_overlaps_are_shared_heads_over_all_heads_of_two_languages():
 def drawn_overlaps(lists) -> tuple[list[str], plt.Axes, plt.Axes]:
     """The languages as they stand, the tree, the matrix."""
     tree, axes = figures.plot_overlaps(lists).axes[:2]
-    return [label.get_text() for label in axes.get_yticklabels()], tree, axes
+    return names_on(axes.get_yticklabels()), tree, axes
 
 
 def test_similar_languages_stand_beside_one_another():
@@ -337,7 +368,7 @@ def test_a_language_outside_the_tiers_has_a_profile_of_its_own():
 def test_bars_and_whiskers_are_the_rates_with_their_intervals_tier_by_tier():
     table = some_rates().sample(frac=1, random_state=0)
     axes = steering_figures.plot_asr(table).axes[0]
-    names = [label.get_text() for label in axes.get_xticklabels()]
+    names = names_on(axes.get_xticklabels())
     assert list(map(figures.tier_of, names)) == ["High"] * 5 + ["Mid"] * 4 + ["Low"] * 3
     rows = table.set_index("language").loc[names]
     base, safe = (bars for bars in axes.containers if hasattr(bars, "patches"))
@@ -355,7 +386,30 @@ def test_of_the_tables_conditions_and_rates_only_the_methods_asr_is_drawn():
         for heads in (METHOD, "all heads")
     )
     axes = steering_figures.plot_asr(table).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["English", "Hindi"]
+    assert names_on(axes.get_xticklabels()) == ["English", "Hindi"]
+
+
+@pytest.mark.parametrize("absent", ["row", "number"])
+def test_a_bar_that_was_not_run_is_a_cross_and_no_bar(absent):
+    table = pd.DataFrame(
+        [("Hindi", "base", 0.5, 0.4, 0.6), ("Hindi", "steered", 0.0, 0.0, 0.1), ("Thai", "base", 0.5, 0.4, 0.6)],
+        columns=["language", "heads", "asr", "low", "high"],
+    )
+    if absent == "number":
+        table.loc[len(table)] = ("Thai", "steered", np.nan, np.nan, np.nan)
+    figure = steering_figures.tier_bars(table, steering_figures.BASE_AND_STEERED, own_names=True)
+    axes = figure.axes[0]
+    _, steered = (bars for bars in axes.containers if hasattr(bars, "patches"))
+    zero, none = (bar.get_height() for bar in steered)
+    assert zero == 0 and np.isnan(none)
+    (crosses,) = [line for line in axes.lines if line.get_label() == "not run"]
+    assert crosses.get_xdata() == pytest.approx([steered[1].get_x() + steered[1].get_width() / 2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "steered", "not run"]
+
+
+def test_where_all_bars_were_run_the_legend_says_nothing_of_others():
+    texts = FIGURES["ASR"]().legends[0].get_texts()
+    assert [text.get_text() for text in texts] == ["base", "steered"]
 
 
 # Trade-off

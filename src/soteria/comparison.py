@@ -5,9 +5,10 @@ answers' first token moved, accuracy in context. The heads are the language's ow
 many from the bottom of the ranking, or all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -104,9 +105,7 @@ class Bench:
             read_questions(str(files.DATA / folder / f"{name}_{language.name}.csv"), language).questions
             for folder, name in (("prompts", policy), ("benign", benign))
         ]
-        rows = {task: load_pairs(files.DATA / "icl" / f"{task}_{language.name}.json") for task in TASKS}
-        tasks = {task: split_pairs(pairs, 0.3, 42) for task, pairs in rows.items()}
-        return cls(language, *questions, tasks, seed)
+        return cls(language, *questions, read_tasks(files.DATA / "icl", TASKS, language), seed)
 
     def measure(
         self, loaded: LoadedModel, judge: Judge, base: Benign | None = None, batch_size: int = 64
@@ -118,12 +117,11 @@ class Bench:
         policy = self._verdicts(judge, self.policy, self._answers(loaded, self.policy, batch_size))
         refused = self._verdicts(judge, self.benign, own.answers).count(NOT_HARMFUL)
         changed = sum(answer != before for answer, before in zip(own.answers, base.answers, strict=True))
-        right = list(self._right_answers(loaded))
         measured = Measurement(
             Rate(policy.count(HARMFUL), len(self.policy)),
             Rate(refused, len(self.benign)),
             Rate(changed, len(self.benign)),
-            Rate(sum(right), len(right)),
+            self.icl_accuracy(loaded),
             tuple(kl_divergence(base.log_probs.numpy(), own.log_probs.numpy()).tolist()),
         )
         return measured, own
@@ -137,6 +135,11 @@ class Bench:
         verdicts = dict(judge.judge(asked))
         return [verdicts[row] for row in range(len(questions))]
 
+    def icl_accuracy(self, loaded: LoadedModel) -> Rate:
+        """How many of the in-context prompts, `n_prompts` a task, the model answers in full."""
+        right = list(self._right_answers(loaded))
+        return Rate(sum(right), len(right))
+
     def _right_answers(self, loaded: LoadedModel) -> Iterator[bool]:
         """Whether greedy decoding gives each query's whole answer. Queries are rows that step 1 does not use."""
         form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
@@ -147,6 +150,12 @@ class Bench:
             n_prompt = [len(loaded.tokenizer(prompt.text).input_ids) for prompt in prompts]
             ids = [loaded.tokenizer(prompt.text + prompt.answer).input_ids for prompt in prompts]
             yield from answered_in_full(loaded, ids, n_prompt)
+
+
+def read_tasks(root: Path, tasks: Iterable[str], language: Language) -> dict[str, Split]:
+    """The rows of each task in a language, split as step 1 splits them. Raises UserError for missing files."""
+    rows = {task: load_pairs(root / f"{task}_{language.name}.json") for task in tasks}
+    return {task: split_pairs(pairs, 0.3, 42) for task, pairs in rows.items()}
 
 
 @torch.inference_mode()

@@ -1,6 +1,8 @@
 """Pictures of effects and of results, readable in print and without colour vision. Knows matplotlib and tables."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from soteria import files
+from soteria import files, fonts
 from soteria.comparison import METHOD
 from soteria.heads import Head, check_heads
 from soteria.languages import find_language
@@ -41,6 +43,23 @@ PRINT = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fonts
 EFFECT = "mean indirect effect\n(change of probability)"
 
 
+def naming_languages(style: dict) -> Callable:
+    """Decorator of a plot with an option `own_names`: it is drawn in the style, with fonts for what languages call
+    themselves. With own_names=False, languages are named in English, and the picture depends on no installed font.
+    """
+
+    def decorate(plot: Callable[..., plt.Figure]) -> Callable[..., plt.Figure]:
+        @wraps(plot)
+        def drawn(*arguments, own_names: bool = True, **options) -> plt.Figure:
+            families = fonts.families() if own_names else [fonts.FIRST]
+            with plt.rc_context(style | {"font.family": families}):
+                return plot(*arguments, own_names=own_names, **options)
+
+        return drawn
+
+    return decorate
+
+
 def save(figure: plt.Figure, path: Path) -> list[Path]:
     """Write `path`, a PNG of 200 dpi, and a PDF beside it, both or neither; gives their paths.
 
@@ -62,8 +81,10 @@ def tier_of(language: str) -> str:
     return find_language(language).tier or NO_TIER
 
 
-@plt.rc_context(PRINT)
-def plot_effects(effects: dict[str, Tensor], selected: dict[str, list[Head]] | None = None) -> plt.Figure:
+@naming_languages(PRINT)
+def plot_effects(
+    effects: dict[str, Tensor], selected: dict[str, list[Head]] | None = None, *, own_names: bool = True
+) -> plt.Figure:
     """A heat map of the effect (n_layers, n_heads) per language, all on one scale; `selected` heads are outlined.
 
     Raises UserError where a selected head is outside its map.
@@ -87,9 +108,10 @@ def plot_effects(effects: dict[str, Tensor], selected: dict[str, list[Head]] | N
     for axes in panels.flat[max(0, len(maps) - columns) : len(maps)]:
         axes.tick_params(labelbottom=True)  # the panel below may be empty
     norm = effect_scale(maps)
+    labels = fonts.language_labels(list(maps), own_names)
     for axes, (language, effect) in zip(panels.flat, maps.items(), strict=False):
         image = axes.imshow(effect, cmap="viridis", aspect="auto", origin="lower", norm=norm)
-        axes.set_title(language)
+        axes.set_title(labels[language])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
         if selected and language in selected:
@@ -203,8 +225,8 @@ def cluster(table: pd.DataFrame) -> dict:
     return dendrogram(linkage(distances, "average", optimal_ordering=True), no_plot=True)
 
 
-@plt.rc_context(PRINT)
-def plot_overlaps(lists: dict[str, list[Head]]) -> plt.Figure:
+@naming_languages(PRINT)
+def plot_overlaps(lists: dict[str, list[Head]], *, own_names: bool = True) -> plt.Figure:
     """Jaccard overlap of languages' head lists, as a clustered matrix of numbers; each language has its tier's mark."""
     table = overlaps(lists)
     clustered = cluster(table)
@@ -224,8 +246,9 @@ def plot_overlaps(lists: dict[str, list[Head]]) -> plt.Figure:
     lowest = min((max(y) for y in clustered["dcoord"]), default=0)
     tree.set(xlim=(-0.5, len(names) - 0.5), ylim=(0.7 * lowest, None))  # stems need no room
     image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    labels = fonts.language_labels(names, own_names).values()
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), labels)
     for (row, column), value in np.ndenumerate(table):
         text = f"{value:.2f}".removeprefix("0") if value < 1 else "1"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
@@ -243,7 +266,8 @@ def plot_overlaps(lists: dict[str, list[Head]]) -> plt.Figure:
     return figure
 
 
-def plot_comparison(table: pd.DataFrame, title: str) -> plt.Figure:
+@naming_languages({})
+def plot_comparison(table: pd.DataFrame, title: str, *, own_names: bool = True) -> plt.Figure:
     """The table as a picture: a panel per rate, a row per language, a mark per condition, bars for 95 % intervals."""
     languages = list(dict.fromkeys(table["language"]))
     conditions = list(dict.fromkeys(table["heads"]))
@@ -273,7 +297,7 @@ def plot_comparison(table: pd.DataFrame, title: str) -> plt.Figure:
         axes.set(xlim=(-0.04, 1.04), title=f"{name} (mean {_change(part)})")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(languages)), languages)
+    panels[0].set_yticks(range(len(languages)), fonts.language_labels(languages, own_names).values())
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(conditions) + 1)
     figure.suptitle(title)

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from soteria import fonts
 from soteria.comparison import METHOD
-from soteria.figures import PRINT, STYLES, TIER_STYLES, WIDTH, tier_of
+from soteria.figures import PRINT, STYLES, TIER_STYLES, WIDTH, naming_languages, tier_of
 
 # Of the lines of a trade-off, one for each share of heads: Okabe and Ito's colours with markers and lines.
 SHARE_STYLES = (
@@ -23,10 +24,12 @@ SHARE_STYLES = (
     ("#D55E00", "P", (0, (1, 1))),
     ("#56B4E9", "X", (0, (3, 1, 1, 1, 1, 1))),
 )
+# Of bars, by what they show.
+BASE_AND_STEERED = {"base": {"color": "w"}, "steered": {"color": STYLES[METHOD][0], "hatch": "////", "hatchcolor": "w"}}
 
 
-@plt.rc_context(PRINT)
-def plot_asr(table: pd.DataFrame) -> plt.Figure:
+@naming_languages(PRINT)
+def plot_asr(table: pd.DataFrame, *, own_names: bool = True) -> plt.Figure:
     """Bars of ASR with Wilson 95 % intervals, base beside steered, languages grouped by tier.
 
     `table` has a row per language with its `base` and `safe` rates, as shares, and `base_low` to `safe_high`:
@@ -34,49 +37,69 @@ def plot_asr(table: pd.DataFrame) -> plt.Figure:
     """
     if "rate" in table:
         table = table[(table["rate"] == "asr") & (table["heads"] == METHOD)]
-    tiers = [tier for tier in TIER_STYLES if tier in set(map(tier_of, table["language"]))]
-    figure, axes = plt.subplots(figsize=(min(WIDTH, 1.6 + 0.5 * len(table)), 2.6), layout="constrained")
+    long = pd.concat(
+        table[["language", which, f"{which}_low", f"{which}_high"]].set_axis(["language", "asr", "low", "high"], axis=1)
+        for which in ("base", "safe")
+    )
+    return tier_bars(long.assign(heads=np.repeat(["base", "steered"], len(table))), BASE_AND_STEERED, own_names)
+
+
+def tier_bars(table: pd.DataFrame, looks: dict[str, dict], own_names: bool) -> plt.Figure:
+    """Bars of ASR with 95 % intervals: a group per language, grouped by tier, in it a bar for each of the `looks`.
+
+    `table` has the columns `language`, `heads` (a key of `looks`), `asr`, `low`, `high` (shares). A bar whose row is
+    not there, or not a number, was not run: a cross stands in its place. Raises ValueError where a row is there twice.
+    """
+    languages = list(dict.fromkeys(table["language"]))
+    tiers = [tier for tier in TIER_STYLES if tier in set(map(tier_of, languages))]
+    legend = 1.1 + 0.07 * max(map(len, looks))  # inches, with the axis' numbers
+    width = min(WIDTH, legend + (0.1 + 0.2 * len(looks)) * len(languages))
+    wide = width == WIDTH
+    figure, axes = plt.subplots(figsize=(width, 3.1 if wide else 2.6), layout="constrained")
+    above = axes.get_xaxis_transform()
     places, names, start = [], [], 0.0
     for tier in tiers:
-        rows = table[table["language"].map(tier_of) == tier]
-        own = start + np.arange(len(rows))
-        axes.text(own.mean(), 1.03, tier, transform=axes.get_xaxis_transform(), ha="center", va="bottom", weight="bold")
-        axes.plot(
-            (own[0] - 0.45, own[-1] + 0.45),
-            (1.02, 1.02),
-            "k",
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            lw=1,
-        )
+        members = [language for language in languages if tier_of(language) == tier]
+        own = start + np.arange(len(members))
+        axes.text(own.mean(), 1.03, tier, transform=above, ha="center", va="bottom", weight="bold")
+        axes.plot((own[0] - 0.45, own[-1] + 0.45), (1.02, 1.02), "k", transform=above, clip_on=False, lw=1)
         places.extend(own)
-        names.extend(rows["language"])
+        names.extend(members)
         start = own[-1] + 1.6  # a wider gap between tiers
-    rows = table.set_index("language").loc[names]
-    looks = {"base": {"color": "w"}, "safe": {"color": STYLES[METHOD][0], "hatch": "////", "hatchcolor": "w"}}
-    for which, offset, label in (("base", -0.2, "base"), ("safe", 0.2, "steered")):
-        middle = rows[which].to_numpy(float)
-        spread = np.abs([middle - rows[f"{which}_low"], rows[f"{which}_high"] - middle])
+    columns = table.pivot(index="language", columns="heads").reindex(names)
+    share = 0.8 / len(looks)  # of a language's place, a bar
+    absent = []
+    for i, (heads, look) in enumerate(looks.items()):
+        middles = np.array(places) + (i - (len(looks) - 1) / 2) * share
+        asr, low, high = (
+            columns[which].reindex(columns=[heads]).to_numpy(float)[:, 0] for which in ("asr", "low", "high")
+        )
         bars = axes.bar(
-            np.array(places) + offset,
-            middle,
-            0.38,
-            yerr=spread,
+            middles,
+            asr,
+            0.95 * share,
+            yerr=np.abs([asr - low, high - asr]),
             edgecolor="k",
             linewidth=0.7,
-            error_kw={"elinewidth": 0.9, "capsize": 2},
-            label=label,
-            **looks[which],
+            error_kw={"elinewidth": 0.9, "capsize": min(2, 5 * share)},
+            **{"label": heads} | look,
         )
-        (whiskers,) = bars.errorbar[2]
-        whiskers.set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="w")])  # seen before a dark bar
-    axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set(ylabel="ASR (Wilson 95 % interval)", ylim=(0, None), xlim=(-0.6, places[-1] + 0.6))
+        if look["color"] != "w":  # whiskers are seen before a dark bar
+            bars.errorbar[2][0].set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="w")])
+        absent.extend(middles[np.isnan(asr)])
+    if absent:
+        look = {"color": "0.4", "markersize": 4, "clip_on": False, "label": "not run"}
+        axes.plot(absent, [0.025] * len(absent), "x", transform=above, **look)
+    labels = fonts.language_labels(names, own_names)
+    axes.set_xticks(places, [labels[name] for name in names], rotation=35, ha="right", rotation_mode="anchor")
+    axes.set(ylabel="ASR (95 % interval)", ylim=(0, None), xlim=(-0.6, places[-1] + 0.6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.tick_params(axis="x", length=0, pad=6)
+    axes.tick_params(axis="x", length=0, pad=8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside right upper", frameon=False)
+    place = {"loc": "outside lower center", "ncols": len(looks) + 1} if wide else {"loc": "outside right upper"}
+    keys = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda key: key[1] == "not run")  # last
+    figure.legend(*zip(*keys, strict=True), frameon=False, **place)
     plt.close(figure)
     return figure
 

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Every table and figure of a grid file, and the report. Restartable: what is done already is skipped.
+#   bash scripts/reproduce.sh configs/embedded.yaml           on the embedded pair, in minutes on a CPU
+#   bash scripts/reproduce.sh configs/paper.yaml --plan       what the paper's grid would take; starts nothing
+#   bash scripts/reproduce.sh configs/paper.yaml --shard 2/8  the second of eight parts, one a GPU or machine
+# As a Slurm array each job takes its part by itself. Head lists that languages share need every language's scores:
+#   scores=$(sbatch --parsable --array=1-48 scripts/reproduce.sh configs/paper.yaml --steps score)
+#   cells=$(sbatch --parsable --array=1-48 --dependency=afterany:$scores scripts/reproduce.sh configs/paper.yaml)
+#   sbatch --dependency=afterany:$cells scripts/reproduce.sh configs/paper.yaml --steps tables
+# Environment: SOTERIA_PROCESSES (processes, one a GPU, that share each cell, default 1), SOTERIA_RESULTS.
+set -euo pipefail
+grid=${1:-}
+if [ -f "$grid" ]; then set -- "$(realpath "$grid")" "${@:2}"; fi
+# Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  cd "$SLURM_SUBMIT_DIR"
+  set -- "$@" --shard "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"
+else
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fi
+extras=(requirements-utility.txt) # lm-eval
+source scripts/environment.sh
+launcher=(python)
+[ "${SOTERIA_PROCESSES:-1}" -gt 1 ] && launcher=(torchrun --standalone --nproc_per_node "$SOTERIA_PROCESSES")
+exec "${launcher[@]}" src/reproduce.py "$@"

@@ -1,0 +1,97 @@
+"""Every table of a grid: score, select, steer, answer, judge, tabulate, for every cell of a grid file.
+
+Each model is loaded once and steered in place. What is done already is skipped, so an interrupted run goes on where it
+was; a cell that fails is passed by and listed at the end. --shard spreads the work over machines that share a results
+folder, --plan says what would run and what it would take, and starts nothing.
+"""
+
+import sys
+import time
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from soteria import cli, files
+from soteria.grid import Grid, Shard, read_grid
+
+STEPS = ("score", "answer", "utility", "judge", "tables")
+
+
+def shard(text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def parse_arguments():
+    parser = cli.new_parser(__doc__, "bash scripts/reproduce.sh configs/embedded.yaml")
+    add = parser.add_argument
+    add("grid", type=Path, help="a grid file: configs/embedded.yaml, configs/paper.yaml or your own")
+    add("--plan", action="store_true", help="print what would run, what is done, and an estimate of time and disk")
+    add("--shard", type=shard, default="1/1", help="i/n: the i-th of n parts of the (model, language)s")
+    add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these; a shard leaves out the tables")
+    add("--results", type=Path, default=files.RESULTS, help="where everything goes")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    grid = read_grid(arguments.grid)
+    if arguments.plan:
+        from soteria.plan import bill
+
+        print(bill(grid, arguments.results))
+        return
+    steps = [step for step in STEPS if step in arguments.steps]
+    failed, waiting = {}, {}
+    if steps != ["tables"]:
+        failed, waiting = run_cells(grid, arguments, steps)
+    if "tables" in steps and arguments.shard.of == 1:
+        from make_tables import write_grid
+
+        write_grid(grid, arguments.grid, arguments.results)
+    if failed or waiting:
+        tell(failed, waiting)
+        sys.exit(1)
+
+
+def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
+    """Say on stderr what was not run and why, and what to do about it."""
+    for what, cells in (("failed", failed), ("waits", waiting)):
+        for name, reason in cells.items():
+            print(f"{what}: {name}: {reason}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} failed: mend what they say, and the same command goes on from here", file=sys.stderr)
+    if waiting:
+        print(f"{len(waiting)} wait for other shards: the same command goes on when they have scored", file=sys.stderr)
+
+
+def run_cells(grid: Grid, arguments, steps: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The steps before the tables; gives what failed and what waits, with the reasons."""
+    import compute_indirect_effect as step_1
+    from soteria.processes import Processes
+    from soteria.reproduction import Reproduction, Subject
+
+    def score(language: str, subject: Subject) -> None:
+        options = {
+            "--model_name": subject.pair.base,
+            "--root_data_dir": grid.icl,
+            "--save_path_root": subject.scores,
+            "--dtype": grid.dtype,
+            **{f"--{name}": value for name, value in grid.scoring.model_dump().items()},
+        }
+        words = ["--dataset_name", *(f"{task}_{language}" for task in grid.tasks)]
+        words += [str(word) for option in options.items() for word in option]
+        started = time.monotonic()
+        _, scored = step_1.score(step_1.parse_arguments(words), subject.processes, lambda: subject.loaded)
+        subject.note_cost("score", scored, time.monotonic() - started)
+
+    with Processes(arguments.device) as processes:
+        reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
+        reproduction.run(steps, score)
+        return (reproduction.failed, reproduction.waiting) if processes.is_first else ({}, {})
+
+
+if __name__ == "__main__":
+    cli.run(main)

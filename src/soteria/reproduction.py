@@ -1,0 +1,464 @@
+"""The cells of a grid, measured: score, select, steer, answer, judge, each model loaded once.
+
+Knows cells and the steps' own functions; makes no tables. What is done is found by what it was made from, so a run that
+goes on after an interruption, or on another machine, measures only what is missing. A cell that fails is noted and
+passed by.
+"""
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, cached_property
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from soteria import files
+from soteria.answers import AnswerColumn, model_settings
+from soteria.comparison import ACCURACY_SEED, Bench, read_tasks
+from soteria.damage import kl_divergence
+from soteria.decoding import first_token_log_probs
+from soteria.errors import UserError
+from soteria.evaluation import summarise
+from soteria.files import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER
+from soteria.generation import all_inputs, fill
+from soteria.grid import Cell, Grid, Pair, Shard, Steering
+from soteria.heads import (
+    Head,
+    count_top,
+    group_file,
+    group_heads,
+    language_file,
+    mean_effect,
+    random_heads,
+    rank_heads,
+    scored_languages,
+    write_heads,
+)
+from soteria.icl import Split
+from soteria.judges import Judge, make_judge
+from soteria.languages import TIERS, find_language, group_languages
+from soteria.models import LoadedModel, load_model
+from soteria.processes import Processes
+from soteria.questions import QuestionSet, read_questions
+from soteria.steering import fingerprint, head_list_hash, steered_in_place
+from soteria.task_vector import TaskVector
+from soteria.verdicts import Answers, describe, inputs_of, judge_answers
+
+BENIGN = "benign"  # the harmless questions among a cell's sets
+BENIGN_JUDGE = "refusal"  # whatever judges the attacks: a harmless question is answered or it is refused
+
+
+class NotScored(UserError):
+    """A head list cannot be made yet: another shard is to score a language first."""
+
+
+class Subject:
+    """A base model of the grid and what its cells are made with, each read when it is first needed."""
+
+    def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
+        self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
+        self.scores = results / "indirect_effect" / pair.slug
+        self.ranking = cache(self._ranking)
+        self.questions = cache(self._questions)
+        self.tasks = cache(self._tasks)
+        self.base_log_probs = cache(self._base_log_probs)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        started = time.monotonic()
+        loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
+        self.note_cost("load", 1, time.monotonic() - started, str(loaded.model.device))
+        return loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        return "loaded" in vars(self)
+
+    @cached_property
+    def vector(self) -> TaskVector:
+        return TaskVector.open(self.pair.base, self.pair.tuned)
+
+    @cached_property
+    def task_vectors(self) -> list[Tensor]:
+        vectors = [self.vector.at(layer) for layer in range(self.vector.geometry.n_layers)]
+        if not any(vector.any() for vector in vectors):
+            raise self.vector.equality()
+        return vectors
+
+    @cached_property
+    def base_settings(self) -> dict:
+        """What the base's answers depend on, beside the language."""
+        language = find_language(self.grid.languages[0])
+        settings = model_settings(self.pair.base, language, self.grid.answers.max_new_tokens, self.pair.chat_template)
+        return settings | {"dtype": self.grid.dtype}
+
+    @cached_property
+    def n_parameters(self) -> int:
+        places = self.vector.base.places.values()
+        return sum(_product(place.shape) for place in places)
+
+    def _ranking(self, language: str) -> list[Head]:
+        """All heads of the model, best for the language first. Raises NotScored where step 1 has not been."""
+        missing = self.unscored(language)
+        if missing:
+            raise NotScored(f"waits for the scores of {', '.join(missing)}")
+        return rank_heads(mean_effect(self.scores, language, self.grid.tasks))
+
+    def unscored(self, *languages: str) -> list[str]:
+        scored = scored_languages(self.scores, self.grid.tasks)
+        return [language for language in languages if language not in scored]
+
+    def heads(self, steering: Steering, language: str) -> list[Head]:
+        """The heads of a steering. Raises NotScored, or UserError for a group without a shared head."""
+        geometry = self.vector.geometry
+        total = geometry.n_layers * geometry.n_heads
+        if steering.kind == "shared":
+            missing = self.unscored(*steering.needs(self.grid, language))
+            if missing:
+                raise NotScored(f"waits for the scores of {', '.join(missing)}")
+            return self.shared_heads(steering.of)
+        count = total if steering.share == 1 else count_top(steering.share, total)
+        if steering.kind == "random":
+            return random_heads(geometry.n_layers, geometry.n_heads, count, int(steering.of))
+        if steering.kind == "all":
+            return [divmod(index, geometry.n_heads) for index in range(total)]
+        ranking = self.ranking(steering.of if steering.kind == "from" else language)
+        return ranking[-count:] if steering.kind == "bottom" else ranking[:count]
+
+    def method_heads(self, language: str) -> list[Head]:
+        return self.heads(Steering("top", self.grid.heads, self.grid.scaling_factor), language)
+
+    def shared_heads(self, group: str) -> list[Head]:
+        """Heads that more than half of a group's languages in this grid have among their best."""
+        heads = group_heads([self.method_heads(language) for language in self.grid.group(group)])
+        if not heads:
+            raise UserError(f"no head is shared by more than half of the languages of group {group}")
+        return heads
+
+    def _questions(self, name: str, language: str) -> QuestionSet:
+        """A prompt set's questions in a language, or the harmless ones."""
+        if name == BENIGN:
+            found = read_questions(self.grid.benign_in(language), find_language(language))
+        else:
+            asked = self.grid.prompt_set(name)
+            found = read_questions(
+                asked.dataset_in(language), find_language(language), split=asked.split, column=asked.column
+            )
+        first = self.grid.answers.questions
+        return QuestionSet(found.name, found.questions[:first], found.categories[:first] if found.categories else None)
+
+    def _tasks(self, language: str) -> dict[str, Split]:
+        return read_tasks(self.grid.icl, self.grid.tasks, find_language(language))
+
+    def bench(self, language: str) -> Bench:
+        """What a cell's cost is measured on."""
+        benign = self.questions(BENIGN, language).questions if self.grid.benign else []
+        return Bench(find_language(language), [], benign, self.tasks(language), ACCURACY_SEED)
+
+    def first_tokens(self, language: str) -> Tensor:
+        """Log-probabilities (questions, vocabulary) of the first token of the answers to the harmless questions."""
+        questions = self.questions(BENIGN, language).questions
+        inputs = all_inputs(self.loaded, questions, find_language(language), self.pair.chat_template)
+        return first_token_log_probs(self.loaded, inputs, self.grid.answers.batch_size)
+
+    def _base_log_probs(self, language: str) -> Tensor:
+        return self.first_tokens(language)
+
+    def note_cost(self, step: str, units: int, seconds: float, device: str | None = None) -> None:
+        """Write down what a step took: `--plan` goes by it. A line is one write, so processes may share the file."""
+        if not self.processes.is_first or units == 0:
+            return
+        device = device or (str(self.loaded.model.device) if self.is_loaded else "none")
+        cost = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
+        path = costs_file(self.results, self.pair)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cost) + "\n")
+
+
+def costs_file(results: Path, pair: Pair) -> Path:
+    """Where what the steps took is written down."""
+    return results / "cells" / pair.slug / "costs.jsonl"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+class CellWork:
+    """One cell: what of it is done, and how the rest is measured."""
+
+    def __init__(self, subject: Subject, cell: Cell):
+        self.subject, self.cell, self.results = subject, cell, subject.results
+        self.language = find_language(cell.language)
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        return self.subject.heads(self.cell.steering, self.cell.language) if self.cell.steering else []
+
+    @cached_property
+    def settings(self) -> dict:
+        """What the cell's answers depend on beside the questions."""
+        settings = self.subject.base_settings | {"language": self.cell.language}
+        if self.cell.steering:
+            steered = [
+                settings["model_sha256"],
+                fingerprint(self.subject.vector.tuned),
+                head_list_hash(self.heads),
+                self.cell.steering.scaling_factor,
+            ]
+            settings["model_sha256"] = hashlib.sha256(json.dumps(steered).encode()).hexdigest()
+        return settings
+
+    @property
+    def sets(self) -> list[str]:
+        with_benign = self.cell.with_cost and self.subject.grid.benign
+        return [*self.cell.sets, *([BENIGN] if with_benign else [])]
+
+    def path(self, name: str) -> Path:
+        return self.cell.benign(self.results) if name == BENIGN else self.cell.answers(self.results, name)
+
+    def column(self, name: str) -> AnswerColumn:
+        steering = self.cell.steering
+        steered = steering and {
+            "base_model": self.subject.pair.base,
+            "finetune_model": self.subject.pair.tuned,
+            "scaling_factor": steering.scaling_factor,
+            "heads": steering.heads_name,
+        }
+        return AnswerColumn(
+            self.path(name),
+            SAFE_ANSWER if steering else BASE_ANSWER,
+            self.subject.questions(name, self.cell.language),
+            self.subject.pair.base,
+            self.settings,
+            steered=steered,
+        )
+
+    @cached_property
+    def made_from(self) -> dict:
+        """What `cell.json` depends on."""
+        steering, pair, bench = self.cell.steering, self.subject.pair, self.subject.bench(self.cell.language)
+        facts = {
+            "base_model": pair.base,
+            "language": self.cell.language,
+            "heads": steering.heads_name if steering else None,
+            "scaling_factor": steering.scaling_factor if steering else None,
+            "answers_from": self.settings,
+        }
+        if self.cell.with_cost:
+            rows = {task: [[each.input, each.output] for each in split.test] for task, split in bench.tasks.items()}
+            measured_on = json.dumps([bench.benign, rows, bench.seed, bench.n_prompts])
+            facts["cost_measured_on_sha256"] = hashlib.sha256(measured_on.encode()).hexdigest()
+        return facts
+
+    def pending(self) -> list[str]:
+        """The sets that lack answers, and `facts` where cell.json does."""
+        lacking = [name for name in self.sets if not self.column(name).is_complete()]
+        found = files.read_facts(self.cell.facts(self.results))
+        return lacking if self.made_from.items() <= found.items() else [*lacking, "facts"]
+
+    def measure(self) -> None:
+        """Steer, answer what is not answered, and write down what the cell was made from and what it costs."""
+        pending = self.pending()
+        if not pending:
+            return
+        subject, cell = self.subject, self.cell
+        log_probs = None
+        if "facts" in pending and cell.with_cost and subject.grid.benign:
+            log_probs = subject.base_log_probs(cell.language)  # while the model is the base
+        with self.steered():
+            for name in pending:
+                if name == "facts":
+                    continue
+                column, started = self.column(name), time.monotonic()
+                fill(column, self.language, lambda: subject.loaded, subject.processes, subject.grid.answers.batch_size)
+                subject.note_cost("answers", len(column.questions.questions), time.monotonic() - started)
+            if "facts" in pending:
+                started = time.monotonic()
+                facts = self.made_from | self._steered_facts() | self._cost(log_probs)
+                if subject.processes.is_first:
+                    files.write_json(cell.facts(self.results), facts)
+                if cell.with_cost:
+                    subject.note_cost("cost", 1, time.monotonic() - started)
+
+    def steered(self) -> AbstractContextManager:
+        """The loaded model is this cell's for the length of a block."""
+        if not self.cell.steering:
+            return nullcontext()
+        subject, factor = self.subject, self.cell.steering.scaling_factor
+        return steered_in_place(subject.loaded, subject.task_vectors, self.heads, factor)
+
+    def _steered_facts(self) -> dict:
+        if not self.cell.steering:
+            return {"n_heads": 0, "share_of_parameters": 0.0}
+        vector, geometry = self.subject.vector, self.subject.vector.geometry
+        width = vector.base_place(0).shape[1 if geometry.transposed else 0]
+        changed = len(self.heads) * geometry.head_dim * width
+        return {
+            "finetune_model": self.subject.pair.tuned,
+            "n_heads": len(self.heads),
+            "n_heads_total": geometry.n_layers * geometry.n_heads,
+            "parameters_changed": changed,
+            "share_of_parameters": changed / self.subject.n_parameters,
+            "head_list": [list(head) for head in self.heads],
+        }
+
+    def _cost(self, base_log_probs: Tensor | None) -> dict:
+        """Accuracy in context, and KL(base || cell) of each harmless answer's first token, in nats."""
+        if not self.cell.with_cost:
+            return {}
+        language = self.cell.language
+        accuracy = self.subject.bench(language).icl_accuracy(self.subject.loaded)
+        found = {"icl_accuracy": {"count": accuracy.count, "n": accuracy.n}}
+        if base_log_probs is not None:
+            own = self.subject.first_tokens(language) if self.cell.steering else base_log_probs
+            divergences = kl_divergence(base_log_probs.numpy(), own.numpy()).tolist()
+            # The last digits depend on how many threads computed them.
+            found["kl_first_token"] = [round(value, 6) for value in divergences]
+        return found
+
+    def measure_utility(self) -> None:
+        """Measure the grid's tasks of lm-eval, where it has not been done."""
+        from soteria.utility import measure_utility, read_or_measure, utility_inputs
+
+        grid, subject, wanted = self.subject.grid, self.subject, self.subject.grid.utility
+        steering = {"answers_from": self.settings["model_sha256"]} if self.cell.steering else {}
+        asked = (wanted.tasks, wanted.limit, [self.cell.language])
+        inputs = utility_inputs(subject.pair.base, *asked, grid.dtype, **steering)
+
+        def measure() -> dict:
+            started = time.monotonic()
+            with self.steered():
+                found = measure_utility(
+                    subject.loaded,
+                    wanted.tasks,
+                    limit=wanted.limit,
+                    languages=[self.cell.language],
+                    batch_size=grid.answers.batch_size,
+                )
+            subject.note_cost("utility", 1, time.monotonic() - started)
+            return found
+
+        if subject.processes.is_first:
+            read_or_measure(self.cell.utility(self.results), inputs, measure)
+
+    def judge(self, get_judge: Callable[[str], Judge]) -> None:
+        """Judge what is answered and not judged, attacks by each of the grid's judges. `get_judge`: by name, once."""
+        for name, judge in self.judgements():
+            path, started = self.path(name), time.monotonic()
+            if not path.exists():
+                continue
+            answers = Answers(path)
+            output = self.cell.verdicts(self.results, name, judge)
+            inputs = inputs_of(answers, judge)
+            judged = judge_answers(answers, output, inputs, lambda judge=judge: get_judge(judge))
+            summary = describe(path) | inputs | {"judge_description": judged.description}
+            summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
+            judged.write(summary)
+            if judged.journals is not None:
+                self.subject.note_cost(f"judge {judge}", answers.n_rows, time.monotonic() - started)
+
+    def judgements(self) -> Iterator[tuple[str, str]]:
+        """(set, judge) for everything that is to be judged."""
+        for name in self.sets:
+            for judge in (BENIGN_JUDGE,) if name == BENIGN else self.subject.grid.judges:
+                yield name, judge
+
+
+class Reproduction:
+    """A grid's run, or a shard's: the steps in turn, with a note of every cell that failed or has to wait."""
+
+    def __init__(self, grid: Grid, results: Path, processes: Processes, shard: Shard = Shard()):  # noqa: B008
+        self.grid, self.results, self.processes, self.shard = grid, results, processes, shard
+        self.units = shard.units(grid)
+        self.failed: dict[str, str] = {}
+        self.waiting: dict[str, str] = {}
+        self.judge_named = cache(make_judge)
+
+    def run(self, steps: list[str], score_step: Callable) -> None:
+        """The steps, model by model: each is loaded at most once, and let go before the next.
+
+        `score_step(language, subject)` is step 1, as its own script has it.
+        """
+        for pair in self.grid.models:
+            languages = [language for other, language in self.units if other is pair]
+            if not languages:
+                continue
+            subject = Subject(self.grid, pair, self.results, self.processes)
+            if "score" in steps:
+                for language in languages:
+                    with self._noting(f"{pair.slug}/{language}/scores"):
+                        score_step(language, subject)
+                self._select(subject)
+            cells = [cell for language in languages for cell in self.grid.cells_of(pair, language)]
+            if "answer" in steps:
+                self._each(subject, cells, "steering and answering", CellWork.measure)
+            if "utility" in steps and self.grid.utility:
+                self._utility(subject, languages)
+            # A judge may need the room that the model takes.
+            subject.__dict__.pop("loaded", None)
+            if "judge" in steps and self.processes.is_first:
+                self._each(subject, cells, "judging", lambda work: work.judge(self.judge_named))
+            self.processes.wait()
+
+    def _each(self, subject: Subject, cells: list[Cell], what: str, do: Callable[[CellWork], None]) -> None:
+        silent = None if self.processes.is_first else True
+        for cell in tqdm(cells, desc=f"{what}, {subject.pair.slug}", unit="cell", disable=silent):
+            failure = cell.failure(self.results)
+            with self._noting(cell.name, failure):
+                do(CellWork(subject, cell))
+
+    @contextmanager
+    def _noting(self, name: str, file: Path | None = None) -> Iterator[None]:
+        """Note a failure under a name, and in a file that vanishes when the same goes well. Ctrl-C is no failure."""
+        try:
+            yield
+        except NotScored as error:
+            self.waiting[name] = str(error)
+        except Exception as error:
+            if self.processes.count > 1 and not isinstance(error, UserError):
+                raise  # the other processes are not where this one is
+            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, UserError):
+                traceback.print_exc(file=sys.stderr)
+            self.failed[name] = sentence
+            if file and self.processes.is_first:
+                files.write_text(file, sentence + "\n")
+        else:
+            if file and name not in self.failed:
+                file.unlink(missing_ok=True)
+
+    def _select(self, subject: Subject) -> None:
+        """Step 2: the head lists as files, of each language scored and each group that the grid has whole."""
+        if not self.processes.is_first:
+            return
+        folder = self.results / "heads" / subject.pair.slug
+        scored = [name for name in self.grid.languages if not subject.unscored(name)]
+        for language in scored:
+            with self._noting(f"{subject.pair.slug}/{language}/heads"):
+                write_heads(folder / language_file(language), subject.method_heads(language))
+        for group in (*TIERS, "Universal"):
+            if set(group_languages(group)) <= set(scored):
+                with self._noting(f"{subject.pair.slug}/{group}/heads"):
+                    write_heads(folder / group_file(group), subject.shared_heads(group))
+
+    def _utility(self, subject: Subject, languages: list[str]) -> None:
+        """What the base and the method can still do, in the languages that the grid asks it of."""
+        wanted = self.grid.utility
+        asked = [language for language in languages if language in (wanted.languages or self.grid.languages)]
+        method = Steering("top", self.grid.heads, self.grid.scaling_factor)
+        for language in asked:
+            for cell in self.grid.cells_of(subject.pair, language):
+                if cell.steering in (None, method):
+                    with self._noting(f"{cell.name}/utility"):
+                        CellWork(subject, cell).measure_utility()

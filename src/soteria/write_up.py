@@ -1,0 +1,344 @@
+"""Step 4 for a grid: its tables and figures as files, and the report that holds them all.
+
+Knows which tables the paper has, what they are called and where their files go; the numbers are `grid_tables`', the
+pictures `figures`' and `ablation_figures`'.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from soteria import ablation_figures, figures, files, fonts, grid_tables, report, steering_figures
+from soteria.comparison import METHOD as TOP
+from soteria.errors import UserError
+from soteria.grid import Grid
+from soteria.grid_tables import BASE, Cells
+from soteria.heads import count_top, mean_effect, rank_heads
+from soteria.judges import RefusalJudge
+from soteria.tables import to_latex, to_markdown
+
+# Whatever a table counts as its number; where that is blank, the cell was not run.
+ASR, SHARE, UTILITY = "asr", "share_of_parameters", "safe"
+
+
+@dataclass
+class Table:
+    """One of the paper's tables: its name in files, a title, all its numbers, and what of them people read."""
+
+    name: str
+    title: str
+    text: str
+    tidy: pd.DataFrame
+    readable: pd.DataFrame
+    number: str  # the column of `tidy` that is blank where a cell was not run
+
+    @property
+    def blank(self) -> int:
+        return int(self.tidy[self.number].isna().sum())
+
+    @property
+    def counted(self) -> str:
+        """How many of its numbers there are."""
+        n = len(self.tidy)
+        return f"All {n} numbers were measured." if not self.blank else f"{self.blank} of {n} numbers: not run, blank."
+
+
+@dataclass
+class Picture:
+    name: str
+    title: str
+    text: str
+    figure: Figure
+
+
+@dataclass
+class WriteUp:
+    """Everything that a grid's cells say."""
+
+    grid: Grid
+    results: Path
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # pictures that could not be drawn, and why
+
+    @property
+    def judged_by(self) -> str:
+        """The judges, the offline one called what it is."""
+        names = [RefusalJudge.description if judge == "refusal" else judge for judge in self.grid.judges]
+        return ", ".join(names)
+
+    @property
+    def folder(self) -> Path:
+        return self.results / "tables"
+
+    def path(self, name: str, ending: str) -> Path:
+        return self.folder / f"{self.grid.name}_{name}.{ending}"
+
+    def caption(self, table: Table) -> str:
+        return f"{table.title}. Judge: {self.judged_by}. {table.counted}"
+
+
+def compose(grid: Grid, results: Path) -> WriteUp:
+    """All tables and pictures of a grid, from what its cells' files hold."""
+    every = [Cells(grid, pair, results) for pair in grid.models]
+    found = WriteUp(grid, results)
+    prompts = ", ".join(each.name for each in grid.prompt_sets)
+    method = f"top {grid.heads:.0%} of the heads, λ = {grid.scaling_factor:g}"
+
+    def joined(rows) -> pd.DataFrame:
+        return pd.concat([rows(cells) for cells in every], ignore_index=True)
+
+    def add(name: str, title: str, text: str, tidy: pd.DataFrame, readable, number: str = ASR) -> pd.DataFrame:
+        if len(tidy):
+            found.tables.append(Table(name, title, text, tidy, readable(tidy), number))
+        return tidy
+
+    main = add(
+        "main",
+        f"ASR of the base and of steered models on {prompts} ({method})",
+        "Attack success rate with its 95 % interval: Wilson's of a language, a bootstrap over questions where "
+        "languages are pooled, in which translations of a question are drawn together. The last column is the paired "
+        "difference in points.",
+        joined(grid_tables.main_rows),
+        grid_tables.readable_main,
+    )
+    heads = add(
+        "heads",
+        "Which heads are steered, and how many",
+        "Over all languages: the language's own best heads, as many at random (draws pooled), as many from the bottom "
+        "of the ranking, all, and heads that languages share. Refusals of benign questions are the refusal judge's, a "
+        "proxy; changed are benign answers that are not the base's letter for letter.",
+        joined(lambda cells: grid_tables.ablation_rows(cells, grid_tables.head_conditions(cells))),
+        grid_tables.readable_ablation,
+    )
+    scaling = add(
+        "scaling",
+        "How hard is steered (λ)",
+        f"The language's own best {grid.heads:.0%} of heads. λ was chosen on other questions than these.",
+        joined(lambda cells: grid_tables.ablation_rows(cells, grid_tables.scaling_conditions(cells))),
+        grid_tables.readable_ablation,
+    )
+    transfer = add(
+        "transfer",
+        "Heads of language A (down), prompts in language B (across): ASR",
+        "Each language's own heads are on the diagonal.",
+        joined(grid_tables.transfer_rows),
+        grid_tables.readable_transfer,
+    )
+    add(
+        "utility",
+        f"Utility by lm-eval, base against steered ({method})",
+        "Differences are of the steered model from the base, with standard errors that take the two as independent.",
+        joined(grid_tables.utility_rows),
+        grid_tables.readable_utility,
+        UTILITY,
+    )
+    add(
+        "parameters",
+        "Share of the parameters that steering changes",
+        "Over the languages; every other parameter is the base's, bit for bit.",
+        joined(grid_tables.parameter_rows),
+        grid_tables.readable_parameters,
+        SHARE,
+    )
+    for cells in every:
+        _draw(found, cells, main, heads, scaling, transfer)
+    return found
+
+
+def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
+    """Add a model's pictures. One that its numbers do not suffice for is left out, and said to be."""
+    grid, slug = found.grid, cells.pair.slug
+    several = len(grid.models) > 1
+    prompts, judge = grid.ablated_sets[0], grid.judges[0]
+    main, heads, scaling, transfer = (
+        table[(table["model"] == slug) & (table["prompts"] == prompts) & (table["judge"] == judge)]
+        if len(table)
+        else table
+        for table in tables
+    )
+
+    def add(name: str, title: str, text: str, draw) -> None:
+        try:
+            picture = draw()
+        except (UserError, ValueError, IndexError, KeyError) as error:
+            found.left_out.append(f"picture {name} of {slug}: {error}")
+            return
+        if picture is not None:
+            of = f"{slug}, " if several else ""
+            found.pictures.append(Picture(f"{name}_{slug}" if several else name, f"{of}{title}", text, picture))
+
+    scores = found.results / "indirect_effect" / slug
+
+    def effects():
+        return {language: mean_effect(scores, language, grid.tasks) for language in grid.languages}
+
+    def selected():
+        return {
+            language: rank_heads(effect)[: count_top(grid.heads, effect.numel()) if grid.heads < 1 else effect.numel()]
+            for language, effect in effects().items()
+        }
+
+    rename = {grid_tables.SHARED_TIER: "tier", grid_tables.SHARED_ALL: "universal"}
+    by_language = main[main["of"] == "language"].rename(columns={"name": "language"}) if len(main) else main
+    ends = {"low": "asr_low", "high": "asr_high"}
+
+    def asr_bars():
+        return ablation_figures.plot_methods(by_language.assign(heads=by_language["heads"].replace(rename)))
+
+    def head_shares():
+        rows = heads[heads["share"].notna() | (heads["heads"] == BASE)].fillna({"share": 0.0})
+        return ablation_figures.plot_head_shares(rows.rename(columns=ends)) if len(grid.ablations.shares) else None
+
+    def over_lambda():
+        if len(scaling) < 3:
+            return None
+        return ablation_figures.plot_scaling(scaling.rename(columns=ends), chosen=grid.scaling_factor)
+
+    def trade_off():
+        own = heads[heads["heads"].isin([BASE, f"{TOP}", "all heads"])].fillna({"share": 0.0, "scaling_factor": 0.0})
+        rows = pd.concat([own, scaling[scaling["heads"] != BASE]]).dropna(subset=["asr", "kl"])
+        rows = rows.drop_duplicates(["share", "scaling_factor"]).sort_values(["share", "scaling_factor"])
+        return (
+            steering_figures.plot_trade_off(rows[["share", "scaling_factor", "asr", "kl"]]) if len(rows) > 2 else None
+        )
+
+    add("asr", "ASR by language", "Bars with 95 % intervals, languages by tier.", asr_bars)
+    add("trade_off", "Gain against damage", "ASR against KL of benign answers, with the Pareto front.", trade_off)
+    add("head_shares", "Gain and cost over the share of heads", "The method beside its controls.", head_shares)
+    add("scaling", "Gain and cost over λ", "The chosen one is marked.", over_lambda)
+    if len(transfer):
+        add(
+            "transfer",
+            "Transfer between languages",
+            "ASR with the heads of one language on prompts in another.",
+            lambda: ablation_figures.plot_transfer(transfer),
+        )
+    add(
+        "effects",
+        "Indirect effect of every head",
+        "A map per language; the functional heads are outlined.",
+        lambda: figures.plot_effects(effects(), selected()),
+    )
+    add(
+        "layers",
+        "Where the functional heads lie",
+        "Mean indirect effect per layer and tier.",
+        lambda: figures.plot_layer_profiles(effects()),
+    )
+    if len(grid.languages) > 1:
+        add(
+            "overlaps",
+            "Overlap of functional heads between languages",
+            "Jaccard overlap, clustered.",
+            lambda: figures.plot_overlaps(selected()),
+        )
+
+
+def not_run(grid: Grid, results: Path) -> list[str]:
+    """Why cells have no numbers: those that failed with their sentences, and how many were just not run yet."""
+    lines, missing = [], 0
+    for pair in grid.models:
+        for cell in grid.cells(pair):
+            failure = cell.failure(results)
+            judged = [cell.verdicts(results, name, judge) for name in cell.sets for judge in grid.judges]
+            if failure.exists():
+                lines.append(f"{cell.name}: {failure.read_text(encoding='utf-8').strip()}")
+            elif not all(path.exists() for path in judged):
+                missing += 1
+    return [*lines, *([f"{missing} cells were not run yet"] if missing else [])]
+
+
+def write(found: WriteUp, grid_file: Path) -> list[Path]:
+    """Write every table (Markdown, CSV, LaTeX), every picture (PNG, PDF) and the report; gives what was written."""
+    written = []
+    for table in found.tables:
+        caption = found.caption(table)
+        texts = {
+            "md": f"{caption}\n\n{to_markdown(table.readable)}",
+            "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
+            "tex": to_latex(table.readable, caption),
+        }
+        for ending, text in texts.items():
+            files.write_text(found.path(table.name, ending), text)
+            written.append(found.path(table.name, ending))
+    for picture in found.pictures:
+        written += figures.save(picture.figure, found.path(picture.name, "png"))
+    page = found.results / "report.html"
+    files.write_text(page, _page(found, grid_file))
+    return [*written, page]
+
+
+def _page(found: WriteUp, grid_file: Path) -> str:
+    """The report: summary, tables with their pictures, and what they were made with."""
+    grid = found.grid
+    sections = []
+    for table in found.tables:
+        places = tuple(f"tables/{found.path(table.name, ending).name}" for ending in ("csv", "md", "tex"))
+        sections.append(report.Section(table.title, table.text, table.readable, found.caption(table), files=places))
+    for picture in found.pictures:
+        place = found.path(picture.name, "png")
+        sections.append(
+            report.Section(
+                picture.title, picture.text, picture=place, alt=picture.title, files=(f"tables/{place.name}",)
+            )
+        )
+    models = ", ".join(pair.slug for pair in grid.models)
+    return report.render_report(
+        f"Soteria: {grid.name}",
+        [
+            f"Models: {models}. Languages: {', '.join(grid.languages)}.",
+            f"Functional heads: the best {grid.heads:.0%}; λ = {grid.scaling_factor:g}, chosen on other questions.",
+            f"Judge: {found.judged_by}.",
+            *verdicts(found),
+        ],
+        sections,
+        report.environment_facts() | devices(found),
+        grid_file.read_text(encoding="utf-8"),
+        [f"bash scripts/reproduce.sh {shown_path(grid_file)}"],
+        [
+            *not_run(grid, found.results),
+            *found.left_out,
+            *([message] if (message := fonts.missing_fonts(grid.languages)) else []),
+        ],
+    )
+
+
+def shown_path(path: Path) -> str:
+    """A path as a colleague may see it: relative to the repository, or its name alone."""
+    inside = path.resolve().is_relative_to(files.ROOT)
+    return path.resolve().relative_to(files.ROOT).as_posix() if inside else path.name
+
+
+def devices(found: WriteUp) -> dict[str, str]:
+    """What the cells were measured on, as they noted it."""
+    seen = {}
+    for pair in found.grid.models:
+        path = found.results / "cells" / pair.slug / "costs.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            seen.setdefault(json.loads(line)["device"])
+    return {"measured on": ", ".join(device for device in seen if device != "none") or "unknown"}
+
+
+def verdicts(found: WriteUp) -> list[str]:
+    """What the numbers say about the method and its controls, in sentences that the numbers alone decide."""
+    table = next((table.tidy for table in found.tables if table.name == "heads"), None)
+    if table is None:
+        return []
+    sentences = []
+    for (model, prompts, judge), group in table.groupby(["model", "prompts", "judge"], sort=False):
+        by_name = group.set_index(["heads", "share"])["asr"].dropna()
+        rates = {name: value for (name, share), value in by_name.items() if share == found.grid.heads}
+        if TOP not in rates:
+            continue
+        base = group[group["heads"] == BASE]["asr"].iloc[0]
+        sentence = f"{model}, {prompts}, {judge}: ASR {base:.1%} → {rates[TOP]:.1%} with the top heads"
+        others = [f"{value:.1%} with as many {name}" for name, value in rates.items() if name != TOP]
+        sentences.append(sentence + (f", {', '.join(others)}" if others else "") + ".")
+        beaten = [name for name, value in rates.items() if name != TOP and value <= rates[TOP] + 0.005]
+        if beaten:
+            sentences.append(f"The functional heads are no better than {' and '.join(beaten)} here.")
+    return sentences
