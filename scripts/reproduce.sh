@@ -12,11 +12,11 @@ set -euo pipefail
 grid=${1:-}
 if [ -f "$grid" ]; then set -- "$(realpath "$grid")" "${@:2}"; fi
 # Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ ! -f "$root/src/reproduce.py" ]; then root=$SLURM_SUBMIT_DIR; fi
+cd "$root"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  cd "$SLURM_SUBMIT_DIR"
   set -- "$@" --shard "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"
-else
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fi
 extras=(requirements-utility.txt) # lm-eval
 source scripts/environment.sh

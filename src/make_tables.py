@@ -74,7 +74,7 @@ def main() -> None:
 
 def write_grid(grid, grid_file: Path, results: Path) -> None:
     """Write all of a grid's tables, its figures and the report, and print the main table and what is blank."""
-    from soteria import write_up
+    from soteria import fonts, write_up
     from soteria.tables import to_markdown
 
     found = write_up.compose(grid, results)
@@ -83,7 +83,7 @@ def write_grid(grid, grid_file: Path, results: Path) -> None:
     print(f"{found.caption(main)}\n\n{to_markdown(main.readable)}")
     for table in found.tables:
         print(f"{found.path(table.name, 'md')}: {table.counted}")
-    for line in (*write_up.verdicts(found), *found.left_out):
+    for line in (*write_up.verdicts(found), *found.left_out, *filter(None, [fonts.missing_fonts(grid.languages)])):
         print(line)
     print(f"wrote {len(written)} files under {found.folder}, and {written[-1]}")
 

@@ -44,15 +44,18 @@ def main() -> None:
         print(bill(grid, arguments.results))
         return
     steps = [step for step in STEPS if step in arguments.steps]
-    failed, waiting = {}, {}
-    if steps != ["tables"]:
-        failed, waiting = run_cells(grid, arguments, steps)
-    if "tables" in steps and arguments.shard.of == 1:
-        from make_tables import write_grid
 
-        write_grid(grid, arguments.grid, arguments.results)
+    from soteria.processes import Processes
+
+    with Processes(arguments.device) as processes:
+        failed, waiting = run_cells(grid, arguments, steps, processes) if steps != ["tables"] else ({}, {})
+        if "tables" in steps and arguments.shard.of == 1 and processes.is_first:
+            from make_tables import write_grid
+
+            write_grid(grid, arguments.grid, arguments.results)
+        if processes.is_first:
+            tell(failed, waiting)
     if failed or waiting:
-        tell(failed, waiting)
         sys.exit(1)
 
 
@@ -67,10 +70,9 @@ def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
         print(f"{len(waiting)} wait for other shards: the same command goes on when they have scored", file=sys.stderr)
 
 
-def run_cells(grid: Grid, arguments, steps: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def run_cells(grid: Grid, arguments, steps: list[str], processes) -> tuple[dict[str, str], dict[str, str]]:
     """The steps before the tables; gives what failed and what waits, with the reasons."""
     import compute_indirect_effect as step_1
-    from soteria.processes import Processes
     from soteria.reproduction import Reproduction, Subject
 
     def score(language: str, subject: Subject) -> None:
@@ -87,10 +89,9 @@ def run_cells(grid: Grid, arguments, steps: list[str]) -> tuple[dict[str, str], 
         _, scored = step_1.score(step_1.parse_arguments(words), subject.processes, lambda: subject.loaded)
         subject.note_cost("score", scored, time.monotonic() - started)
 
-    with Processes(arguments.device) as processes:
-        reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
-        reproduction.run(steps, score)
-        return (reproduction.failed, reproduction.waiting) if processes.is_first else ({}, {})
+    reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
+    reproduction.run(steps, score)
+    return reproduction.failed, reproduction.waiting
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """A small grid on the embedded pair, run for real: its cells, what is skipped, failures, kills, shards, tables."""
 
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -199,6 +202,34 @@ def test_shards_make_what_one_run_makes_and_say_what_waits(done, grid_file, tmp_
     assert run_script(reproduce, *first) == 0
     assert run_script(reproduce, *arguments(grid_file, results, "--steps", "tables")) == 0
     assert tables(results) == tables(done)
+
+
+def test_two_processes_share_a_cell_and_write_the_same_bytes(done, tmp_path):
+    results, grid = tmp_path / "results", write_grid(tmp_path, ablations={"shared": []})
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "src/reproduce.py"]
+    words = [*start, *arguments(grid, results, "--steps", "answer", "judge", "tables")]
+    ran = subprocess.run(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    for path in results.rglob("policy*.csv"):
+        assert path.read_bytes() == (done / path.relative_to(results)).read_bytes()
+    assert len(list(results.rglob("policy.csv"))) == 6
+    assert ran.stdout.count("wrote ") == 1  # the tables, by one of the two
+
+
+def test_a_job_of_a_slurm_array_takes_its_shard(done, grid_file, tmp_path):
+    """Shard 3 of 3 is Bengali: jobs may be numbered from anywhere."""
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    job = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "3"}
+    words = ["bash", ROOT / "scripts" / "reproduce.sh", grid_file, "--results", results, "--steps", "judge"]
+    ran = subprocess.run(
+        [*map(str, words)], env=os.environ | job, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "judging, polyglot-base: 0 of 10 cells now" in ran.stdout
 
 
 def test_a_cell_that_fails_is_passed_by_listed_and_blank_and_mended_later(done, tmp_path, run_script, capsys):

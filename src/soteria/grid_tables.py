@@ -25,6 +25,7 @@ from soteria.utility import comparison_rows
 
 BASE, METHOD, ALL = "base", "language-specific", "all languages"
 SHARED_TIER, SHARED_ALL = "shared by the tier", "universal"
+NOT_APPLICABLE = "–"  # what is blank was not run
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,12 @@ class Condition:
 
 def method_conditions(cells: Cells) -> list[Condition]:
     """Base, the language's own heads, and those that its tier and all languages share, as far as the grid has them."""
-    found = [
-        Condition(BASE, lambda _: [None]),
-        Condition(METHOD, lambda _: [cells.method], cells.grid.heads, cells.grid.scaling_factor),
-    ]
-    if TIER in cells.grid.ablations.shared:
-        found.append(Condition(SHARED_TIER, lambda language: [cells.shared(find_language(language).tier)]))
-    if UNIVERSAL in cells.grid.ablations.shared:
-        found.append(Condition(SHARED_ALL, lambda _: [cells.shared(UNIVERSAL)]))
+    factor, shared = cells.grid.scaling_factor, cells.grid.ablations.shared
+    found = [Condition(BASE, lambda _: [None]), Condition(METHOD, lambda _: [cells.method], cells.grid.heads, factor)]
+    if TIER in shared:
+        found.append(Condition(SHARED_TIER, lambda name: [cells.shared(find_language(name).tier)], None, factor))
+    if UNIVERSAL in shared:
+        found.append(Condition(SHARED_ALL, lambda _: [cells.shared(UNIVERSAL)], None, factor))
     return found
 
 
@@ -176,7 +175,7 @@ def interval(lists: list[list[bool]]) -> list[float]:
     return bootstrap_interval(flat, np.ones_like(flat))
 
 
-def difference(before: list[list[str]], after: list[list[str]]) -> dict:
+def difference(before: list[list[str]], after: list[list[str]], name: str = "difference") -> dict:
     """ASR of `after` minus that of `before` on the same questions, paired, with its 95 % interval and McNemar's p."""
     flat_before, flat_after = ([verdict for given in lists for verdict in given] for lists in (before, after))
     questions = [row for given in before for row in range(len(given))]
@@ -185,7 +184,7 @@ def difference(before: list[list[str]], after: list[list[str]]) -> dict:
     if not found:
         return {}
     low, high = found["ci95"]
-    return {"difference": found["difference"], "difference_low": low, "difference_high": high, "p": found["mcnemar_p"]}
+    return {name: found["difference"], f"{name}_low": low, f"{name}_high": high, f"{name}_p": found["mcnemar_p"]}
 
 
 def scopes(grid: Grid, languages: list[str]) -> Iterator[tuple[str, str, list[str]]]:
@@ -271,7 +270,9 @@ def main_rows(cells: Cells) -> pd.DataFrame:
         languages = [language for language in cells.grid.languages if asked.has(language)]
         for judge in cells.grid.judges:
             for kind, scope, own in scopes(cells.grid, languages):
-                base = gather(cells, Condition(BASE, lambda _: [None]), own, asked.name, judge)
+                base, method = (
+                    gather(cells, condition, own, asked.name, judge) for condition in method_conditions(cells)[:2]
+                )
                 for condition in method_conditions(cells):
                     if condition.name == SHARED_TIER and asked.name not in cells.grid.ablated_sets:
                         continue
@@ -289,6 +290,8 @@ def main_rows(cells: Cells) -> pd.DataFrame:
                         row |= asr(found["lists"]) | {"source": found["source"]}
                         if base and condition.name != BASE:
                             row |= difference(base["lists"], found["lists"])
+                        if method and condition.name not in (BASE, METHOD):
+                            row |= difference(method["lists"], found["lists"], "from_method")
                     rows.append(row)
     return _with_columns(rows, ["asr", "low", "high", "difference", "difference_low", "difference_high", "source"])
 
@@ -423,11 +426,11 @@ def rate(row: dict, name: str = "asr", low: str = "low", high: str = "high") -> 
     return f"{percent(row[name])} [{row[low]:.0%}, {row[high]:.0%}]"
 
 
-def points(row: dict) -> str:
+def points(row: dict, name: str = "difference") -> str:
     """A paired difference in points, empty where there is none."""
-    if pd.isna(row.get("difference", np.nan)):
+    if pd.isna(row.get(name, np.nan)):
         return ""
-    return f"{row['difference']:+.1%} [{row['difference_low']:+.1%}, {row['difference_high']:+.1%}]"
+    return f"{row[name]:+.1%} [{row[f'{name}_low']:+.1%}, {row[f'{name}_high']:+.1%}]"
 
 
 def readable_main(table: pd.DataFrame) -> pd.DataFrame:
@@ -440,7 +443,9 @@ def readable_main(table: pd.DataFrame) -> pd.DataFrame:
         row = {"model": model, "prompts": prompts, "judge": judge}
         row |= {"language": name if kind != "tier" else f"{name} tier", "tier": tier if kind == "language" else ""}
         row |= {heads: rate(found) for heads, found in by_heads.items()}
-        row["language-specific − base"] = points(by_heads.get(METHOD, {}))
+        row[f"{METHOD} − {BASE}"] = points(by_heads.get(METHOD, {}))
+        if SHARED_ALL in by_heads:
+            row[f"{SHARED_ALL} − {METHOD}"] = points(by_heads[SHARED_ALL], "from_method")
         rows.append(row)
     return without_constants(pd.DataFrame(rows).fillna(""), ["model", "prompts", "judge"])
 
@@ -450,9 +455,9 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in table.to_dict("records"):
         read = {"model": row["model"], "prompts": row["prompts"], "judge": row["judge"], "heads": row["heads"]}
-        read["share"] = "" if pd.isna(row["share"]) or row["heads"] == BASE else f"{row['share']:.0%}"
-        factor = row["scaling_factor"]
-        read["λ"] = "" if pd.isna(factor) or row["heads"] == BASE else f"{factor:g}"
+        for title, name, form in (("share", "share", "{:.0%}"), ("λ", "scaling_factor", "{:g}")):
+            applies = row["heads"] != BASE and not pd.isna(row[name])
+            read[title] = form.format(row[name]) if applies else NOT_APPLICABLE
         read["parameters"] = _percent_or_blank(row.get("share_of_parameters"), 2)
         read["ASR"] = rate(row)
         for name, title in (("benign_refusals", "benign refused"), ("benign_changes", "changed")):
@@ -493,7 +498,7 @@ def readable_parameters(table: pd.DataFrame) -> pd.DataFrame:
     """Per way to choose heads: how many, and the share of the parameters, over languages."""
     rows = []
     for (model, heads, share), group in table.groupby(["model", "heads", "share"], sort=False, dropna=False):
-        row = {"model": model, "heads": heads, "share": "" if pd.isna(share) else f"{share:.0%}"}
+        row = {"model": model, "heads": heads, "share": NOT_APPLICABLE if pd.isna(share) else f"{share:.0%}"}
         known = group.dropna(subset=["n_heads"])
         counts, shares = known["n_heads"], known["share_of_parameters"]
         row["languages"] = f"{len(known)} of {len(group)}"
@@ -505,7 +510,8 @@ def readable_parameters(table: pd.DataFrame) -> pd.DataFrame:
 
 def without_constants(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The table without those of the columns that say the same in each row: they go into its caption."""
-    same = [column for column in columns if column in table.columns and table[column].nunique() <= 1]
+    given = table[[column for column in columns if column in table.columns]].replace(NOT_APPLICABLE, None)
+    same = [column for column in given.columns if given[column].nunique() <= 1]
     return table.drop(columns=same)
 
 

@@ -268,6 +268,7 @@ def bill(grid: Grid, results: Path) -> str:
         to_markdown(pd.DataFrame(times)),
         f"One GPU: {sum(alone):.1f} hours. Eight GPUs, --shard 1/8 to 8/8: {max(eight):.1f} hours, the longest shard "
         f"(all together {sum(eight):.1f}).",
+        *endpoint_bill(plan, left),
         f"Disk: {sum(total.values()):.1f} GB ({total['models']:.1f} models that are not here, {total['scores']:.1f} "
         f"scores, {total['answers']:.2f} answers and verdicts).",
         "",
@@ -277,6 +278,18 @@ def bill(grid: Grid, results: Path) -> str:
         *out_of_reach(plan),
     ]
     return "\n".join(lines)
+
+
+def endpoint_bill(plan: Plan, left: dict[str, Work]) -> list[str]:
+    """How many tokens would go to endpoints, whose prices are their own."""
+    endpoints = [judge for judge in plan.grid.judges if judge.startswith("openai:")]
+    if not endpoints:
+        return []
+    assumed = plan.costs["assumed"]
+    calls = sum(work.units["judge"] for work in left.values()) * len(endpoints) // len(plan.grid.judges)
+    length = min(assumed["answer_tokens"], plan.grid.answers.max_new_tokens)
+    tokens = calls * (length + assumed["question_tokens"] + assumed["judge_prompt_tokens"])
+    return [f"Endpoints ({', '.join(endpoints)}): {calls:,} calls, about {tokens / 1e6:,.0f} million tokens."]
 
 
 def _hours(hours: float | None) -> str:

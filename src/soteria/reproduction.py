@@ -267,11 +267,14 @@ class CellWork:
         found = files.read_facts(self.cell.facts(self.results))
         return lacking if self.made_from.items() <= found.items() else [*lacking, "facts"]
 
-    def measure(self) -> None:
-        """Steer, answer what is not answered, and write down what the cell was made from and what it costs."""
-        pending = self.pending()
+    def measure(self) -> bool:
+        """Steer, answer what is not answered, and write down what the cell was made from and what it costs.
+
+        Gives whether there was anything to do.
+        """
+        pending = self.subject.processes.agree(self.pending())
         if not pending:
-            return
+            return False
         subject, cell = self.subject, self.cell
         log_probs = None
         if "facts" in pending and cell.with_cost and subject.grid.benign:
@@ -290,6 +293,7 @@ class CellWork:
                     files.write_json(cell.facts(self.results), facts)
                 if cell.with_cost:
                     subject.note_cost("cost", 1, time.monotonic() - started)
+        return True
 
     def steered(self) -> AbstractContextManager:
         """The loaded model is this cell's for the length of a block."""
@@ -352,8 +356,12 @@ class CellWork:
         if subject.processes.is_first:
             read_or_measure(self.cell.utility(self.results), inputs, measure)
 
-    def judge(self, get_judge: Callable[[str], Judge]) -> None:
-        """Judge what is answered and not judged, attacks by each of the grid's judges. `get_judge`: by name, once."""
+    def judge(self, get_judge: Callable[[str], Judge]) -> bool:
+        """Judge what is answered and not judged, attacks by each of the grid's judges; gives whether there was any.
+
+        `get_judge` gives a judge by its name.
+        """
+        new = False
         for name, judge in self.judgements():
             path, started = self.path(name), time.monotonic()
             if not path.exists():
@@ -366,7 +374,9 @@ class CellWork:
             summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
             judged.write(summary)
             if judged.journals is not None:
+                new = True
                 self.subject.note_cost(f"judge {judge}", answers.n_rows, time.monotonic() - started)
+        return new
 
     def judgements(self) -> Iterator[tuple[str, str]]:
         """(set, judge) for everything that is to be judged."""
@@ -400,6 +410,7 @@ class Reproduction:
                     with self._noting(f"{pair.slug}/{language}/scores"):
                         score_step(language, subject)
                 self._select(subject)
+                self.processes.wait()  # the first one writes what all read
             cells = [cell for language in languages for cell in self.grid.cells_of(pair, language)]
             if "answer" in steps:
                 self._each(subject, cells, "steering and answering", CellWork.measure)
@@ -411,12 +422,15 @@ class Reproduction:
                 self._each(subject, cells, "judging", lambda work: work.judge(self.judge_named))
             self.processes.wait()
 
-    def _each(self, subject: Subject, cells: list[Cell], what: str, do: Callable[[CellWork], None]) -> None:
-        silent = None if self.processes.is_first else True
-        for cell in tqdm(cells, desc=f"{what}, {subject.pair.slug}", unit="cell", disable=silent):
-            failure = cell.failure(self.results)
-            with self._noting(cell.name, failure):
-                do(CellWork(subject, cell))
+    def _each(self, subject: Subject, cells: list[Cell], what: str, do: Callable[[CellWork], bool]) -> None:
+        """Do something to each cell, and say how many it was new to: where no bar is seen, this is."""
+        silent, new, started = None if self.processes.is_first else True, 0, time.monotonic()
+        what = f"{what}, {subject.pair.slug}"
+        for cell in tqdm(cells, desc=what, unit="cell", disable=silent):
+            with self._noting(cell.name, cell.failure(self.results)):
+                new += do(CellWork(subject, cell))
+        if self.processes.is_first:
+            print(f"{what}: {new} of {len(cells)} cells now, {time.monotonic() - started:.0f} s", flush=True)
 
     @contextmanager
     def _noting(self, name: str, file: Path | None = None) -> Iterator[None]:

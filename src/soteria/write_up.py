@@ -100,8 +100,8 @@ def compose(grid: Grid, results: Path) -> WriteUp:
         "main",
         f"ASR of the base and of steered models on {prompts} ({method})",
         "Attack success rate with its 95 % interval: Wilson's of a language, a bootstrap over questions where "
-        "languages are pooled, in which translations of a question are drawn together. The last column is the paired "
-        "difference in points.",
+        "languages are pooled, in which translations of a question are drawn together. Differences are "
+        "paired, in points.",
         joined(grid_tables.main_rows),
         grid_tables.readable_main,
     )
@@ -341,4 +341,22 @@ def verdicts(found: WriteUp) -> list[str]:
         beaten = [name for name, value in rates.items() if name != TOP and value <= rates[TOP] + 0.005]
         if beaten:
             sentences.append(f"The functional heads are no better than {' and '.join(beaten)} here.")
+    return sentences + transfer_verdicts(found)
+
+
+def transfer_verdicts(found: WriteUp) -> list[str]:
+    """Whether a language's own heads do more for it than other languages' heads do."""
+    table = next((table.tidy for table in found.tables if table.name == "transfer"), None)
+    if table is None:
+        return []
+    sentences = []
+    for (model, prompts, judge), group in table.groupby(["model", "prompts", "judge"], sort=False):
+        group = group[group["heads_of"].isin(found.grid.languages)]
+        own = group[group["heads_of"] == group["prompts_of"]]["asr"]
+        others = group[group["heads_of"] != group["prompts_of"]]["asr"]
+        if len(others) and not group["asr"].isna().any():
+            sentences.append(
+                f"{model}, {prompts}, {judge}: mean ASR {own.mean():.1%} with a language's own heads, "
+                f"{others.mean():.1%} with another's."
+            )
     return sentences
