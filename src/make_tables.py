@@ -47,7 +47,7 @@ def main() -> None:
     table = tables.tidy([tables.use_evaluated(comparison, arguments.results) for comparison in found])
     pairs = tables.paired_table(found, arguments.results)
 
-    from soteria import figures
+    from soteria import figures, fonts
 
     title = f"{files.model_slug(found[0]['base_model'])}, scaling factor {factors[0]:g}, judge: {found[0]['judge']}"
     verdict = tables.verdict_on_controls(table)
@@ -69,16 +69,27 @@ def main() -> None:
     for figure, picture in pictures.items():
         figures.save(picture, folder / f"{arguments.name}{figure}.png")
     print(f"{title}\n\n{markdown}\n{verdict}\n")
+    if message := fonts.missing_fonts(list(dict.fromkeys(table["language"]))):
+        print(message)
     print(f"wrote {folder / arguments.name}.md, .csv and .tex, and as .png and .pdf " + ", ".join(map(repr, pictures)))
 
 
 def write_grid(grid, grid_file: Path, results: Path) -> None:
-    """Write all of a grid's tables, its figures and the report, and print the main table and what is blank."""
+    """Write all of a grid's tables, its figures and the report, and print the main table and what is blank.
+
+    Where nothing that they are made from has changed, they are left as they are.
+    """
     from soteria import fonts, write_up
     from soteria.tables import to_markdown
 
+    written = write_up.written_before(grid, grid_file, results)
+    if written:
+        print((results / "tables" / f"{grid.name}_main.md").read_text(encoding="utf-8"))
+        print(f"{len(written)} files under {results / 'tables'}, and {written[-1]}: nothing has changed")
+        return
     found = write_up.compose(grid, results)
     written = write_up.write(found, grid_file)
+    write_up.note_written(grid, grid_file, results, written)
     main = found.tables[0]
     print(f"{found.caption(main)}\n\n{to_markdown(main.readable)}")
     for table in found.tables:

@@ -8,8 +8,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from tiny_models import save_tiny_model
 
 from soteria import cli, files
@@ -67,6 +69,13 @@ def run_in_child(
     else:
         assert child.exitcode == 0
     return time.monotonic() - started
+
+
+def shown_by(notebook: Path) -> list[dict]:
+    """Run a notebook from top to bottom; gives what its cells showed, by kind of content."""
+    cells = nbformat.read(notebook, as_version=4)
+    NotebookClient(cells, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    return [output.get("data", {}) for cell in cells.cells for output in cell.get("outputs", [])]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The whole chain on the embedded pair, small: scores, heads, run.sh, controls, tables, and both notebooks executed."""
+"""The whole chain on the embedded pair, small: scores, heads, run.sh, controls, tables, the notebook of heads."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
+from conftest import shown_by
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE, TUNED = ROOT / "data" / "models" / "polyglot-base", ROOT / "data" / "models" / "polyglot-tuned"
@@ -117,13 +117,9 @@ def test_the_table_shows_every_control_beside_the_method(results):
     assert list(paired["name"])[:5] == [*LANGUAGES, "High", "Low", "all"]
 
 
-@pytest.mark.parametrize("notebook", ["notebooks/top_heads.ipynb", "notebooks/paper_tables.ipynb"])
-def test_a_notebook_runs_from_top_to_bottom_and_shows_a_picture(results, notebook, monkeypatch):
+def test_the_notebook_of_top_heads_runs_from_top_to_bottom_and_shows_a_picture(results, monkeypatch):
     monkeypatch.setenv("SOTERIA_RESULTS", str(results))
-    cells = nbformat.read(ROOT / notebook, as_version=4)
-    NotebookClient(cells, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    shown = [output.get("data", {}) for cell in cells.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in data for data in shown)
+    assert any("image/png" in data for data in shown_by(ROOT / "notebooks" / "top_heads.ipynb"))
 
 
 def test_the_original_release_path_of_the_notebook_is_a_link_to_it():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import run_in_child
+from conftest import run_in_child, shown_by
 
 import make_tables
 import reproduce
@@ -79,7 +79,8 @@ def done(tmp_path_factory, grid_file) -> Path:
 
 
 def tables(results: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((results / "tables").iterdir())}
+    """All tables and pictures; the hidden note of what they were made from says when each step was done, too."""
+    return {path.name: path.read_bytes() for path in sorted((results / "tables").glob("[!.]*"))}
 
 
 def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_file):
@@ -268,6 +269,30 @@ def test_a_missing_model_fails_its_own_cells_and_not_the_others(done, tmp_path, 
     assert "failed: " in said and "none" in said and "failed: polyglot-base" not in said
     table = pd.read_csv(results / "tables" / "small_main.csv")
     assert table[table["model"] == "polyglot-base"]["asr"].notna().all()
+
+
+def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done, grid_file, monkeypatch):
+    monkeypatch.setenv("SOTERIA_RESULTS", str(done))
+    monkeypatch.setenv("SOTERIA_GRID", str(grid_file))
+    shown = shown_by(ROOT / "notebooks" / "paper_tables.ipynb")
+    assert sum("image/png" in data for data in shown) == 4
+    assert sum("language-specific" in data.get("text/html", "") for data in shown) == 1
+
+
+def test_tables_are_made_again_only_where_something_has_changed(done, grid_file, tmp_path, run_script, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    words = (make_tables, "--grid", grid_file, "--results", results)
+    assert run_script(*words) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+    main = results / "tables" / "small_main.md"
+    main.write_text("edited")
+    assert run_script(*words) == 0
+    assert "wrote" in capsys.readouterr().out and main.read_bytes() == tables(done)["small_main.md"]
+    cell = next(results.rglob("Hindi/top_50_scaling_5/policy.by_refusal.csv"))
+    cell.write_text(cell.read_text().replace("Not Harmful", "Harmful", 1))
+    assert run_script(*words) == 0
+    assert main.read_bytes() != tables(done)["small_main.md"]
 
 
 def test_tables_alone_are_made_by_make_tables_too(done, grid_file, tmp_path, run_script):

@@ -4,7 +4,9 @@ Knows which tables the paper has, what they are called and where their files go;
 pictures `figures`' and `ablation_figures`'.
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from matplotlib.figure import Figure
 from soteria import ablation_figures, figures, files, fonts, grid_tables, report, steering_figures
 from soteria.comparison import METHOD as TOP
 from soteria.errors import UserError
-from soteria.grid import Grid
+from soteria.grid import Grid, Pair
 from soteria.grid_tables import BASE, Cells
 from soteria.heads import count_top, mean_effect, rank_heads
 from soteria.judges import RefusalJudge
+from soteria.reproduction import costs_file
 from soteria.tables import to_latex, to_markdown
 
 # Whatever a table counts as its number; where that is blank, the cell was not run.
@@ -73,6 +76,15 @@ class WriteUp:
     @property
     def folder(self) -> Path:
         return self.results / "tables"
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table as people read it; an empty one where the grid does not have it."""
+        return next((table.readable for table in self.tables if table.name == name), pd.DataFrame())
+
+    def picture(self, name: str, slug: str = "") -> Figure | None:
+        """A picture, of the model of that slug where the grid has several; None where it could not be drawn."""
+        wanted = {name, f"{name}_{slug or self.grid.models[0].slug}"}
+        return next((picture.figure for picture in self.pictures if picture.name in wanted), None)
 
     def path(self, name: str, ending: str) -> Path:
         return self.folder / f"{self.grid.name}_{name}.{ending}"
@@ -272,6 +284,49 @@ def write(found: WriteUp, grid_file: Path) -> list[Path]:
     return [*written, page]
 
 
+def stamp(grid: Grid, results: Path) -> Path:
+    """Where it is noted what a grid's tables were made from, and what was written."""
+    return results / "tables" / f".{grid.name}.json"
+
+
+def made_from(grid: Grid, grid_file: Path, results: Path) -> str:
+    """A hash of all that the tables, pictures and report are made from: numbers, grid, code, versions, fonts."""
+    digest = hashlib.sha256(json.dumps([report.environment_facts(), fonts.families()]).encode())
+    code = [path for path in (files.ROOT / "src").rglob("*") if path.suffix in (".py", ".jinja")]
+    numbers = [path for pair in grid.models for path in _numbers(grid, pair, results)]
+    for path in (grid_file, *sorted(code), *sorted(numbers)):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _numbers(grid: Grid, pair: Pair, results: Path) -> Iterator[Path]:
+    """Every file that a model's numbers come from."""
+    for cell in grid.cells(pair):
+        yield from (path for path in cell.folder(results).glob("*") if path.is_file())
+    scores = (results / "indirect_effect" / pair.slug).glob("*/*_indirect_effect.pt")
+    yield from (*scores, *(path for path in [costs_file(results, pair)] if path.exists()))
+
+
+def written_before(grid: Grid, grid_file: Path, results: Path) -> list[Path] | None:
+    """What an earlier call wrote, if it was made from the same and is still there as it was; else None."""
+    noted = files.read_facts(stamp(grid, results))
+    if noted.get("made_from") != made_from(grid, grid_file, results):
+        return None
+    paths = {results / name: sha256 for name, sha256 in noted["files"].items()}
+    sound = all(path.exists() and _sha256(path) == sha256 for path, sha256 in paths.items())
+    return list(paths) if sound else None
+
+
+def note_written(grid: Grid, grid_file: Path, results: Path, written: list[Path]) -> None:
+    """Note what was written, so that the next call can leave it as it is."""
+    known = {path.relative_to(results).as_posix(): _sha256(path) for path in written}
+    files.write_json(stamp(grid, results), {"made_from": made_from(grid, grid_file, results), "files": known})
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _page(found: WriteUp, grid_file: Path) -> str:
     """The report: summary, tables with their pictures, and what they were made with."""
     grid = found.grid
@@ -317,7 +372,7 @@ def devices(found: WriteUp) -> dict[str, str]:
     """What the cells were measured on, as they noted it."""
     seen = {}
     for pair in found.grid.models:
-        path = found.results / "cells" / pair.slug / "costs.jsonl"
+        path = costs_file(found.results, pair)
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             seen.setdefault(json.loads(line)["device"])
     return {"measured on": ", ".join(device for device in seen if device != "none") or "unknown"}
