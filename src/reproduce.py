@@ -60,14 +60,18 @@ def main() -> None:
 
 
 def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
-    """Say on stderr what was not run and why, and what to do about it."""
+    """Say on stderr what was not run and why, and what to do about it. Cells of one reason are named up to three."""
     for what, cells in (("failed", failed), ("waits", waiting)):
-        for name, reason in cells.items():
-            print(f"{what}: {name}: {reason}", file=sys.stderr)
+        for reason in dict.fromkeys(cells.values()):
+            names = [name for name, own in cells.items() if own == reason]
+            for name in names[:3]:
+                print(f"{what}: {name}: {reason}", file=sys.stderr)
+            if len(names) > 3:
+                print(f"{what}: {len(names) - 3} more for the same reason", file=sys.stderr)
     if failed:
         print(f"{len(failed)} failed: mend what they say, and the same command goes on from here", file=sys.stderr)
     if waiting:
-        print(f"{len(waiting)} wait for other shards: the same command goes on when they have scored", file=sys.stderr)
+        print(f"{len(waiting)} wait for scores: the same command goes on when they are there", file=sys.stderr)
 
 
 def run_cells(grid: Grid, arguments, steps: list[str], processes) -> tuple[dict[str, str], dict[str, str]]:

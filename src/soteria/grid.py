@@ -294,9 +294,9 @@ class Cell:
         """What the cell was made from, and what it costs."""
         return self.folder(results) / "cell.json"
 
-    def failure(self, results: Path) -> Path:
-        """Why the cell could not be measured, while it could not."""
-        return self.folder(results) / "failed.txt"
+    def failure(self, results: Path, what: str) -> Path:
+        """Why something (answering, judging) could not be done to the cell, while it could not."""
+        return self.folder(results) / f"failed_{what}.txt"
 
     def utility(self, results: Path) -> Path:
         return self.folder(results) / "utility.json"

@@ -76,6 +76,11 @@ def count_top(top: float, n_heads_total: int) -> int:
     raise UserError(f"--top {top:g} is neither a fraction between 0 and 1 nor a number of heads up to {n_heads_total}")
 
 
+def count_share(share: float, n_heads_total: int) -> int:
+    """How many heads a share of all is, above 0 and up to 1, which here means all of them."""
+    return n_heads_total if share == 1 else count_top(share, n_heads_total)
+
+
 def group_heads(lists: list[list[Head]]) -> list[Head]:
     """Heads in more than half of the lists, most frequent first, equal counts in order of first appearance."""
     counts = Counter(head for heads in lists for head in dict.fromkeys(heads))

@@ -6,6 +6,7 @@ and where, or assumed.
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Plan:
             from soteria.models import load_geometry
 
             geometry, places = load_geometry(pair.base), Checkpoint.open(pair.base).places.values()
-            sizes = [_product(place.shape) for place in places]
+            sizes = [math.prod(place.shape) for place in places]
             vocabulary = max((place.shape[0] for place in places if len(place.shape) == 2), default=1)
             return Shape(
                 parameters=sum(sizes),
@@ -221,13 +222,6 @@ class Plan:
             "scores": work.units["score"] * (means + effects),
             "answers": work.units["answers"] * per_answer * assumed["characters_per_token"] * copies,
         }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def bill(grid: Grid, results: Path) -> str:

@@ -7,6 +7,7 @@ passed by.
 
 import hashlib
 import json
+import math
 import sys
 import time
 import traceback
@@ -30,7 +31,7 @@ from soteria.generation import all_inputs, fill
 from soteria.grid import Cell, Grid, Pair, Shard, Steering
 from soteria.heads import (
     Head,
-    count_top,
+    count_share,
     group_file,
     group_heads,
     language_file,
@@ -64,21 +65,31 @@ class Subject:
     def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
         self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
         self.scores = results / "indirect_effect" / pair.slug
+        self._loaded: LoadedModel | None = None
+        self._load_error: Exception | None = None
         self.ranking = cache(self._ranking)
         self.questions = cache(self._questions)
         self.tasks = cache(self._tasks)
         self.base_log_probs = cache(self._base_log_probs)
 
-    @cached_property
-    def loaded(self) -> LoadedModel:
-        started = time.monotonic()
-        loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
-        self.note_cost("load", 1, time.monotonic() - started, str(loaded.model.device))
-        return loaded
-
     @property
-    def is_loaded(self) -> bool:
-        return "loaded" in vars(self)
+    def loaded(self) -> LoadedModel:
+        """The base in memory, loaded when it is first asked for. What failed once fails at once when asked again."""
+        if self._load_error:
+            raise self._load_error
+        if self._loaded is None:
+            started = time.monotonic()
+            try:
+                self._loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
+            except Exception as error:
+                self._load_error = error
+                raise
+            self.note_cost("load", 1, time.monotonic() - started)
+        return self._loaded
+
+    def unload(self) -> None:
+        """Let the model go: a judge may need the room."""
+        self._loaded = None
 
     @cached_property
     def vector(self) -> TaskVector:
@@ -100,8 +111,7 @@ class Subject:
 
     @cached_property
     def n_parameters(self) -> int:
-        places = self.vector.base.places.values()
-        return sum(_product(place.shape) for place in places)
+        return sum(math.prod(place.shape) for place in self.vector.base.places.values())
 
     def _ranking(self, language: str) -> list[Head]:
         """All heads of the model, best for the language first. Raises NotScored where step 1 has not been."""
@@ -123,7 +133,7 @@ class Subject:
             if missing:
                 raise NotScored(f"waits for the scores of {', '.join(missing)}")
             return self.shared_heads(steering.of)
-        count = total if steering.share == 1 else count_top(steering.share, total)
+        count = count_share(steering.share, total)
         if steering.kind == "random":
             return random_heads(geometry.n_layers, geometry.n_heads, count, int(steering.of))
         if steering.kind == "all":
@@ -170,11 +180,11 @@ class Subject:
     def _base_log_probs(self, language: str) -> Tensor:
         return self.first_tokens(language)
 
-    def note_cost(self, step: str, units: int, seconds: float, device: str | None = None) -> None:
+    def note_cost(self, step: str, units: int, seconds: float) -> None:
         """Write down what a step took: `--plan` goes by it. A line is one write, so processes may share the file."""
         if not self.processes.is_first or units == 0:
             return
-        device = device or (str(self.loaded.model.device) if self.is_loaded else "none")
+        device = str(self._loaded.model.device) if self._loaded else "none"
         cost = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
         path = costs_file(self.results, self.pair)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,16 +192,14 @@ class Subject:
             file.write(json.dumps(cost) + "\n")
 
 
+def model_failure(results: Path, slug: str) -> Path:
+    """Why a model could not be had, while it could not."""
+    return results / "cells" / slug / "failed.txt"
+
+
 def costs_file(results: Path, pair: Pair) -> Path:
     """Where what the steps took is written down."""
     return results / "cells" / pair.slug / "costs.jsonl"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 class CellWork:
@@ -356,11 +364,8 @@ class CellWork:
         if subject.processes.is_first:
             read_or_measure(self.cell.utility(self.results), inputs, measure)
 
-    def judge(self, get_judge: Callable[[str], Judge]) -> bool:
-        """Judge what is answered and not judged, attacks by each of the grid's judges; gives whether there was any.
-
-        `get_judge` gives a judge by its name.
-        """
+    def judge(self, judges: "Judges") -> bool:
+        """Judge what is answered and not judged, attacks by each of the grid's judges; gives whether there was any."""
         new = False
         for name, judge in self.judgements():
             path, started = self.path(name), time.monotonic()
@@ -369,7 +374,8 @@ class CellWork:
             answers = Answers(path)
             output = self.cell.verdicts(self.results, name, judge)
             inputs = inputs_of(answers, judge)
-            judged = judge_answers(answers, output, inputs, lambda judge=judge: get_judge(judge))
+            with judges.using(judge) as get_judge:
+                judged = judge_answers(answers, output, inputs, get_judge)
             summary = describe(path) | inputs | {"judge_description": judged.description}
             summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
             judged.write(summary)
@@ -385,6 +391,31 @@ class CellWork:
                 yield name, judge
 
 
+class Judges:
+    """The judges by name, each made once, when it is first needed.
+
+    One that failed is not asked again: an endpoint that does not answer would try the patience of every cell.
+    """
+
+    def __init__(self):
+        self._made = cache(make_judge)
+        self._lost: dict[str, UserError] = {}
+
+    def get(self, name: str) -> Judge:
+        if name in self._lost:
+            raise self._lost[name]
+        return self._made(name)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Callable[[], Judge]]:
+        """What gives the judge, for the length of a block. A UserError in the block is taken for the judge's end."""
+        try:
+            yield lambda: self.get(name)
+        except UserError as error:
+            self._lost.setdefault(name, error)
+            raise
+
+
 class Reproduction:
     """A grid's run, or a shard's: the steps in turn, with a note of every cell that failed or has to wait."""
 
@@ -393,7 +424,7 @@ class Reproduction:
         self.units = shard.units(grid)
         self.failed: dict[str, str] = {}
         self.waiting: dict[str, str] = {}
-        self.judge_named = cache(make_judge)
+        self.judges = Judges()
 
     def run(self, steps: list[str], score_step: Callable) -> None:
         """The steps, model by model: each is loaded at most once, and let go before the next.
@@ -405,32 +436,50 @@ class Reproduction:
             if not languages:
                 continue
             subject = Subject(self.grid, pair, self.results, self.processes)
-            if "score" in steps:
-                for language in languages:
-                    with self._noting(f"{pair.slug}/{language}/scores"):
-                        score_step(language, subject)
-                self._select(subject)
-                self.processes.wait()  # the first one writes what all read
             cells = [cell for language in languages for cell in self.grid.cells_of(pair, language)]
+            if {"score", "answer", "utility"} & set(steps):
+                self._score_and_answer(subject, languages, cells, steps, score_step)
+            subject.unload()
+            if "judge" in steps and self.processes.is_first:
+                self._each(subject, cells, "judging", lambda work: work.judge(self.judges))
+            self.processes.wait()
+
+    def _score_and_answer(
+        self, subject: Subject, languages: list[str], cells: list[Cell], steps: list[str], score_step: Callable
+    ) -> None:
+        """The steps that need the model. A model that is not there is found out once, and not by each of its cells."""
+        slug = subject.pair.slug
+        if not self._opens(slug, lambda: subject.base_settings):
+            return
+        if "score" in steps:
+            for language in languages:
+                with self._noting(f"{slug}/{language}/scores"):
+                    score_step(language, subject)
+            self._select(subject)
+            self.processes.wait()  # the first one writes what all read
+        if {"answer", "utility"} & set(steps) and self._opens(slug, lambda: subject.vector):
             if "answer" in steps:
-                self._each(subject, cells, "steering and answering", CellWork.measure)
+                self._each(subject, cells, "answering", CellWork.measure)
             if "utility" in steps and self.grid.utility:
                 self._utility(subject, languages)
-            # A judge may need the room that the model takes.
-            subject.__dict__.pop("loaded", None)
-            if "judge" in steps and self.processes.is_first:
-                self._each(subject, cells, "judging", lambda work: work.judge(self.judge_named))
-            self.processes.wait()
+
+    def _opens(self, slug: str, ask: Callable) -> bool:
+        """Whether a model's files can be had, where asking does not raise."""
+        with self._noting(slug, model_failure(self.results, slug)):
+            ask()
+        return slug not in self.failed
 
     def _each(self, subject: Subject, cells: list[Cell], what: str, do: Callable[[CellWork], bool]) -> None:
         """Do something to each cell, and say how many it was new to: where no bar is seen, this is."""
         silent, new, started = None if self.processes.is_first else True, 0, time.monotonic()
-        what = f"{what}, {subject.pair.slug}"
-        for cell in tqdm(cells, desc=what, unit="cell", disable=silent):
-            with self._noting(cell.name, cell.failure(self.results)):
+        for cell in tqdm(cells, desc=f"{what}, {subject.pair.slug}", unit="cell", disable=silent):
+            with self._noting(cell.name, cell.failure(self.results, what)):
                 new += do(CellWork(subject, cell))
         if self.processes.is_first:
-            print(f"{what}: {new} of {len(cells)} cells now, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{what}, {subject.pair.slug}: {new} of {len(cells)} cells now, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
     @contextmanager
     def _noting(self, name: str, file: Path | None = None) -> Iterator[None]:

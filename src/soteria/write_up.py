@@ -18,9 +18,9 @@ from soteria.comparison import METHOD as TOP
 from soteria.errors import UserError
 from soteria.grid import Grid, Pair
 from soteria.grid_tables import BASE, Cells
-from soteria.heads import count_top, mean_effect, rank_heads
+from soteria.heads import count_share, mean_effect, rank_heads
 from soteria.judges import RefusalJudge
-from soteria.reproduction import costs_file
+from soteria.reproduction import costs_file, model_failure
 from soteria.tables import to_latex, to_markdown
 
 # Whatever a table counts as its number; where that is blank, the cell was not run.
@@ -51,10 +51,13 @@ class Table:
 
 @dataclass
 class Picture:
+    """A figure: its name in files, a title, a sentence, and where its numbers lie."""
+
     name: str
     title: str
     text: str
     figure: Figure
+    numbers: tuple[str, ...]
 
 
 @dataclass
@@ -90,7 +93,8 @@ class WriteUp:
         return self.folder / f"{self.grid.name}_{name}.{ending}"
 
     def caption(self, table: Table) -> str:
-        return f"{table.title}. Judge: {self.judged_by}. {table.counted}"
+        judged = f"Judge: {self.judged_by}. " if table.number == ASR else ""
+        return f"{table.title}. {judged}{table.counted}"
 
 
 def compose(grid: Grid, results: Path) -> WriteUp:
@@ -173,7 +177,7 @@ def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
         for table in tables
     )
 
-    def add(name: str, title: str, text: str, draw) -> None:
+    def add(name: str, title: str, text: str, draw, *tables: str) -> None:
         try:
             picture = draw()
         except (UserError, ValueError, IndexError, KeyError) as error:
@@ -181,7 +185,11 @@ def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
             return
         if picture is not None:
             of = f"{slug}, " if several else ""
-            found.pictures.append(Picture(f"{name}_{slug}" if several else name, f"{of}{title}", text, picture))
+            numbers = tuple(f"tables/{found.path(table, 'csv').name}" for table in tables) or (
+                f"indirect_effect/{slug}",
+            )
+            named = f"{name}_{slug}" if several else name
+            found.pictures.append(Picture(named, f"{of}{title}", text, picture, numbers))
 
     scores = found.results / "indirect_effect" / slug
 
@@ -190,7 +198,7 @@ def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
 
     def selected():
         return {
-            language: rank_heads(effect)[: count_top(grid.heads, effect.numel()) if grid.heads < 1 else effect.numel()]
+            language: rank_heads(effect)[: count_share(grid.heads, effect.numel())]
             for language, effect in effects().items()
         }
 
@@ -211,23 +219,31 @@ def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
         return ablation_figures.plot_scaling(scaling.rename(columns=ends), chosen=grid.scaling_factor)
 
     def trade_off():
-        own = heads[heads["heads"].isin([BASE, f"{TOP}", "all heads"])].fillna({"share": 0.0, "scaling_factor": 0.0})
+        own = heads[heads["heads"].isin([BASE, TOP, "all heads"])].fillna({"share": 0.0, "scaling_factor": 0.0})
         rows = pd.concat([own, scaling[scaling["heads"] != BASE]]).dropna(subset=["asr", "kl"])
         rows = rows.drop_duplicates(["share", "scaling_factor"]).sort_values(["share", "scaling_factor"])
         return (
             steering_figures.plot_trade_off(rows[["share", "scaling_factor", "asr", "kl"]]) if len(rows) > 2 else None
         )
 
-    add("asr", "ASR by language", "Bars with 95 % intervals, languages by tier.", asr_bars)
-    add("trade_off", "Gain against damage", "ASR against KL of benign answers, with the Pareto front.", trade_off)
-    add("head_shares", "Gain and cost over the share of heads", "The method beside its controls.", head_shares)
-    add("scaling", "Gain and cost over λ", "The chosen one is marked.", over_lambda)
+    add("asr", "ASR by language", "Bars with 95 % intervals, languages by tier.", asr_bars, "main")
+    add(
+        "trade_off",
+        "Gain against damage",
+        "ASR against KL of benign answers, with the Pareto front.",
+        trade_off,
+        "heads",
+        "scaling",
+    )
+    add("head_shares", "Gain and cost over the share of heads", "The method beside its controls.", head_shares, "heads")
+    add("scaling", "Gain and cost over λ", "The chosen one is marked.", over_lambda, "scaling")
     if len(transfer):
         add(
             "transfer",
             "Transfer between languages",
             "ASR with the heads of one language on prompts in another.",
             lambda: ablation_figures.plot_transfer(transfer),
+            "transfer",
         )
     add(
         "effects",
@@ -254,14 +270,18 @@ def not_run(grid: Grid, results: Path) -> list[str]:
     """Why cells have no numbers: those that failed with their sentences, and how many were just not run yet."""
     lines, missing = [], 0
     for pair in grid.models:
+        if (failure := model_failure(results, pair.slug)).exists():
+            lines.append(f"{pair.slug}: {_sentence(failure)}")
         for cell in grid.cells(pair):
-            failure = cell.failure(results)
+            failures = sorted(cell.folder(results).glob(cell.failure(results, "*").name))
             judged = [cell.verdicts(results, name, judge) for name in cell.sets for judge in grid.judges]
-            if failure.exists():
-                lines.append(f"{cell.name}: {failure.read_text(encoding='utf-8').strip()}")
-            elif not all(path.exists() for path in judged):
-                missing += 1
+            lines += [f"{cell.name}: {_sentence(failure)}" for failure in failures]
+            missing += not failures and not all(path.exists() for path in judged)
     return [*lines, *([f"{missing} cells were not run yet"] if missing else [])]
+
+
+def _sentence(failure: Path) -> str:
+    return failure.read_text(encoding="utf-8").strip()
 
 
 def write(found: WriteUp, grid_file: Path) -> list[Path]:
@@ -337,9 +357,7 @@ def _page(found: WriteUp, grid_file: Path) -> str:
     for picture in found.pictures:
         place = found.path(picture.name, "png")
         sections.append(
-            report.Section(
-                picture.title, picture.text, picture=place, alt=picture.title, files=(f"tables/{place.name}",)
-            )
+            report.Section(picture.title, picture.text, picture=place, alt=picture.title, files=picture.numbers)
         )
     models = ", ".join(pair.slug for pair in grid.models)
     return report.render_report(
