@@ -1,7 +1,7 @@
 """Step 4 for a grid: its tables and figures as files, and the report that holds them all.
 
 Knows which tables the paper has, what they are called and where their files go; the numbers are `grid_tables`', the
-pictures `figures`' and `ablation_figures`'.
+pictures `grid_figures`'.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from soteria import ablation_figures, figures, files, fonts, grid_tables, report, steering_figures
+from soteria import figures, files, fonts, grid_tables, report
 from soteria.comparison import METHOD as TOP
 from soteria.errors import UserError
 from soteria.grid import Grid, Pair
+from soteria.grid_figures import DRAWINGS, ModelNumbers
 from soteria.grid_tables import BASE, Cells
-from soteria.heads import count_share, mean_effect, rank_heads
 from soteria.judges import RefusalJudge
 from soteria.reproduction import costs_file, model_failure
 from soteria.tables import to_latex, to_markdown
@@ -104,51 +104,49 @@ def compose(grid: Grid, results: Path) -> WriteUp:
     prompts = ", ".join(each.name for each in grid.prompt_sets)
     method = f"top {grid.heads:.0%} of the heads, λ = {grid.scaling_factor:g}"
 
-    def joined(rows) -> pd.DataFrame:
-        return pd.concat([rows(cells) for cells in every], ignore_index=True)
-
-    def add(name: str, title: str, text: str, tidy: pd.DataFrame, readable, number: str = ASR) -> pd.DataFrame:
+    def add(name: str, title: str, text: str, rows, readable, number: str = ASR) -> None:
+        tidy = pd.concat([rows(cells) for cells in every], ignore_index=True)
         if len(tidy):
             found.tables.append(Table(name, title, text, tidy, readable(tidy), number))
-        return tidy
 
-    main = add(
+    add(
         "main",
         f"ASR of the base and of steered models on {prompts} ({method})",
         "Attack success rate with its 95 % interval: Wilson's of a language, a bootstrap over questions where "
-        "languages are pooled, in which translations of a question are drawn together. Differences are "
-        "paired, in points.",
-        joined(grid_tables.main_rows),
+        "languages are pooled, in which translations of a question are drawn together. Differences are paired, in "
+        "points.",
+        grid_tables.main_rows,
         grid_tables.readable_main,
     )
-    heads = add(
+    add(
         "heads",
         "Which heads are steered, and how many",
         "Over all languages: the language's own best heads, as many at random (draws pooled), as many from the bottom "
         "of the ranking, all, and heads that languages share. Refusals of benign questions are the refusal judge's, a "
         "proxy; changed are benign answers that are not the base's letter for letter.",
-        joined(lambda cells: grid_tables.ablation_rows(cells, grid_tables.head_conditions(cells))),
+        lambda cells: grid_tables.ablation_rows(cells, grid_tables.head_conditions(cells)),
         grid_tables.readable_ablation,
     )
-    scaling = add(
+    add(
         "scaling",
         "How hard is steered (λ)",
-        f"The language's own best {grid.heads:.0%} of heads. λ was chosen on other questions than these.",
-        joined(lambda cells: grid_tables.ablation_rows(cells, grid_tables.scaling_conditions(cells))),
+        f"The language's own best {grid.heads:.0%} of heads. A λ is to be chosen on other questions than these: "
+        "src/tune.py does.",
+        lambda cells: grid_tables.ablation_rows(cells, grid_tables.scaling_conditions(cells)),
         grid_tables.readable_ablation,
     )
-    transfer = add(
+    add(
         "transfer",
         "Heads of language A (down), prompts in language B (across): ASR",
-        "Each language's own heads are on the diagonal.",
-        joined(grid_tables.transfer_rows),
+        "Where the two are one language, the heads are its own.",
+        grid_tables.transfer_rows,
         grid_tables.readable_transfer,
     )
     add(
         "utility",
         f"Utility by lm-eval, base against steered ({method})",
         "Differences are of the steered model from the base, with standard errors that take the two as independent.",
-        joined(grid_tables.utility_rows),
+        grid_tables.utility_rows,
         grid_tables.readable_utility,
         UTILITY,
     )
@@ -156,114 +154,29 @@ def compose(grid: Grid, results: Path) -> WriteUp:
         "parameters",
         "Share of the parameters that steering changes",
         "Over the languages; every other parameter is the base's, bit for bit.",
-        joined(grid_tables.parameter_rows),
+        grid_tables.parameter_rows,
         grid_tables.readable_parameters,
         SHARE,
     )
-    for cells in every:
-        _draw(found, cells, main, heads, scaling, transfer)
+    tidy = {table.name: table.tidy for table in found.tables}
+    for pair in grid.models:
+        _draw(found, ModelNumbers(grid, pair.slug, results / "indirect_effect" / pair.slug, tidy))
     return found
 
 
-def _draw(found: WriteUp, cells: Cells, *tables: pd.DataFrame) -> None:
-    """Add a model's pictures. One that its numbers do not suffice for is left out, and said to be."""
-    grid, slug = found.grid, cells.pair.slug
-    several = len(grid.models) > 1
-    prompts, judge = grid.ablated_sets[0], grid.judges[0]
-    main, heads, scaling, transfer = (
-        table[(table["model"] == slug) & (table["prompts"] == prompts) & (table["judge"] == judge)]
-        if len(table)
-        else table
-        for table in tables
-    )
-
-    def add(name: str, title: str, text: str, draw, *tables: str) -> None:
+def _draw(found: WriteUp, numbers: ModelNumbers) -> None:
+    """Add a model's pictures. One whose numbers do not suffice is left out, and said to be."""
+    several, slug = len(found.grid.models) > 1, numbers.slug
+    for name, drawing in DRAWINGS.items():
         try:
-            picture = draw()
-        except (UserError, ValueError, IndexError, KeyError) as error:
+            figure = drawing.draw(numbers)
+        except UserError as error:
             found.left_out.append(f"picture {name} of {slug}: {error}")
-            return
-        if picture is not None:
-            of = f"{slug}, " if several else ""
-            numbers = tuple(f"tables/{found.path(table, 'csv').name}" for table in tables) or (
-                f"indirect_effect/{slug}",
-            )
-            named = f"{name}_{slug}" if several else name
-            found.pictures.append(Picture(named, f"{of}{title}", text, picture, numbers))
-
-    scores = found.results / "indirect_effect" / slug
-
-    def effects():
-        return {language: mean_effect(scores, language, grid.tasks) for language in grid.languages}
-
-    def selected():
-        return {
-            language: rank_heads(effect)[: count_share(grid.heads, effect.numel())]
-            for language, effect in effects().items()
-        }
-
-    rename = {grid_tables.SHARED_TIER: "tier", grid_tables.SHARED_ALL: "universal"}
-    by_language = main[main["of"] == "language"].rename(columns={"name": "language"}) if len(main) else main
-    ends = {"low": "asr_low", "high": "asr_high"}
-
-    def asr_bars():
-        return ablation_figures.plot_methods(by_language.assign(heads=by_language["heads"].replace(rename)))
-
-    def head_shares():
-        rows = heads[heads["share"].notna() | (heads["heads"] == BASE)].fillna({"share": 0.0})
-        return ablation_figures.plot_head_shares(rows.rename(columns=ends)) if len(grid.ablations.shares) else None
-
-    def over_lambda():
-        if len(scaling) < 3:
-            return None
-        return ablation_figures.plot_scaling(scaling.rename(columns=ends), chosen=grid.scaling_factor)
-
-    def trade_off():
-        own = heads[heads["heads"].isin([BASE, TOP, "all heads"])].fillna({"share": 0.0, "scaling_factor": 0.0})
-        rows = pd.concat([own, scaling[scaling["heads"] != BASE]]).dropna(subset=["asr", "kl"])
-        rows = rows.drop_duplicates(["share", "scaling_factor"]).sort_values(["share", "scaling_factor"])
-        return (
-            steering_figures.plot_trade_off(rows[["share", "scaling_factor", "asr", "kl"]]) if len(rows) > 2 else None
-        )
-
-    add("asr", "ASR by language", "Bars with 95 % intervals, languages by tier.", asr_bars, "main")
-    add(
-        "trade_off",
-        "Gain against damage",
-        "ASR against KL of benign answers, with the Pareto front.",
-        trade_off,
-        "heads",
-        "scaling",
-    )
-    add("head_shares", "Gain and cost over the share of heads", "The method beside its controls.", head_shares, "heads")
-    add("scaling", "Gain and cost over λ", "The chosen one is marked.", over_lambda, "scaling")
-    if len(transfer):
-        add(
-            "transfer",
-            "Transfer between languages",
-            "ASR with the heads of one language on prompts in another.",
-            lambda: ablation_figures.plot_transfer(transfer),
-            "transfer",
-        )
-    add(
-        "effects",
-        "Indirect effect of every head",
-        "A map per language; the functional heads are outlined.",
-        lambda: figures.plot_effects(effects(), selected()),
-    )
-    add(
-        "layers",
-        "Where the functional heads lie",
-        "Mean indirect effect per layer and tier.",
-        lambda: figures.plot_layer_profiles(effects()),
-    )
-    if len(grid.languages) > 1:
-        add(
-            "overlaps",
-            "Overlap of functional heads between languages",
-            "Jaccard overlap, clustered.",
-            lambda: figures.plot_overlaps(selected()),
-        )
+            continue
+        places = tuple(f"tables/{found.path(table, 'csv').name}" for table in drawing.tables)
+        title = f"{slug}: {drawing.title}" if several else drawing.title
+        named = f"{name}_{slug}" if several else name
+        found.pictures.append(Picture(named, title, drawing.text, figure, places or (f"indirect_effect/{slug}",)))
 
 
 def not_run(grid: Grid, results: Path) -> list[str]:
@@ -364,7 +277,7 @@ def _page(found: WriteUp, grid_file: Path) -> str:
         f"Soteria: {grid.name}",
         [
             f"Models: {models}. Languages: {', '.join(grid.languages)}.",
-            f"Functional heads: the best {grid.heads:.0%}; λ = {grid.scaling_factor:g}, chosen on other questions.",
+            f"Functional heads: the best {grid.heads:.0%}; λ = {grid.scaling_factor:g}.",
             f"Judge: {found.judged_by}.",
             *verdicts(found),
         ],
