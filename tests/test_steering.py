@@ -797,6 +797,18 @@ def test_steering_in_place_puts_the_weights_back_however_the_block_ends(base, tu
     assert all(same_bits(tensor, before[name]) for name, tensor in in_memory.model.state_dict().items())
 
 
+def test_a_model_that_is_not_all_in_memory_is_not_steered_in_place_in_vain(base, tuned):
+    vector = TaskVector.open(str(base), str(tuned))
+    in_memory = load_model(str(base), "cpu", "float32")
+    in_memory.projections[1].to("meta")
+    vectors = [vector.at(layer) for layer in range(3)]
+    with (
+        pytest.raises(UserError, match="not all in memory"),
+        steering.steered_in_place(in_memory, vectors, HEADS, 2.0),
+    ):
+        pass
+
+
 def test_steering_in_place_and_back_again_leaves_the_task_vector_alone(base, tuned):
     vector = TaskVector.open(str(base), str(tuned))
     in_memory = load_model(str(base), "cpu", "float32")

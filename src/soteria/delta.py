@@ -20,6 +20,7 @@ from soteria.languages import find_language
 from soteria.models import DTYPES, AttentionGeometry, LoadedModel, load_geometry, load_weights, read_geometry
 from soteria.steering import (
     FACTS,
+    check_in_memory,
     check_scaling_factor,
     front_matter,
     head_list_hash,
@@ -127,13 +128,12 @@ class LanguageSwitch:
     def __init__(self, loaded: LoadedModel, delta: Path, facts: dict, scaling_factor: float):
         self.loaded, self.delta, self.languages = loaded, delta, list(facts["languages"])
         self.scaling_factor, self.language = scaling_factor, None
+        check_in_memory(loaded)
         places = read_places(delta / WEIGHTS)
         self._places = [places.get(f"{name}.weight") for name in loaded.geometry.projection_names]
         for place, projection in zip(self._places, loaded.projections, strict=True):
             if place is None or place.shape != tuple(projection.weight.shape):
                 raise UserError(f"{delta / WEIGHTS} does not fit {loaded.name!r}; it was made for another model")
-            if projection.weight.is_meta:
-                raise UserError(f"{loaded.name!r} is not all in memory here, so its weights cannot be switched")
         # What steering has overwritten: (weight, where, the base's values).
         self._kept: list[tuple[Tensor, tuple[slice, slice], Tensor]] = []
 

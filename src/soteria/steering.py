@@ -233,11 +233,24 @@ parameters. Every other tensor is the base's. `{FACTS}` beside this file names t
 """
 
 
+def check_in_memory(loaded: LoadedModel) -> None:
+    """Raise UserError for a model part of which lies on disk: what is written to its weights there would be lost."""
+    if any(projection.weight.is_meta for projection in loaded.projections):
+        raise UserError(
+            f"{loaded.name!r} is not all in memory here, so it cannot be steered in place; "
+            "use a larger machine, or write the steered model with steer.py"
+        )
+
+
 @contextmanager
 def steered_in_place(
     loaded: LoadedModel, task_vectors: list[Tensor], heads: list[Head], scaling_factor: float
 ) -> Iterator[None]:
-    """Steer a loaded model for the length of a block, and put its weights back exactly. `task_vectors`: one a layer."""
+    """Steer a loaded model for the length of a block, and put its weights back exactly. `task_vectors`: one a layer.
+
+    Raises UserError for a model that is not all in memory.
+    """
+    check_in_memory(loaded)
     kept = [projection.weight.data for projection in loaded.projections]
     try:
         for layer, projection in enumerate(loaded.projections):
