@@ -346,7 +346,7 @@ def test_a_plan_starts_nothing_and_reckons_with_what_was_measured_here(done, gri
     assert run_script(reproduce, *arguments(grid_file, tmp_path / "none", "--plan")) == 0
     assert not (tmp_path / "none").exists()
     fresh = capsys.readouterr().out
-    assert "30 (0 done)" in fresh and "worked out" in fresh and "nothing was measured" in fresh
+    assert "30 (0 done)" in fresh and "cost: measured on two cores of an AMD EPYC" in fresh
     results = tmp_path / "results"
     shutil.copytree(done, results)
     for path in results.rglob("Hindi/*/cell.json"):
@@ -360,7 +360,7 @@ def test_the_papers_plan_needs_no_network_and_says_what_was_measured_where(tmp_p
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     assert run_script(reproduce, ROOT / "configs/paper.yaml", "--plan", "--results", tmp_path / "none") == 0
     said = capsys.readouterr().out
-    found = re.search(r"One GPU: ([\d.]+) hours. Eight GPUs, .*: ([\d.]+) hours", said)
+    found = re.search(r"one GPU: ([\d.]+) hours. Eight, .*: ([\d.]+) hours", said)
     alone, eight = map(float, found.groups())
     assert 10 < alone < 500 and alone / 10 < eight < alone / 5
     assert "Measured on two cores" in said and "assumed" in said
@@ -369,9 +369,10 @@ def test_the_papers_plan_needs_no_network_and_says_what_was_measured_where(tmp_p
 
 def test_the_costs_file_says_of_every_figure_whether_it_was_measured():
     costs = yaml.safe_load((files.ROOT / "configs" / "costs.yaml").read_text())
-    assert costs.keys() == {"measured", "assumed"}
-    assert all(isinstance(value, int | float | str) for part in costs.values() for value in part.values())
+    assert costs.keys() == {"measured", "assumed", "models"}
     assert all(isinstance(value, int | float) for value in costs["measured"].values())
+    assert all(isinstance(value, int | float) for key, value in costs["assumed"].items() if key != "gpu")
+    assert all("where" in model for model in costs["models"].values())
 
 
 @pytest.mark.parametrize(

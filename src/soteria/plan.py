@@ -1,8 +1,8 @@
 """What a grid would take before it is run: its cells, and a bill of time and disk. Reads no weights, starts nothing.
 
-A step that this machine has run already for a model is reckoned at what it took here. Any other is worked out from
-operations, bytes and host time, with the figures of `configs/costs.yaml`, which says of each whether it was measured,
-and where, or assumed.
+A step that this machine has run already for a model is reckoned at what it took here. Any other is taken from the runs
+in `configs/costs.yaml`, or worked out from operations, bytes and host time, with the figures there, which says of each
+whether it was measured, and where, or assumed.
 """
 
 import json
@@ -139,6 +139,9 @@ class Plan:
         here = self.measured_here(pair).get(step)
         if here:
             return here[0], f"measured here on {here[1]}, {here[2]} units"
+        elsewhere = self.costs["models"].get(pair.slug, {})
+        if step in elsewhere:
+            return elsewhere[step], f"measured on {elsewhere['where']}"
         shape = self.shape(pair)
         if shape is None:
             return None, "unknown: the model is not here, and the grid gives no shape"
@@ -258,10 +261,10 @@ def bill(grid: Grid, results: Path) -> str:
         "",
         "What is left to do:",
         to_markdown(pd.DataFrame(counts)),
-        "Hours, one process on one GPU (or as measured here):",
+        "Hours, one process:",
         to_markdown(pd.DataFrame(times)),
-        f"One GPU: {sum(alone):.1f} hours. Eight GPUs, --shard 1/8 to 8/8: {max(eight):.1f} hours, the longest shard "
-        f"(all together {sum(eight):.1f}).",
+        f"One process, one GPU: {_spelt(sum(alone))}. Eight, --shard 1/8 to 8/8: {_spelt(max(eight))}, the longest "
+        f"shard (all together {_spelt(sum(eight))}).",
         *endpoint_bill(plan, left),
         f"Disk: {sum(total.values()):.1f} GB ({total['models']:.1f} models that are not here, {total['scores']:.1f} "
         f"scores, {total['answers']:.2f} answers and verdicts).",
@@ -284,6 +287,10 @@ def endpoint_bill(plan: Plan, left: dict[str, Work]) -> list[str]:
     length = min(assumed["answer_tokens"], plan.grid.answers.max_new_tokens)
     tokens = calls * (length + assumed["question_tokens"] + assumed["judge_prompt_tokens"])
     return [f"Endpoints ({', '.join(endpoints)}): {calls:,} calls, about {tokens / 1e6:,.0f} million tokens."]
+
+
+def _spelt(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def _hours(hours: float | None) -> str:
