@@ -65,6 +65,11 @@ def test_ablations_make_each_steering_once(grid_file):
     }
 
 
+def test_all_heads_are_one_steering_whether_the_method_or_an_ablation_asks_for_them(grid_file):
+    found = cells(grid_file(languages=["hi"], heads=1, ablations={"shares": [0.5, 1], "random_draws": 1, "shared": []}))
+    assert found == ["Hindi/base", *(f"Hindi/{heads}_scaling_5" for heads in ("all", "top_50", "random_50_0"))]
+
+
 def test_transfers_cost_nothing_to_measure_but_their_attacks(grid_file):
     grid = read_grid(grid_file(ablations={"transfer": True}))
     assert {

@@ -261,6 +261,31 @@ def test_a_cell_that_fails_is_passed_by_listed_and_blank_and_mended_later(done, 
     assert not list(results.rglob("failed*.txt"))
 
 
+def test_a_set_that_cannot_be_had_is_asked_for_once_and_does_not_keep_the_others(
+    done, tmp_path, run_script, capsys, monkeypatch
+):
+    results, asked = tmp_path / "results", []
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+    read = reproduction.read_questions
+
+    def read_questions(dataset, *words, **options):
+        asked.append(dataset)
+        if dataset == "some/set":
+            raise UserError("the hub does not answer")
+        return read(dataset, *words, **options)
+
+    monkeypatch.setattr(reproduction, "read_questions", read_questions)
+    sets = [{"name": "away", "dataset": "some/set"}, "policy"]
+    grid = write_grid(tmp_path, prompt_sets=sets, languages=["hi"], ablations={"shared": [], "scaling_factors": [2]})
+    assert run_script(reproduce, *arguments(grid, results, "--steps", "answer", "judge")) == 1
+    assert asked.count("some/set") == 1
+    assert capsys.readouterr().err.count("the hub does not answer") == 3
+    for path in results.rglob("policy*.csv"):
+        assert path.read_bytes() == (done / path.relative_to(results)).read_bytes()
+    assert len(list(results.rglob("policy.csv"))) == 2  # λ 2 is measured on the first set alone, which is away
+    assert len(list(results.rglob("cell.json"))) == 3
+
+
 def test_a_missing_model_fails_its_own_cells_and_not_the_others(done, tmp_path, run_script, capsys):
     results = tmp_path / "results"
     shutil.copytree(done, results)

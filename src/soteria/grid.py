@@ -169,6 +169,11 @@ class Grid(Part):
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which prompt_sets does not")
         return self
 
+    @property
+    def method(self) -> "Steering":
+        """The language's own best heads, at the grid's λ."""
+        return Steering.best(self.heads, self.scaling_factor)
+
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)
 
@@ -196,9 +201,8 @@ class Grid(Part):
     def cells_of(self, pair: Pair, language: str) -> Iterator["Cell"]:
         sets = [each.name for each in self.prompt_sets if each.has(language)]
         ablated = [name for name in sets if name in self.ablated_sets]
-        method = Steering("top", self.heads, self.scaling_factor)
         yield Cell(pair, language, None, tuple(sets))
-        yield Cell(pair, language, method, tuple(sets))
+        yield Cell(pair, language, self.method, tuple(sets))
         for steering in self._ablations(language):
             whole = steering.kind == "shared" and steering.of == UNIVERSAL
             asked = sets if whole else ablated
@@ -213,17 +217,15 @@ class Grid(Part):
         if TIER in wanted.shared and tier:
             found.append(Steering("shared", None, factor, of=tier))
         for share in sorted({*wanted.shares, self.heads} if wanted.random_draws or wanted.bottom else wanted.shares):
+            found.append(Steering.best(share, factor))
             if share == 1:
-                found.append(Steering("all", 1.0, factor))
                 continue
-            found.append(Steering("top", share, factor))
             found += [Steering("random", share, factor, of=str(draw)) for draw in range(wanted.random_draws)]
             found += [Steering("bottom", share, factor)] if wanted.bottom else []
-        found += [Steering("top", self.heads, other) for other in wanted.scaling_factors]
+        found += [Steering.best(self.heads, other) for other in wanted.scaling_factors]
         if wanted.transfer:
             found += [Steering("from", self.heads, factor, of=other) for other in self.languages if other != language]
-        method = Steering("top", self.heads, factor)
-        return (steering for steering in dict.fromkeys(found) if steering != method)
+        return (steering for steering in dict.fromkeys(found) if steering != self.method)
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,11 @@ class Steering:
     share: float | None
     scaling_factor: float
     of: str = ""
+
+    @classmethod
+    def best(cls, share: float, scaling_factor: float) -> "Steering":
+        """A language's own best heads: a share of 1 is all of them, whoever ranks them."""
+        return cls("all" if share == 1 else "top", share, scaling_factor)
 
     @property
     def heads_name(self) -> str:

@@ -83,10 +83,6 @@ class Cells:
             self._verdicts[key] = found.verdicts(name, judge)
         return self._verdicts[key]
 
-    @property
-    def method(self) -> Steering:
-        return Steering("top", self.grid.heads, self.grid.scaling_factor)
-
     def shared(self, group: str) -> Steering:
         return Steering("shared", None, self.grid.scaling_factor, of=group)
 
@@ -104,7 +100,10 @@ class Condition:
 def method_conditions(cells: Cells) -> list[Condition]:
     """Base, the language's own heads, and those that its tier and all languages share, as far as the grid has them."""
     factor, shared = cells.grid.scaling_factor, cells.grid.ablations.shared
-    found = [Condition(BASE, lambda _: [None]), Condition(METHOD, lambda _: [cells.method], cells.grid.heads, factor)]
+    found = [
+        Condition(BASE, lambda _: [None]),
+        Condition(METHOD, lambda _: [cells.grid.method], cells.grid.heads, factor),
+    ]
     if TIER in shared:
         found.append(Condition(SHARED_TIER, lambda name: [cells.shared(find_language(name).tier)], None, factor))
     if UNIVERSAL in shared:
@@ -126,7 +125,7 @@ def head_conditions(cells: Cells) -> list[Condition]:
             steerings = [Steering(kind, share, factor, of=draw) for draw in draws]
             found.append(Condition(f"{kind} heads", lambda _, own=steerings: own, share, factor))
     if 1 in shares:
-        found.append(Condition("all heads", lambda _: [Steering("all", 1.0, factor)], 1.0, factor))
+        found.append(Condition("all heads", lambda _: [Steering.best(1.0, factor)], 1.0, factor))
     return found + [each for each in methods if each.name != METHOD]
 
 
@@ -136,7 +135,7 @@ def scaling_conditions(cells: Cells) -> list[Condition]:
     share = cells.grid.heads
     return [
         Condition(BASE, lambda _: [None], 0.0, 0.0),
-        *(Condition("top heads", lambda _, f=f: [Steering("top", share, f)], share, f) for f in factors),
+        *(Condition("top heads", lambda _, f=f: [Steering.best(share, f)], share, f) for f in factors),
     ]
 
 
@@ -352,7 +351,7 @@ def transfer_rows(cells: Cells) -> pd.DataFrame:
             for prompts_of in languages:
                 choices = {BASE: None}
                 choices |= {
-                    language: cells.method
+                    language: cells.grid.method
                     if language == prompts_of
                     else Steering("from", grid.heads, grid.scaling_factor, of=language)
                     for language in grid.languages
@@ -392,7 +391,7 @@ def utility_rows(cells: Cells) -> pd.DataFrame:
     if not wanted:
         return pd.DataFrame()
     for language in wanted.languages or cells.grid.languages:
-        places = [cells.get(language, steering).cell.utility(cells.results) for steering in (None, cells.method)]
+        places = [cells.get(language, steering).cell.utility(cells.results) for steering in (None, cells.grid.method)]
         base, safe = (files.read_facts(place) for place in places)
         named = {"model": cells.pair.slug, "language": language}
         if not (base and safe):

@@ -125,10 +125,7 @@ class Plan:
         wanted = self.grid.utility
         if not wanted or language not in (wanted.languages or self.grid.languages):
             return False
-        is_method = cell.steering and cell.steering.kind == "top" and cell.steering.share == self.grid.heads
-        at_factor = cell.steering is None or cell.steering.scaling_factor == self.grid.scaling_factor
-        asked = cell.steering is None or (is_method and at_factor)
-        return bool(asked and not cell.utility(self.results).exists())
+        return cell.steering in (None, self.grid.method) and not cell.utility(self.results).exists()
 
     # What it takes
 

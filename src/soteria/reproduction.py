@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
 
 from torch import Tensor
@@ -59,37 +59,53 @@ class NotScored(UserError):
     """A head list cannot be made yet: another shard is to score a language first."""
 
 
+def remembered(function: Callable) -> Callable:
+    """The function with its results remembered, and its failures too: a hub that does not answer is asked once."""
+    known = {}
+
+    @wraps(function)
+    def ask(*arguments):
+        if arguments not in known:
+            try:
+                known[arguments] = (function(*arguments), None)
+            except Exception as error:
+                known[arguments] = (None, error)
+        result, error = known[arguments]
+        if error:
+            raise error
+        return result
+
+    return ask
+
+
 class Subject:
     """A base model of the grid and what its cells are made with, each read when it is first needed."""
 
     def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
         self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
         self.scores = results / "indirect_effect" / pair.slug
-        self._loaded: LoadedModel | None = None
-        self._load_error: Exception | None = None
+        self.device = "none"  # until the model is loaded
+        self._load = remembered(self._load_base)
         self.ranking = cache(self._ranking)
-        self.questions = cache(self._questions)
-        self.tasks = cache(self._tasks)
+        self.questions = remembered(self._questions)
+        self.tasks = remembered(self._tasks)
         self.base_log_probs = cache(self._base_log_probs)
 
     @property
     def loaded(self) -> LoadedModel:
-        """The base in memory, loaded when it is first asked for. What failed once fails at once when asked again."""
-        if self._load_error:
-            raise self._load_error
-        if self._loaded is None:
-            started = time.monotonic()
-            try:
-                self._loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
-            except Exception as error:
-                self._load_error = error
-                raise
-            self.note_cost("load", 1, time.monotonic() - started)
-        return self._loaded
+        """The base in memory, loaded when it is first asked for."""
+        return self._load()
+
+    def _load_base(self) -> LoadedModel:
+        started = time.monotonic()
+        loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
+        self.device = str(loaded.model.device)
+        self.note_cost("load", 1, time.monotonic() - started)
+        return loaded
 
     def unload(self) -> None:
         """Let the model go: a judge may need the room."""
-        self._loaded = None
+        self.device, self._load = "none", remembered(self._load_base)
 
     @cached_property
     def vector(self) -> TaskVector:
@@ -142,7 +158,7 @@ class Subject:
         return ranking[-count:] if steering.kind == "bottom" else ranking[:count]
 
     def method_heads(self, language: str) -> list[Head]:
-        return self.heads(Steering("top", self.grid.heads, self.grid.scaling_factor), language)
+        return self.heads(self.grid.method, language)
 
     def shared_heads(self, group: str) -> list[Head]:
         """Heads that more than half of a group's languages in this grid have among their best."""
@@ -184,8 +200,7 @@ class Subject:
         """Write down what a step took: `--plan` goes by it. A line is one write, so processes may share the file."""
         if not self.processes.is_first or units == 0:
             return
-        device = str(self._loaded.model.device) if self._loaded else "none"
-        cost = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
+        cost = {"step": step, "units": units, "seconds": round(seconds, 3), "device": self.device}
         path = costs_file(self.results, self.pair)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -208,6 +223,7 @@ class CellWork:
     def __init__(self, subject: Subject, cell: Cell):
         self.subject, self.cell, self.results = subject, cell, subject.results
         self.language = find_language(cell.language)
+        self.refused: dict[str, UserError] = {}  # what cannot be asked or measured, and why
 
     @cached_property
     def heads(self) -> list[Head]:
@@ -270,10 +286,22 @@ class CellWork:
         return facts
 
     def pending(self) -> list[str]:
-        """The sets that lack answers, and `facts` where cell.json does."""
-        lacking = [name for name in self.sets if not self.column(name).is_complete()]
-        found = files.read_facts(self.cell.facts(self.results))
-        return lacking if self.made_from.items() <= found.items() else [*lacking, "facts"]
+        """The sets that lack answers, and `facts` where cell.json does. What cannot be asked is noted as refused."""
+        lacking = []
+        for name in (*self.sets, "facts"):
+            try:
+                if not self._is_done(name):
+                    lacking.append(name)
+            except NotScored:
+                raise
+            except UserError as error:  # the others may well be asked
+                self.refused[name] = error
+        return lacking
+
+    def _is_done(self, name: str) -> bool:
+        if name == "facts":
+            return self.made_from.items() <= files.read_facts(self.cell.facts(self.results)).items()
+        return self.column(name).is_complete()
 
     def measure(self) -> bool:
         """Steer, answer what is not answered, and write down what the cell was made from and what it costs.
@@ -281,8 +309,13 @@ class CellWork:
         Gives whether there was anything to do.
         """
         pending = self.subject.processes.agree(self.pending())
-        if not pending:
-            return False
+        if pending:
+            self._measure(pending)
+        if self.refused:
+            raise UserError("; ".join(dict.fromkeys(map(str, self.refused.values()))))
+        return bool(pending)
+
+    def _measure(self, pending: list[str]) -> None:
         subject, cell = self.subject, self.cell
         log_probs = None
         if "facts" in pending and cell.with_cost and subject.grid.benign:
@@ -301,7 +334,6 @@ class CellWork:
                     files.write_json(cell.facts(self.results), facts)
                 if cell.with_cost:
                     subject.note_cost("cost", 1, time.monotonic() - started)
-        return True
 
     def steered(self) -> AbstractContextManager:
         """The loaded model is this cell's for the length of a block."""
@@ -398,7 +430,7 @@ class Judges:
     """
 
     def __init__(self):
-        self._made = cache(make_judge)
+        self._made = remembered(make_judge)
         self._lost: dict[str, UserError] = {}
 
     def get(self, name: str) -> Judge:
@@ -519,9 +551,8 @@ class Reproduction:
         """What the base and the method can still do, in the languages that the grid asks it of."""
         wanted = self.grid.utility
         asked = [language for language in languages if language in (wanted.languages or self.grid.languages)]
-        method = Steering("top", self.grid.heads, self.grid.scaling_factor)
         for language in asked:
             for cell in self.grid.cells_of(subject.pair, language):
-                if cell.steering in (None, method):
+                if cell.steering in (None, self.grid.method):
                     with self._noting(f"{cell.name}/utility"):
                         CellWork(subject, cell).measure_utility()
