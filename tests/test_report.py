@@ -20,8 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from soteria import files
+from soteria import files, write_up
 from soteria.errors import UserError
+from soteria.grid import read_grid
 from soteria.languages import PAPER_LANGUAGES
 from soteria.report import Section, environment_facts, render_report
 
@@ -388,6 +389,26 @@ def test_text_that_is_markup_runs_nothing(show, picture):
     assert page.title() == HOSTILE
     assert page.locator("h1").inner_text() == HOSTILE
     assert page.complaints == []
+
+
+def test_the_report_that_a_grid_writes_opens_with_its_tables_and_pictures(show, tmp_path):
+    """Of a grid that was not run: all its numbers are blank, and its tables are there."""
+    grid_file = tmp_path / "small.yaml"
+    grid_file.write_text(
+        "name: small\nmodels: [{base: some/base, tuned: some/tuned}]\nlanguages: all\nprompt_sets: [policy]\n"
+        "scaling_factor: 2\nablations: {shares: [0.25, 0.5, 1], bottom: true, scaling_factors: [1], transfer: true}\n"
+    )
+    found = write_up.compose(read_grid(grid_file), tmp_path / "results")
+    page_file = write_up.write(found, grid_file)[-1]
+    for width in (375, 1280):
+        page = show(page_file.read_text(encoding="utf-8"), width)
+        assert [address for address in page.requests if not address.startswith(("file:", "data:"))] == []
+        assert page.complaints == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("table").count() == len(found.tables) == 5
+        widths = [picture.evaluate("image => image.naturalWidth") for picture in page.locator("img").all()]
+        assert len(widths) == len(found.pictures) >= 4 and min(widths) > 500
+        assert "cells were not run yet" in page.inner_text("body")
 
 
 def test_pictures_are_seen_whole(show, picture):
