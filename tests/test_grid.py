@@ -132,6 +132,7 @@ def test_a_steering_says_which_scores_its_heads_come_from(grid_file):
         ({"ablations": {"prompt_sets": ["other"]}}, r"names \['other'\]"),
         ({"models": SMALL["models"] * 2}, "two of its models are named 'polyglot-base'"),
         ({"prompt_sets": ["../policy"]}, "name: String should match"),
+        ({"prompt_sets": ["benign"]}, "cannot be named 'benign'"),
         ({"name": "a/b"}, "name: String should match"),
         ({"scaling_factor": None}, "scaling_factor: Input should be a valid number"),
     ],

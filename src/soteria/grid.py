@@ -15,10 +15,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from soteria import files
 from soteria.errors import UserError
 from soteria.icl import TASKS
-from soteria.languages import PAPER_LANGUAGES, TIERS, find_language, language_names
+from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.questions import benign_set
 
 UNIVERSAL, TIER = "Universal", "tier"
+BENIGN = "benign"  # the harmless questions among a cell's sets
+RESERVED = (BENIGN, "cell", "utility")  # names of a cell's other files
 
 
 def _languages(given: object) -> object:
@@ -164,6 +166,9 @@ class Grid(Part):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice:
                 raise ValueError(f"two of its {what}s are named {twice!r}, so their files would be one")
+        taken = next((each.name for each in self.prompt_sets if each.name in RESERVED), None)
+        if taken:
+            raise ValueError(f"a prompt set cannot be named {taken!r}: a file of each cell has that name")
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which prompt_sets does not")
@@ -295,7 +300,7 @@ class Cell:
         return self.folder(results) / f"{prompt_set}.by_{files.model_slug(judge.replace(':', '_'))}.csv"
 
     def benign(self, results: Path) -> Path:
-        return self.folder(results) / "benign.csv"
+        return self.folder(results) / f"{BENIGN}.csv"
 
     def facts(self, results: Path) -> Path:
         """What the cell was made from, and what it costs."""
@@ -350,6 +355,3 @@ def read_grid(path: Path) -> Grid:
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         what = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {where + ': ' if where else ''}{what}{more}") from None
-
-
-__all__ = ["TIER", "TIERS", "UNIVERSAL", "Cell", "Grid", "Pair", "Shard", "Steering", "read_grid"]

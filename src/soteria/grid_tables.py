@@ -16,10 +16,10 @@ from soteria import files
 from soteria.csv_files import read_table
 from soteria.evaluation import Rate, bootstrap_interval, compare_paired
 from soteria.files import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER
-from soteria.grid import TIER, UNIVERSAL, Cell, Grid, Pair, Steering
+from soteria.grid import BENIGN, TIER, UNIVERSAL, Cell, Grid, Pair, Steering
 from soteria.judges import EMPTY, HARMFUL, NOT_HARMFUL
 from soteria.languages import TIERS, find_language
-from soteria.reproduction import BENIGN, BENIGN_JUDGE
+from soteria.reproduction import BENIGN_JUDGE
 from soteria.tables import percent
 from soteria.utility import comparison_rows
 

@@ -28,7 +28,7 @@ from soteria.errors import UserError
 from soteria.evaluation import summarise
 from soteria.files import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER
 from soteria.generation import all_inputs, fill
-from soteria.grid import Cell, Grid, Pair, Shard, Steering
+from soteria.grid import BENIGN, Cell, Grid, Pair, Shard, Steering
 from soteria.heads import (
     Head,
     count_share,
@@ -38,7 +38,6 @@ from soteria.heads import (
     mean_effect,
     random_heads,
     rank_heads,
-    scored_languages,
     write_heads,
 )
 from soteria.icl import Split
@@ -47,11 +46,11 @@ from soteria.languages import TIERS, find_language, group_languages
 from soteria.models import LoadedModel, load_model
 from soteria.processes import Processes
 from soteria.questions import QuestionSet, read_questions
+from soteria.scoring import effect_path
 from soteria.steering import fingerprint, head_list_hash, steered_in_place
 from soteria.task_vector import TaskVector
 from soteria.verdicts import Answers, describe, inputs_of, judge_answers
 
-BENIGN = "benign"  # the harmless questions among a cell's sets
 BENIGN_JUDGE = "refusal"  # whatever judges the attacks: a harmless question is answered or it is refused
 
 
@@ -89,7 +88,7 @@ class Subject:
         self.ranking = cache(self._ranking)
         self.questions = remembered(self._questions)
         self.tasks = remembered(self._tasks)
-        self.base_log_probs = cache(self._base_log_probs)
+        self.base_log_probs = cache(self.first_tokens)  # to be asked for while the model is the base
 
     @property
     def loaded(self) -> LoadedModel:
@@ -137,8 +136,9 @@ class Subject:
         return rank_heads(mean_effect(self.scores, language, self.grid.tasks))
 
     def unscored(self, *languages: str) -> list[str]:
-        scored = scored_languages(self.scores, self.grid.tasks)
-        return [language for language in languages if language not in scored]
+        """Those of the languages of which a task has not been scored."""
+        paths = {name: [effect_path(self.scores, f"{task}_{name}") for task in self.grid.tasks] for name in languages}
+        return [language for language, own in paths.items() if not all(path.exists() for path in own)]
 
     def heads(self, steering: Steering, language: str) -> list[Head]:
         """The heads of a steering. Raises NotScored, or UserError for a group without a shared head."""
@@ -192,9 +192,6 @@ class Subject:
         questions = self.questions(BENIGN, language).questions
         inputs = all_inputs(self.loaded, questions, find_language(language), self.pair.chat_template)
         return first_token_log_probs(self.loaded, inputs, self.grid.answers.batch_size)
-
-    def _base_log_probs(self, language: str) -> Tensor:
-        return self.first_tokens(language)
 
     def note_cost(self, step: str, units: int, seconds: float) -> None:
         """Write down what a step took: `--plan` goes by it. A line is one write, so processes may share the file."""
@@ -271,15 +268,16 @@ class CellWork:
     @cached_property
     def made_from(self) -> dict:
         """What `cell.json` depends on."""
-        steering, pair, bench = self.cell.steering, self.subject.pair, self.subject.bench(self.cell.language)
+        steering = self.cell.steering
         facts = {
-            "base_model": pair.base,
+            "base_model": self.subject.pair.base,
             "language": self.cell.language,
             "heads": steering.heads_name if steering else None,
             "scaling_factor": steering.scaling_factor if steering else None,
             "answers_from": self.settings,
         }
         if self.cell.with_cost:
+            bench = self.subject.bench(self.cell.language)
             rows = {task: [[each.input, each.output] for each in split.test] for task, split in bench.tasks.items()}
             measured_on = json.dumps([bench.benign, rows, bench.seed, bench.n_prompts])
             facts["cost_measured_on_sha256"] = hashlib.sha256(measured_on.encode()).hexdigest()
@@ -397,24 +395,34 @@ class CellWork:
             read_or_measure(self.cell.utility(self.results), inputs, measure)
 
     def judge(self, judges: "Judges") -> bool:
-        """Judge what is answered and not judged, attacks by each of the grid's judges; gives whether there was any."""
-        new = False
+        """Judge what is answered and not judged, attacks by each of the grid's judges; gives whether there was any.
+
+        A judge that fails does not keep the others from their turn. Raises UserError at the end.
+        """
+        new, refused = False, []
         for name, judge in self.judgements():
-            path, started = self.path(name), time.monotonic()
-            if not path.exists():
-                continue
-            answers = Answers(path)
-            output = self.cell.verdicts(self.results, name, judge)
-            inputs = inputs_of(answers, judge)
-            with judges.using(judge) as get_judge:
-                judged = judge_answers(answers, output, inputs, get_judge)
-            summary = describe(path) | inputs | {"judge_description": judged.description}
-            summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
-            judged.write(summary)
-            if judged.journals is not None:
-                new = True
-                self.subject.note_cost(f"judge {judge}", answers.n_rows, time.monotonic() - started)
+            if self.path(name).exists():
+                try:
+                    new = self._judge(name, judge, judges) or new
+                except UserError as error:
+                    refused.append(str(error))
+        if refused:
+            raise UserError("; ".join(dict.fromkeys(refused)))
         return new
+
+    def _judge(self, name: str, judge: str, judges: "Judges") -> bool:
+        """One set by one judge; gives whether it was new."""
+        answers, started = Answers(self.path(name)), time.monotonic()
+        inputs = inputs_of(answers, judge)
+        with judges.using(judge) as get_judge:
+            judged = judge_answers(answers, self.cell.verdicts(self.results, name, judge), inputs, get_judge)
+        summary = describe(answers.path) | inputs | {"judge_description": judged.description}
+        summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
+        judged.write(summary)
+        is_new = judged.journals is not None
+        if is_new:
+            self.subject.note_cost(f"judge {judge}", answers.n_rows, time.monotonic() - started)
+        return is_new
 
     def judgements(self) -> Iterator[tuple[str, str]]:
         """(set, judge) for everything that is to be judged."""
