@@ -79,6 +79,7 @@ def main() -> None:
             if not complete:
                 fill(each, language, load, processes, arguments.batch_size)
             if processes.is_first:
+                each.forget_journal()  # of a run that was killed at its very end, there may be one
                 state = "is complete already" if complete else f"has {len(each.questions.questions)} rows"
                 print(f"{each.output}: {each.column} {state}")
 

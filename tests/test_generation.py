@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import generate as script
 from soteria import files, generation
+from soteria.answers import AnswerColumn
 from soteria.csv_files import read_table, write_table
 from soteria.errors import UserError
 from soteria.generation import all_inputs, answer_questions, generate, model_inputs
@@ -426,6 +427,19 @@ def all_files(folder: Path) -> dict[str, bytes]:
 def many_questions(tmp_path) -> Path:
     write_table(pd.DataFrame({"question": [f"{text} {n}" for n in range(4) for text in QUESTIONS]}), tmp_path / "q.csv")
     return tmp_path / "q.csv"
+
+
+def test_the_journal_of_a_run_that_was_killed_at_its_very_end_goes_with_the_next(
+    tiny_folder, many_questions, tmp_path, run_script, monkeypatch
+):
+    words = command(tmp_path / "out", tiny_folder("llama"), many_questions, "SAFE ANSWER")
+    with monkeypatch.context() as killed:
+        killed.setattr(AnswerColumn, "forget_journal", lambda _: None)
+        assert run_script(script, *words) == 0
+    left = [name for name in all_files(tmp_path / "out") if name.endswith(".journal")]
+    assert len(left) == 2  # of the questions, and of the harmless ones
+    assert run_script(script, *words) == 0
+    assert not [name for name in all_files(tmp_path / "out") if name.endswith(".journal")]
 
 
 @pytest.mark.parametrize("column", ["SAFE ANSWER", "BASE ANSWER"])

@@ -331,6 +331,15 @@ def test_a_finished_evaluation_is_printed_again_and_not_asked_again(evaluate, tm
     assert [path.read_bytes() for path in (tmp_path / "out").glob("*.*")] == before
 
 
+def test_the_journal_of_a_run_that_was_killed_at_its_very_end_goes_with_the_next(evaluate, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(files.Journal, "remove", lambda _: None)
+        assert evaluate() == 0
+    assert list((tmp_path / "out").glob(".*.journal"))
+    assert evaluate() == 0
+    assert not list((tmp_path / "out").glob(".*.journal"))
+
+
 def test_other_answers_are_judged_anew(evaluate, tmp_path):
     assert evaluate() == 0
     table = read_table(tmp_path / "answers.csv")

@@ -79,15 +79,20 @@ class AnswerColumn:
     def is_shared(self) -> bool:
         return self.column == BASE_ANSWER
 
+    @property
+    def _journal_file(self) -> Path:
+        if self.is_shared:
+            return self._shared.with_name(f"{self._shared.name}.jsonl")
+        return self.output.with_name(f".{self.output.name}.{ANSWER_COLUMNS[self.column][1]}.journal")
+
     def journal(self) -> files.Journal:
         """The rows answered so far. The base's journal stays when the column is complete, and the next run finds it."""
-        short = ANSWER_COLUMNS[self.column][1]
-        path = (
-            self._shared.with_name(f"{self._shared.name}.jsonl")
-            if self.is_shared
-            else self.output.with_name(f".{self.output.name}.{short}.journal")
-        )
-        return files.Journal(path, self._made_from)
+        return files.Journal(self._journal_file, self._made_from)
+
+    def forget_journal(self) -> None:
+        """Remove the journal, once the column is complete."""
+        if not self.is_shared:
+            self._journal_file.unlink(missing_ok=True)
 
     @property
     def first_tokens(self) -> Path:

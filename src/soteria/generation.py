@@ -116,6 +116,5 @@ def fill(
             if column.lacks_first_tokens:
                 column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
             column.save([answers[row] for row in range(len(questions))])
-            if not column.is_shared:
-                journal.remove()
+            column.forget_journal()
     processes.wait()

@@ -299,7 +299,11 @@ class CellWork:
     def _is_done(self, name: str) -> bool:
         if name == "facts":
             return self.made_from.items() <= files.read_facts(self.cell.facts(self.results)).items()
-        return self.column(name).is_complete()
+        column = self.column(name)
+        complete = column.is_complete()
+        if complete and self.subject.processes.is_first:
+            column.forget_journal()
+        return complete
 
     def measure(self) -> bool:
         """Steer, answer what is not answered, and write down what the cell was made from and what it costs.

@@ -104,10 +104,16 @@ def judge_answers(
     """
     known = read_finished(output, inputs, answers)
     if known and not (retry_empty and any(EMPTY in given for given in known.values())):
+        _own_journal(output).unlink(missing_ok=True)  # left by a run that was killed at its very end
         return Judged(answers, output, known, files.read_json(output.with_suffix(".json"))["judge_description"], None)
     judge = get_judge()
     verdicts, journals = judge_all(judge, answers, output, inputs, known or {})
     return Judged(answers, output, verdicts, judge.description, journals)
+
+
+def _own_journal(output: Path) -> Path:
+    """Where verdicts on the safe model's answers are written down as they come."""
+    return output.with_name(f".{output.name}.journal")
 
 
 def judge_all(
@@ -127,7 +133,7 @@ def judge_all(
             name = hashlib.sha256(str(settings).encode()).hexdigest()[:16]
             journal = files.Journal(output.parent / "base_verdicts" / f"{name}.jsonl", settings)
         else:
-            journal = files.Journal(output.with_name(f".{output.name}.journal"), settings)
+            journal = files.Journal(_own_journal(output), settings)
             journals.append(journal)
         with (
             journal,
