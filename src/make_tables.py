@@ -82,14 +82,15 @@ def write_grid(grid, grid_file: Path, results: Path) -> None:
     from soteria import fonts, write_up
     from soteria.tables import to_markdown
 
-    written = write_up.written_before(grid, grid_file, results)
+    inputs = write_up.made_from(grid, grid_file, results)  # before they are read: they may change meanwhile
+    written = write_up.written_before(grid, results, inputs)
     if written:
         print((results / "tables" / f"{grid.name}_main.md").read_text(encoding="utf-8"))
         print(f"{len(written)} files under {results / 'tables'}, and {written[-1]}: nothing has changed")
         return
     found = write_up.compose(grid, results)
     written = write_up.write(found, grid_file)
-    write_up.note_written(grid, grid_file, results, written)
+    write_up.note_written(grid, results, inputs, written)
     main = found.tables[0]
     print(f"{found.caption(main)}\n\n{to_markdown(main.readable)}")
     for table in found.tables:

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny checkpoints, the checking kit beside the repository."""
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -69,6 +70,12 @@ def run_in_child(
     else:
         assert child.exitcode == 0
     return time.monotonic() - started
+
+
+def named_by(source: str, folder: Path) -> list[Path]:
+    """The files in a folder that a table's source names, its braces expanded as a shell does."""
+    choices = [part[1:-1].split(",") if part.startswith("{") else [part] for part in source.split("/")]
+    return [path for parts in itertools.product(*choices) if (path := folder.joinpath(*parts)).exists()]
 
 
 def shown_by(notebook: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import named_by
 
 from soteria import grid_tables, write_up
 from soteria.evaluation import Rate
@@ -47,22 +48,20 @@ def test_a_difference_is_paired():
 
 
 @pytest.mark.parametrize(
-    ("paths", "pattern"),
+    ("paths", "source"),
     [
         (["a/b/c.csv"], "a/b/c.csv"),
-        (["cells/m/Hindi/base/p.csv", "cells/m/Thai/base/p.csv"], "cells/m/*i*/base/p.csv"),
-        (["a/random_50_0_scaling_5/p", "a/random_50_1_scaling_5/p"], "a/random_50_*_scaling_5/p"),
-        (["a/aa/p", "a/a/p"], "a/a*/p"),
+        (["cells/m/Hindi/base/p.csv", "cells/m/Thai/base/p.csv"], "cells/m/{Hindi,Thai}/base/p.csv"),
+        (["a/random_50_0/p", "a/random_50_1/p"], "a/{random_50_0,random_50_1}/p"),
+        (["Hindi/shared_Mid/p", "Tamil/shared_Low/p"], "{Hindi,Tamil}/{shared_Mid,shared_Low}/p"),
     ],
 )
-def test_sources_become_one_pattern_that_fits_them_all(paths, pattern, tmp_path):
-    found = grid_tables.common_pattern(paths)
-    if "i*" not in pattern:
-        assert found == pattern
-    for path in paths:
+def test_several_sources_are_named_as_one_that_means_them_and_no_other_file(paths, source, tmp_path):
+    assert grid_tables.together(paths) == source
+    for path in (*paths, "cells/m/Tamil/base/p.csv", "a/random_50_2/p", "Hindi/shared_Universal/p"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob(found)} == set(paths)
+    assert named_by(source, tmp_path) == [tmp_path / path for path in paths]
 
 
 def test_what_was_not_run_is_blank_and_what_does_not_apply_is_a_dash():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import run_in_child, shown_by
+from conftest import named_by, run_in_child, shown_by
 
 import make_tables
 import reproduce
@@ -128,13 +128,25 @@ def test_every_number_of_the_main_table_is_counted_again_from_the_files_it_names
     table = pd.read_csv(done / "tables" / "small_main.csv")
     assert set(table["heads"]) == {"base", "language-specific", "universal"}
     for row in table.itertuples():
-        paths = sorted(done.glob(row.source))
+        paths = named_by(row.source, done)
         assert len(paths) == (1 if row.of == "language" else 3)
         verdicts = [verdict for path in paths for verdict in pd.read_csv(path).iloc[:, -1]]
         assert row.rows == len(verdicts)
         assert row.harmful == verdicts.count(HARMFUL)
         assert row.asr == pytest.approx(verdicts.count(HARMFUL) / len(verdicts))
         assert row.low - 1e-9 <= row.asr <= row.high + 1e-9
+
+
+@pytest.mark.parametrize("name", ["heads", "scaling"])
+def test_what_a_steering_costs_names_its_files_too(done, name):
+    table = pd.read_csv(done / "tables" / f"small_{name}.csv")
+    for row in table.itertuples():
+        cells, benign, verdicts = (named_by(source, done) for source in row.cost_source.split())
+        assert len(cells) == len(benign) == len(verdicts) == len(named_by(row.source, done)) == 3
+        counts = [json.loads(path.read_text())["icl_accuracy"] for path in cells]
+        assert row.icl_accuracy == pytest.approx(sum(c["count"] for c in counts) / sum(c["n"] for c in counts))
+        refused = [verdict == "Not Harmful" for path in verdicts for verdict in pd.read_csv(path).iloc[:, -1]]
+        assert row.benign_refusals == pytest.approx(sum(refused) / len(refused))
 
 
 def test_the_transfer_matrix_has_every_pair_of_languages_and_its_own_heads_on_the_diagonal(done):

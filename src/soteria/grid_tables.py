@@ -26,6 +26,7 @@ from soteria.utility import comparison_rows
 BASE, METHOD, ALL = "base", "language-specific", "all languages"
 SHARED_TIER, SHARED_ALL = "shared by the tier", "universal"
 NOT_APPLICABLE = "–"  # what is blank was not run
+COST_FILES = ("cell.json", f"{BENIGN}.csv", f"{BENIGN}.by_{BENIGN_JUDGE}.csv")  # of a cell, what its cost is read from
 
 
 @dataclass(frozen=True)
@@ -209,23 +210,13 @@ def gather(cells: Cells, condition: Condition, languages: Iterable[str], name: s
                 return None
             lists.append(given)
             sources.append(found.source(name, judge))
-    return {"lists": lists, "source": common_pattern(sources)}
+    return {"lists": lists, "source": together(sources)}
 
 
-def common_pattern(paths: list[str]) -> str:
-    """Several paths as one, with * for the parts in which they differ."""
-    parts = [path.split("/") for path in paths]
-    return "/".join(part[0] if len(set(part)) == 1 else _starred(part) for part in zip(*parts, strict=True))
-
-
-def _starred(texts: tuple[str, ...]) -> str:
-    """Texts as one, with * for where they differ."""
-    first, last = min(texts), max(texts)
-    start = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, texts)))
-    ends = [text[start:][::-1] for text in texts]
-    first, last = min(ends), max(ends)
-    end = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, ends)))
-    return texts[0][:start] + "*" + (texts[0][len(texts[0]) - end :] if end else "")
+def together(paths: list[str]) -> str:
+    """Several paths as one that a shell expands: `cells/m/{Hindi,Thai}/base/policy.csv`."""
+    parts = [dict.fromkeys(part) for part in zip(*(path.split("/") for path in paths), strict=True)]
+    return "/".join("{" + ",".join(part) + "}" if len(part) > 1 else next(iter(part)) for part in parts)
 
 
 def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
@@ -233,7 +224,7 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
 
     Empty for what was not measured.
     """
-    refused, changed, divergences, right = [], [], [], []
+    refused, changed, divergences, right, folders = [], [], [], [], []
     for language in languages:
         base = cells.get(language, None)
         for steering in condition.cells(language):
@@ -248,6 +239,7 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
                 changed.append(None)
             divergences.append(found.facts.get("kl_first_token"))
             right.append(found.facts.get("icl_accuracy"))
+            folders.append(found.cell.folder(cells.results).relative_to(cells.results).as_posix())
     costs = {}
     for name, lists in (("benign_refusals", refused), ("benign_changes", changed)):
         if all(given is not None for given in lists):
@@ -259,6 +251,8 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
         accuracy = Rate(sum(each["count"] for each in right), sum(each["n"] for each in right))
         costs |= {"icl_accuracy": accuracy.value}
         costs |= dict(zip(("icl_accuracy_low", "icl_accuracy_high"), accuracy.interval, strict=True))
+    if costs:
+        costs["cost_source"] = " ".join(f"{together(folders)}/{name}" for name in COST_FILES)
     return costs
 
 
@@ -326,13 +320,9 @@ def ablation_rows(cells: Cells, conditions: list[Condition]) -> pd.DataFrame:
 
 def changed_parameters(cells: Cells, condition: Condition, languages: list[str]) -> dict:
     """Means over languages of how many heads are steered, and of the share of all parameters that this changes."""
-    found = [
-        each.facts
-        for language in languages
-        for each in (cells.get(language, steering) for steering in condition.cells(language))
-        if each and "share_of_parameters" in each.facts
-    ]
-    if not found:
+    steered = [cells.get(language, steering) for language in languages for steering in condition.cells(language)]
+    found = [each.facts for each in steered if each and "share_of_parameters" in each.facts]
+    if not found or len(found) < len(steered):
         return {}
     return {
         "n_heads": float(np.mean([facts["n_heads"] for facts in found])),
@@ -402,7 +392,7 @@ def utility_rows(cells: Cells) -> pd.DataFrame:
             for name in ("base", "safe", "difference"):
                 measured |= dict(zip((name, f"{name}_stderr"), row[name], strict=True))
             sources = [place.relative_to(cells.results).as_posix() for place in places]
-            rows.append(named | measured | {"source": common_pattern(sources)})
+            rows.append(named | measured | {"source": together(sources)})
     return _with_columns(rows, ["metric", "n", "base", "safe", "difference", "source"])
 
 

@@ -25,6 +25,7 @@ from soteria.tables import to_latex, to_markdown
 
 # Whatever a table counts as its number; where that is blank, the cell was not run.
 ASR, SHARE, UTILITY = "asr", "share_of_parameters", "safe"
+GROUPS = ["model", "prompts", "judge"]  # what a table's rows are told apart by first
 
 
 @dataclass
@@ -83,6 +84,10 @@ class WriteUp:
     def table(self, name: str) -> pd.DataFrame:
         """A table as people read it; an empty one where the grid does not have it."""
         return next((table.readable for table in self.tables if table.name == name), pd.DataFrame())
+
+    def tidy(self, name: str) -> pd.DataFrame:
+        """All numbers of a table; an empty one where the grid does not have it."""
+        return next((table.tidy for table in self.tables if table.name == name), pd.DataFrame(columns=GROUPS))
 
     def picture(self, name: str, slug: str = "") -> Figure | None:
         """A picture, of the model of that slug where the grid has several; None where it could not be drawn."""
@@ -240,20 +245,20 @@ def _numbers(grid: Grid, pair: Pair, results: Path) -> Iterator[Path]:
     yield from (*scores, *(path for path in [costs_file(results, pair)] if path.exists()))
 
 
-def written_before(grid: Grid, grid_file: Path, results: Path) -> list[Path] | None:
-    """What an earlier call wrote, if it was made from the same and is still there as it was; else None."""
+def written_before(grid: Grid, results: Path, inputs: str) -> list[Path] | None:
+    """What an earlier call wrote, if it was made from the same inputs and is still there as it was; else None."""
     noted = files.read_facts(stamp(grid, results))
-    if noted.get("made_from") != made_from(grid, grid_file, results):
+    if noted.get("made_from") != inputs:
         return None
     paths = {results / name: sha256 for name, sha256 in noted["files"].items()}
     sound = all(path.exists() and _sha256(path) == sha256 for path, sha256 in paths.items())
     return list(paths) if sound else None
 
 
-def note_written(grid: Grid, grid_file: Path, results: Path, written: list[Path]) -> None:
-    """Note what was written, so that the next call can leave it as it is."""
+def note_written(grid: Grid, results: Path, inputs: str, written: list[Path]) -> None:
+    """Note what was written and from which inputs, so that the next call can leave it as it is."""
     known = {path.relative_to(results).as_posix(): _sha256(path) for path in written}
-    files.write_json(stamp(grid, results), {"made_from": made_from(grid, grid_file, results), "files": known})
+    files.write_json(stamp(grid, results), {"made_from": inputs, "files": known})
 
 
 def _sha256(path: Path) -> str:
@@ -311,11 +316,8 @@ def devices(found: WriteUp) -> dict[str, str]:
 
 def verdicts(found: WriteUp) -> list[str]:
     """What the numbers say about the method and its controls, in sentences that the numbers alone decide."""
-    table = next((table.tidy for table in found.tables if table.name == "heads"), None)
-    if table is None:
-        return []
     sentences = []
-    for (model, prompts, judge), group in table.groupby(["model", "prompts", "judge"], sort=False):
+    for (model, prompts, judge), group in found.tidy("heads").groupby(GROUPS, sort=False):
         by_name = group.set_index(["heads", "share"])["asr"].dropna()
         rates = {name: value for (name, share), value in by_name.items() if share == found.grid.heads}
         if TOP not in rates:
@@ -332,11 +334,8 @@ def verdicts(found: WriteUp) -> list[str]:
 
 def transfer_verdicts(found: WriteUp) -> list[str]:
     """Whether a language's own heads do more for it than other languages' heads do."""
-    table = next((table.tidy for table in found.tables if table.name == "transfer"), None)
-    if table is None:
-        return []
     sentences = []
-    for (model, prompts, judge), group in table.groupby(["model", "prompts", "judge"], sort=False):
+    for (model, prompts, judge), group in found.tidy("transfer").groupby(GROUPS, sort=False):
         group = group[group["heads_of"].isin(found.grid.languages)]
         own = group[group["heads_of"] == group["prompts_of"]]["asr"]
         others = group[group["heads_of"] != group["prompts_of"]]["asr"]
