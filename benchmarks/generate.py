@@ -3,7 +3,7 @@
 Ends with one JSON line:
   ratio      median time of the plain loop (`model.generate` on `batch_size` rows at a time, in the file's order) /
   median
-             time of `soteria.generation.generate`
+             time of `soteria.answering.generation.generate`
   identical  whether all answers are the same, token for token
   continuous median time of the plain loop / median time of transformers' `generate_batch` (with --continuous)
 The ways take turns. The default model is the embedded base, which ends its answers itself; with --layers it is a random
@@ -27,11 +27,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from indirect_effect import machine  # noqa: E402
 
-from soteria.decoding import end_tokens, pad_token  # noqa: E402
-from soteria.generation import all_inputs, generate  # noqa: E402
+from soteria.answering.decoding import end_tokens, pad_token  # noqa: E402
+from soteria.answering.generation import all_inputs, generate  # noqa: E402
+from soteria.answering.questions import read_questions  # noqa: E402
 from soteria.languages import PAPER_LANGUAGES  # noqa: E402
-from soteria.models import LoadedModel, load_model, load_tokenizer, read_geometry  # noqa: E402
-from soteria.questions import read_questions  # noqa: E402
+from soteria.models.loading import LoadedModel, load_model, load_tokenizer, read_geometry  # noqa: E402
 
 EMBEDDED = str(ROOT / "data" / "models" / "polyglot-base")
 

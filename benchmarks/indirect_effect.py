@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.icl import TOKEN_CLASSES  # noqa: E402
-from soteria.indirect_effect import (  # noqa: E402
+from soteria.models.loading import DTYPES, LoadedModel, default_device, read_geometry  # noqa: E402
+from soteria.scoring.indirect_effect import (  # noqa: E402
     LAST_TOKEN_CLASSES,
     TokenizedPrompt,
     answer_probability,
@@ -36,8 +36,8 @@ from soteria.indirect_effect import (  # noqa: E402
     forward_passes,
     indirect_effects,
 )
-from soteria.models import DTYPES, LoadedModel, default_device, read_geometry  # noqa: E402
-from soteria.sweep import ForkingSweep  # noqa: E402
+from soteria.scoring.prompts import TOKEN_CLASSES  # noqa: E402
+from soteria.scoring.sweep import ForkingSweep  # noqa: E402
 
 N_SHOTS = 10
 QUERY = ["query_structural"] * 2 + ["query_demonstration"] * 2 + ["query_separator", "query_structural"]

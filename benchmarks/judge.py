@@ -23,9 +23,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks"), str(ROOT / "tests")
 from fake_endpoint import KEY, FakeEndpoint  # noqa: E402
 from indirect_effect import machine  # noqa: E402
 
-from soteria.csv_files import write_rows  # noqa: E402
-from soteria.judges import HARMFUL, make_judge  # noqa: E402
-from soteria.verdicts import Answers, judge_all  # noqa: E402
+from soteria.judging.interface import HARMFUL  # noqa: E402
+from soteria.judging.judges import make_judge  # noqa: E402
+from soteria.judging.verdicts import Answers, judge_all  # noqa: E402
+from soteria.storage.csv_files import write_rows  # noqa: E402
 
 NAME = "openai:some-model"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.evaluation import Rate  # noqa: E402
-from soteria.judges import HARMFUL, NOT_HARMFUL, RefusalJudge  # noqa: E402
+from soteria.judging.interface import HARMFUL, NOT_HARMFUL  # noqa: E402
+from soteria.judging.refusal import RefusalJudge  # noqa: E402
+from soteria.judging.statistics import Rate  # noqa: E402
 from soteria.languages import LANGUAGES  # noqa: E402
 
 ANSWERS = ROOT / "tests" / "judged_answers"

@@ -33,12 +33,12 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 from indirect_effect import machine  # noqa: E402
 
 import soteria  # noqa: E402
-from soteria.files import write_json  # noqa: E402
-from soteria.heads import random_heads, write_heads  # noqa: E402
-from soteria.tensors import Planned, write_tensors  # noqa: E402
+from soteria.models.tensors import Planned, write_tensors  # noqa: E402
+from soteria.scoring.heads import random_heads, write_heads  # noqa: E402
+from soteria.storage.files import write_json  # noqa: E402
 
 N_HEADS = 32
-START_UP = "import soteria.steering, soteria.task_vector"
+START_UP = "import soteria.steering.checkpoint, soteria.models.task_vector"
 
 
 def parse_arguments() -> argparse.Namespace:

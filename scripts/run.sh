@@ -40,4 +40,4 @@ if [ "$do_base" = yes ]; then
   "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
     --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size" "${options[@]}"
 fi
-"$python" "$src/evaluate.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}"
+"$python" "$src/judge.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Lint, then every test; the notebooks are executed for real.
+# Lint, the layers of the library, then every test on all cores; the notebooks are executed for real.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=(requirements-utility.txt)
+extras=(requirements-test.txt requirements-utility.txt)
 source scripts/environment.sh
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+PYTHONPATH=src lint-imports --no-cache
+python -m pytest -n auto --dist worksteal "$@"

@@ -25,9 +25,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.icl import TASKS, Pair, Prompt, PromptForm, load_pairs  # noqa: E402
+from soteria.answering.questions import question_prompt  # noqa: E402
 from soteria.languages import PAPER_LANGUAGES  # noqa: E402
-from soteria.questions import question_prompt  # noqa: E402
+from soteria.scoring.prompts import TASKS, Pair, Prompt, PromptForm, load_pairs  # noqa: E402
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 VOCABULARY = 10_000

@@ -9,11 +9,13 @@ import hashlib
 import json
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
-from soteria.heads import language_file, mean_effect, rank_heads, read_heads
-from soteria.icl import TASKS
 from soteria.languages import find_language, language_names
+from soteria.scoring.heads import mean_effect, rank_heads, read_heads
+from soteria.scoring.prompts import TASKS
+from soteria.storage import files, paths
+from soteria.storage.paths import language_file
 
 
 def parse_arguments():
@@ -39,19 +41,19 @@ def main() -> None:
     names = language_names(arguments.language)
     if len(arguments.scaling_factor) > 1 and not arguments.choose:
         raise UserError("several scaling factors are for --choose; give one")
-    slug = files.model_slug(arguments.base_model)
-    effects = arguments.results or files.RESULTS / "indirect_effect" / slug
-    folder = files.head_folder(arguments.head_folder)
+    slug = paths.model_slug(arguments.base_model)
+    effects = arguments.results or paths.RESULTS / "indirect_effect" / slug
+    folder = paths.head_folder(arguments.head_folder)
     selected = {name: read_heads(folder / language_file(name)) for name in names}
     rankings = {name: rank_heads(mean_effect(effects, name, list(TASKS))) for name in names}
 
     from tqdm import tqdm
 
-    from soteria.comparison import ACCURACY_SEED, METHOD, VALIDATION_SEED, Bench, compare, conditions
-    from soteria.judges import RefusalJudge
-    from soteria.models import load_model
-    from soteria.steering import fingerprint
-    from soteria.task_vector import TaskVector
+    from soteria.grid.comparison import ACCURACY_SEED, METHOD, VALIDATION_SEED, Bench, compare, conditions
+    from soteria.judging.refusal import RefusalJudge
+    from soteria.models.loading import load_model
+    from soteria.models.task_vector import TaskVector
+    from soteria.steering.checkpoint import fingerprint
 
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     weights = [fingerprint(vector.base), fingerprint(vector.tuned)]
@@ -81,12 +83,12 @@ def main() -> None:
         }
 
     kind = "validation" if arguments.choose else "controls"
-    paths = {
-        (name, factor): files.RESULTS / kind / f"{slug}_{name}_{arguments.policy}_scaling_{factor:g}.json"
+    measured_at = {
+        (name, factor): paths.RESULTS / kind / f"{slug}_{name}_{arguments.policy}_scaling_{factor:g}.json"
         for factor in arguments.scaling_factor
         for name in names
     }
-    found = {cell: files.read_json(path) for cell, path in paths.items()}
+    found = {cell: files.read_json(path) for cell, path in measured_at.items()}
     pending = [
         cell for cell, at in found.items() if not isinstance(at, dict) or not inputs(*cell).items() <= at.items()
     ]
@@ -105,7 +107,7 @@ def main() -> None:
                 "n_heads": len(selected[name]),
                 "conditions": {condition: m.as_json() for condition, m in measured.items()},
             }
-            files.write_json(paths[name, factor], found[name, factor])
+            files.write_json(measured_at[name, factor], found[name, factor])
     print(f"means over {len(names)} languages, judge: {RefusalJudge.description}")
     print_means({factor: [found[name, factor]["conditions"] for name in names] for factor in arguments.scaling_factor})
 

@@ -9,9 +9,10 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from soteria import cli, files
-from soteria.icl import PromptForm
-from soteria.scoring import DatasetRun, Progress, expand_datasets, json_object
+from soteria import cli
+from soteria.scoring.prompts import PromptForm
+from soteria.scoring.run import DatasetRun, Progress, expand_datasets, json_object
+from soteria.storage import paths
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
@@ -22,7 +23,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--dataset_name", nargs="+", required=True, help="one or more <task>_<Language>, or globs such as '*_Hindi'")
     add("--model_name", default="meta-llama/Llama-3.1-8B-Instruct", help="hub id or local folder")
-    add("--root_data_dir", type=Path, default=files.DATA / "icl", help="folder of <task>_<Language>.json")
+    add("--root_data_dir", type=Path, default=paths.DATA / "icl", help="folder of <task>_<Language>.json")
     add("--save_path_root", type=Path, help="where to write (default: results/indirect_effect/<model slug>)")
     add("--seed", type=int, default=42, help="seed of python, numpy and torch, set once the model is loaded")
     add("--n_shots", type=cli.positive_int, default=10, help="demonstrations in a prompt")
@@ -48,8 +49,8 @@ def main() -> None:
     expand_datasets(arguments.dataset_name, arguments.root_data_dir)
 
     # torch takes seconds to load: only once the input is sound
-    from soteria.models import load_model
-    from soteria.processes import Processes
+    from soteria.models.loading import load_model
+    from soteria.models.processes import Processes
 
     with Processes(arguments.device) as processes:
         started = time.monotonic()
@@ -70,11 +71,11 @@ def score(arguments: Namespace, processes, load: Callable) -> tuple[list[Dataset
     `load` gives the model, if it is needed.
     """
     datasets = expand_datasets(arguments.dataset_name, arguments.root_data_dir)
-    root = arguments.save_path_root or files.RESULTS / "indirect_effect" / files.model_slug(arguments.model_name)
+    root = arguments.save_path_root or paths.scores_folder(paths.RESULTS, paths.model_slug(arguments.model_name))
     runs = [DatasetRun(dataset, root, arguments) for dataset in datasets]
     pending = [run for run in runs if not run.is_finished()]
     if pending:
-        from soteria.sweep import ForkingSweep
+        from soteria.scoring.sweep import ForkingSweep
 
         sweep = ForkingSweep(load())
         processes.wait()  # nobody writes before everybody has seen what is there

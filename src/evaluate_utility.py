@@ -8,10 +8,12 @@ same inputs is reused, so that an interrupted run goes on where it was. Needs: p
 
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
-from soteria.heads import check_heads, language_file, read_heads
 from soteria.languages import language_names
+from soteria.scoring.heads import check_heads, read_heads
+from soteria.storage import files, paths
+from soteria.storage.paths import language_file
 
 
 def parse_arguments():
@@ -64,7 +66,7 @@ def main() -> None:
                     f"--{option} is missing; give it to steer in place, or --safe_model for a written model"
                 )
         names = list(dict.fromkeys(language_names(arguments.language)))
-        folder = files.head_folder(arguments.head_folder)
+        folder = paths.head_folder(arguments.head_folder)
         selected = {name: read_heads(folder / language_file(name)) for name in names}
         cells = [(name, arguments.scaling_factor) for name in names]
 
@@ -72,16 +74,17 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from soteria import utility
-    from soteria.models import default_device, load_model, resolve_dtype
-    from soteria.steering import fingerprint, head_list_hash, steered_in_place
-    from soteria.task_vector import TaskVector
+    from soteria.grid import utility
+    from soteria.models.loading import default_device, load_model, resolve_dtype
+    from soteria.models.task_vector import TaskVector
+    from soteria.steering.checkpoint import fingerprint
+    from soteria.steering.formula import head_list_hash, steered_in_place
 
     tasks, limit = arguments.tasks, arguments.limit
     utility.check_tasks(tasks)
     for name, _ in cells:
         utility.local_languages(tasks, [name])
-    output = arguments.output or files.RESULTS / "utility"
+    output = arguments.output or paths.RESULTS / "utility"
     dtype = str(resolve_dtype("auto", arguments.device or default_device())).removeprefix("torch.")
     load = cache(lambda name: load_model(name, arguments.device))
     inputs = {None: utility.utility_inputs(arguments.base_model, tasks, limit, None, dtype)}
@@ -115,15 +118,16 @@ def main() -> None:
         path = utility.utility_file(output, arguments.base_model, name, factor)
         found[name] = utility.read_or_measure(path, inputs[name], lambda name=name: measure(name))
     print(
-        f"{files.model_slug(arguments.base_model)} and steered, lm-eval {utility.lm_eval_version()}, ± standard error"
+        f"{paths.model_slug(arguments.base_model)} and steered, lm-eval {utility.lm_eval_version()}, ± standard error"
     )
     print_table([(name, factor, utility.comparison_rows(found[None], found[name])) for name, factor in cells])
 
 
 def written_model(arguments) -> tuple[str, float]:
     """Language and scaling factor of --safe_model. Raises UserError for one that steer.py did not make of the base."""
-    from soteria.checkpoints import Checkpoint
-    from soteria.steering import FACTS, fingerprint
+    from soteria.models.checkpoints import Checkpoint
+    from soteria.steering.checkpoint import fingerprint
+    from soteria.storage.paths import FACTS
 
     for option in ("finetune_model", "language", "scaling_factor", "head_folder"):
         if getattr(arguments, option) is not None:

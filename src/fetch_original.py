@@ -21,16 +21,17 @@ HF_ENDPOINT for the hub. HF_TOKEN, or `hf auth login`, where a dataset asks for 
 import sys
 from pathlib import Path
 
-from soteria import cli, files, original
+from soteria import cli
 from soteria.errors import UserError
-from soteria.xsafety import JOINED, join_categories
+from soteria.storage import original, paths
+from soteria.storage.xsafety import JOINED, join_categories
 
 
 def parse_arguments():
     parser = cli.new_parser(__doc__, "bash scripts/fetch_original.sh --only icl heads")
     add = parser.add_argument
     add("--only", nargs="+", choices=original.KINDS, default=list(original.KINDS), help="what to bring")
-    add("--output", type=Path, default=files.DATA / "original", help="where to")
+    add("--output", type=Path, default=paths.DATA / "original", help="where to")
     add("--git_url", default=original.RELEASE_URL, help="the authors' git repository, or a mirror of it")
     return parser.parse_args()
 

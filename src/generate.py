@@ -8,11 +8,12 @@ several processes, which share the questions and write the same file as one.
 
 from functools import cache
 
-from soteria import cli, files
+from soteria import cli
+from soteria.answering.questions import QuestionSet, benign_set, find_local, read_questions
 from soteria.errors import UserError
 from soteria.languages import find_language
-from soteria.processes import Processes
-from soteria.questions import QuestionSet, benign_set, find_local, read_questions
+from soteria.models.processes import Processes
+from soteria.storage import files, paths
 
 
 def parse_arguments():
@@ -30,7 +31,7 @@ def parse_arguments():
     )
     add("--language", required=True, help="name or code of the questions' language")
     add("--output", type=cli.csv_path, required=True, help="the CSV to write the column to")
-    add("--column", choices=list(files.ANSWER_COLUMNS), required=True, help="which answers these are")
+    add("--column", choices=list(paths.ANSWER_COLUMNS), required=True, help="which answers these are")
     add(
         "--batch_size",
         type=cli.positive_int,
@@ -60,9 +61,9 @@ def main() -> None:
     questions = read_questions(arguments.dataset, language, split=arguments.split, column=arguments.question_column)
     benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
 
-    from soteria.answers import AnswerColumn, model_settings
-    from soteria.generation import fill
-    from soteria.models import load_model
+    from soteria.answering.columns import AnswerColumn, model_settings
+    from soteria.answering.generation import fill
+    from soteria.models.loading import load_model
 
     settings = model_settings(arguments.model, language, arguments.max_new_tokens, arguments.chat_template)
 
@@ -71,7 +72,7 @@ def main() -> None:
 
     columns = [column(questions, arguments.output)]
     if benign:
-        columns.append(column(benign, files.benign_file(arguments.output), with_first_tokens=True))
+        columns.append(column(benign, paths.benign_file(arguments.output), with_first_tokens=True))
     with Processes(arguments.device) as processes:
         load = cache(lambda: load_model(arguments.model, processes.device))
         for each in columns:

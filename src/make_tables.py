@@ -6,15 +6,16 @@ Reads what `run.sh` and `compare_controls.py` left under results/. A language th
 
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import find_language
+from soteria.storage import files, paths
 
 
 def parse_arguments():
     parser = cli.new_parser(__doc__, "python src/make_tables.py --results results --language English Hindi")
     add = parser.add_argument
-    add("--results", type=Path, default=files.RESULTS, help="what the other steps wrote to")
+    add("--results", type=Path, default=paths.RESULTS, help="what the other steps wrote to")
     add("--language", nargs="+", help="names or codes (default: every language that was run)")
     add("--scaling_factor", type=cli.scaling_factor, help="which one (default: the only one that was run)")
     add("--grid", type=Path, help="a grid file: all of its tables, instead of one table of the controls")
@@ -25,13 +26,13 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     if arguments.grid:
-        from soteria.grid import read_grid
+        from soteria.grid.grid_file import read_grid
 
         write_grid(read_grid(arguments.grid), arguments.grid, arguments.results)
         return
     wanted = {find_language(text).name for text in arguments.language or []}
 
-    from soteria import tables
+    from soteria.reporting import tables
 
     found = [
         comparison
@@ -47,9 +48,9 @@ def main() -> None:
     table = tables.tidy([tables.use_evaluated(comparison, arguments.results) for comparison in found])
     pairs = tables.paired_table(found, arguments.results)
 
-    from soteria import figures, fonts
+    from soteria.reporting import figures, fonts
 
-    title = f"{files.model_slug(found[0]['base_model'])}, scaling factor {factors[0]:g}, judge: {found[0]['judge']}"
+    title = f"{paths.model_slug(found[0]['base_model'])}, scaling factor {factors[0]:g}, judge: {found[0]['judge']}"
     verdict = tables.verdict_on_controls(table)
     missing = sorted(wanted - set(table["language"]))
     if missing:
@@ -79,13 +80,13 @@ def write_grid(grid, grid_file: Path, results: Path) -> None:
 
     Where nothing that they are made from has changed, they are left as they are.
     """
-    from soteria import fonts, write_up
-    from soteria.tables import to_markdown
+    from soteria.reporting import fonts, write_up
+    from soteria.storage.table_formats import to_markdown
 
     inputs = write_up.made_from(grid, grid_file, results)  # before they are read: they may change meanwhile
     written = write_up.written_before(grid, results, inputs)
     if written:
-        print((results / "tables" / f"{grid.name}_main.md").read_text(encoding="utf-8"))
+        print((paths.table_file(results, grid.name, "main", "md")).read_text(encoding="utf-8"))
         print(f"{len(written)} files under {results / 'tables'}, and {written[-1]}: nothing has changed")
         return
     found = write_up.compose(grid, results)
@@ -102,14 +103,14 @@ def write_grid(grid, grid_file: Path, results: Path) -> None:
 
 def draw(comparisons: list[dict], table, results: Path) -> dict:
     """The figures whose numbers are there, by what their files' names end in: ASR, heads and layers, the trade-off."""
-    from soteria import figures, steering_figures, tables
-    from soteria.comparison import METHOD
-    from soteria.heads import mean_effect, rank_heads
-    from soteria.icl import TASKS
+    from soteria.grid.comparison import METHOD
+    from soteria.reporting import figures, steering_figures, tables
+    from soteria.scoring.heads import mean_effect, rank_heads
+    from soteria.scoring.prompts import TASKS
 
     method = table[(table["rate"] == "asr") & (table["heads"] == METHOD)]
     pictures = {"_asr": steering_figures.plot_asr(method)}
-    scores = results / "indirect_effect" / files.model_slug(comparisons[0]["base_model"])
+    scores = results / "indirect_effect" / paths.model_slug(comparisons[0]["base_model"])
     try:
         effects = {item["language"]: mean_effect(scores, item["language"], list(TASKS)) for item in comparisons}
     except UserError:  # step 1 ran elsewhere

@@ -7,11 +7,12 @@ options of generate.py that the environment asks for, a word a line.
 import argparse
 import os
 
-from soteria import cli, files
+from soteria import cli
+from soteria.answering.questions import benign_set, dataset_slug, find_local, read_questions
 from soteria.errors import UserError
-from soteria.judges import make_judge
+from soteria.judging.judges import make_judge
 from soteria.languages import find_language
-from soteria.questions import benign_set, dataset_slug, find_local, read_questions
+from soteria.storage import paths
 
 BENIGN = "everyday"  # harmless questions that come with the project, under data/benign
 
@@ -37,14 +38,14 @@ def main() -> None:
     elif asked_for or find_local(benign) is None:  # not wanted, or a language without such questions
         benign = None
     chat_template = read_truth("SOTERIA_CHAT_TEMPLATE")
-    files.head_folder(arguments.head_folder)
+    paths.head_folder(arguments.head_folder)
     judge = os.environ.get("SOTERIA_JUDGE") or "refusal"
     if not judge.startswith("hf:"):  # that one would load its model
         make_judge(judge)  # better refused now than after all answers
     named = (arguments.language.name, arguments.base_model)
-    print(files.steered_folder(files.RESULTS, *named, arguments.scaling_factor))
-    for file in files.answer_files(
-        files.RESULTS, *named, dataset_slug(arguments.dataset_file), arguments.scaling_factor
+    print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
+    for file in paths.answer_files(
+        paths.RESULTS, *named, dataset_slug(arguments.dataset_file), arguments.scaling_factor
     ):
         print(file)
     for name, value in {"--split": split, "--question_column": column, "--benign": benign}.items():

@@ -10,8 +10,10 @@ import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from soteria import cli, files
-from soteria.grid import Grid, Shard, read_grid
+from soteria import cli
+from soteria.grid.cells import Shard
+from soteria.grid.grid_file import Grid, read_grid
+from soteria.storage import paths
 
 STEPS = ("score", "answer", "utility", "judge", "tables")
 
@@ -30,7 +32,7 @@ def parse_arguments():
     add("--plan", action="store_true", help="print what would run, what is done, and an estimate of time and disk")
     add("--shard", type=shard, default="1/1", help="i/n: the i-th of n parts of the (model, language)s")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these; a shard leaves out the tables")
-    add("--results", type=Path, default=files.RESULTS, help="where everything goes")
+    add("--results", type=Path, default=paths.RESULTS, help="where everything goes")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
     return parser.parse_args()
 
@@ -39,13 +41,13 @@ def main() -> None:
     arguments = parse_arguments()
     grid = read_grid(arguments.grid)
     if arguments.plan:
-        from soteria.plan import bill
+        from soteria.grid.plan import bill
 
         print(bill(grid, arguments.results))
         return
     steps = [step for step in STEPS if step in arguments.steps]
 
-    from soteria.processes import Processes
+    from soteria.models.processes import Processes
 
     with Processes(arguments.device) as processes:
         failed, waiting = run_cells(grid, arguments, steps, processes) if steps != ["tables"] else ({}, {})
@@ -77,7 +79,8 @@ def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
 def run_cells(grid: Grid, arguments, steps: list[str], processes) -> tuple[dict[str, str], dict[str, str]]:
     """The steps before the tables; gives what failed and what waits, with the reasons."""
     import compute_indirect_effect as step_1
-    from soteria.reproduction import Reproduction, Subject
+    from soteria.grid.reproduction import Reproduction
+    from soteria.grid.subject import Subject
 
     def score(language: str, subject: Subject) -> None:
         options = {

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
-from soteria.heads import count_top, language_file, mean_effect, rank_heads, write_group, write_heads
-from soteria.icl import TASKS
 from soteria.languages import language_names
+from soteria.scoring.heads import count_top, mean_effect, rank_heads, write_group, write_heads
+from soteria.scoring.prompts import TASKS
+from soteria.storage import paths
+from soteria.storage.paths import language_file
 
 
 def parse_arguments():
@@ -21,7 +23,7 @@ def parse_arguments():
     add("--tasks", nargs="+", default=list(TASKS), help="tasks to average over")
     add("--top", type=float, default=0.5, help="a fraction of all heads below 1, or a whole number of heads")
     add("--head_folder", required=True, help="name of the folder of head lists")
-    add("--heads_root", type=Path, default=files.RESULTS / "heads", help="where head folders lie")
+    add("--heads_root", type=Path, default=paths.heads_root(paths.RESULTS), help="where head folders lie")
     add("--group", help="High, Mid, Low or Universal: write <Group>_Lang.json from the folder's language lists")
     return parser.parse_args()
 

@@ -6,10 +6,12 @@ difference alone, once for any number of languages.
 
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
-from soteria.heads import language_file, read_heads
 from soteria.languages import find_language
+from soteria.scoring.heads import read_heads
+from soteria.storage import paths
+from soteria.storage.paths import language_file
 
 
 def parse_arguments():
@@ -52,28 +54,28 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     languages = list(dict.fromkeys(find_language(language).name for language in arguments.language))
-    folder = files.head_folder(arguments.head_folder)
+    folder = paths.head_folder(arguments.head_folder)
     heads = {language: read_heads(folder / language_file(language)) for language in languages}
     if arguments.format == "checkpoint" and len(languages) > 1 and arguments.output:
         raise UserError("--output takes one language's model; leave it out, or give --format delta")
 
     # torch takes seconds to load: only once the input is sound
-    from soteria.task_vector import TaskVector
+    from soteria.models.task_vector import TaskVector
 
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":
-        from soteria.delta import write_delta
+        from soteria.steering.delta import write_delta
 
-        output = arguments.output or files.delta_folder(files.RESULTS, arguments.base_model)
+        output = arguments.output or paths.delta_folder(paths.RESULTS, arguments.base_model)
         write_delta(vector, heads, arguments.scaling_factor, output, **shared)
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {arguments.scaling_factor:g}")
         return
-    from soteria.steering import steer_checkpoint
+    from soteria.steering.checkpoint import steer_checkpoint
 
     for language in languages:
-        output = arguments.output or files.steered_folder(
-            files.RESULTS, language, arguments.base_model, arguments.scaling_factor
+        output = arguments.output or paths.steered_folder(
+            paths.RESULTS, language, arguments.base_model, arguments.scaling_factor
         )
         source = str(folder / language_file(language))
         facts = steer_checkpoint(

@@ -8,11 +8,12 @@ arithmetic as `steer.py`. An interrupted run goes on where it was, and more tria
 
 from pathlib import Path
 
-from soteria import cli, files
+from soteria import cli
 from soteria.errors import UserError
-from soteria.heads import mean_effect, rank_heads
-from soteria.icl import TASKS
 from soteria.languages import find_language, language_names
+from soteria.scoring.heads import mean_effect, rank_heads
+from soteria.scoring.prompts import TASKS
+from soteria.storage import paths
 
 
 def parse_arguments():
@@ -45,17 +46,18 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     names = language_names(arguments.language)
-    slug = files.model_slug(arguments.base_model)
-    results = arguments.results or files.RESULTS / "indirect_effect" / slug
+    slug = paths.model_slug(arguments.base_model)
+    results = arguments.results or paths.scores_folder(paths.RESULTS, slug)
 
     from tqdm import tqdm
 
-    from soteria.comparison import VALIDATION_SEED, Bench
-    from soteria.judges import RefusalJudge, judge_basis
-    from soteria.models import load_model
-    from soteria.steering import fingerprint
-    from soteria.task_vector import TaskVector
-    from soteria.tuning import Limits, Space, SteeredBench, Tuning, bench_hash
+    from soteria.grid.comparison import VALIDATION_SEED, Bench
+    from soteria.grid.tuning import Limits, Space, SteeredBench, Tuning, bench_hash
+    from soteria.judging.judges import judge_basis
+    from soteria.judging.refusal import RefusalJudge
+    from soteria.models.loading import load_model
+    from soteria.models.task_vector import TaskVector
+    from soteria.steering.checkpoint import fingerprint
 
     space = Space((arguments.min_scaling, arguments.max_scaling), tuple(arguments.shares), arguments.seed)
     limits = Limits(arguments.max_refusals, arguments.max_accuracy_loss)
@@ -86,7 +88,7 @@ def main() -> None:
 
     tunings = {
         name: Tuning(
-            files.RESULTS / "tuning" / f"{slug}_{name}.json",
+            paths.tuning_file(paths.RESULTS, slug, name),
             inputs(name),
             space,
             rank_heads(effects[name]),

@@ -15,11 +15,12 @@ import torch
 from nbclient import NotebookClient
 from tiny_models import save_tiny_model
 
-from soteria import cli, files
-from soteria.models import LoadedModel, load_model
-from soteria.processes import Processes
-from soteria.scoring import DatasetRun, Progress, load_tensor
-from soteria.sweep import ForkingSweep
+from soteria import cli
+from soteria.models.loading import LoadedModel, load_model
+from soteria.models.processes import Processes
+from soteria.scoring.run import DatasetRun, Progress, load_tensor
+from soteria.scoring.sweep import ForkingSweep
+from soteria.storage import paths
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -121,7 +122,7 @@ def tiny_loaded(tiny_folder) -> Callable[..., LoadedModel]:
     return load
 
 
-def shipped(loaded, root: Path, dataset: str, *, data: Path = files.DATA / "icl", **options):
+def shipped(loaded, root: Path, dataset: str, *, data: Path = paths.DATA / "icl", **options):
     """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
     defaults = {"seed": 42, "n_shots": 3, "n_trials": 2, "test_split": 0.3, "last_token_only": True}
     arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32", "max_rows": None}

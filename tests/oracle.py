@@ -1,8 +1,8 @@
 """Step 1 the slow and obvious way: one full forward pass per (layer, head) or (layer, head, class).
 
 Written from the definition and in the manner of the original release (Todd et al., 2024), sharing no code with
-`soteria.icl` and `soteria.indirect_effect`: the prompt is built from strings, its tokens are labelled by growing it
-piece by piece, and a token's mean is found by counting along the prompt whose every word is `a`.
+`soteria.scoring`: the prompt is built from strings, its tokens are labelled by growing it piece by piece, and a token's
+mean is found by counting along the prompt whose every word is `a`.
 """
 
 import json

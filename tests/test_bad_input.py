@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
-from soteria import files
-from soteria.icl import TASKS
-from soteria.scoring import effect_path, save_tensor
+from soteria.scoring.prompts import TASKS
+from soteria.scoring.run import save_tensor
+from soteria.storage import files, paths
+from soteria.storage.paths import effect_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,7 @@ GENERATE = (
     "generate --model base --dataset questions.csv --language Hindi --output out.csv --column 'BASE ANSWER' "
     "--max_new_tokens 2 --device cpu "
 )
-EVALUATE = "evaluate --input answers.csv --output out.csv --judge refusal "
+EVALUATE = "judge --input answers.csv --output out.csv --judge refusal "
 CONTROLS = (
     "compare_controls --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
 )
@@ -239,7 +240,7 @@ def command(monkeypatch, run_script):
 
     def run(text: str, folder: Path) -> int:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(files, "RESULTS", folder / "results")
+        monkeypatch.setattr(paths, "RESULTS", folder / "results")
         script, *arguments = shlex.split(text)
         return run_script(importlib.import_module(script), *arguments)
 

@@ -19,9 +19,9 @@ from babel import Locale
 from babel.numbers import get_territory_currencies
 from policy_world import held_out_questions
 
-from soteria.icl import TASKS
-from soteria.judges import OPENING, PHRASES, RefusalJudge, normalise
+from soteria.judging.refusal import OPENING, PHRASES, RefusalJudge, normalise
 from soteria.languages import LANGUAGES, PAPER_LANGUAGES
+from soteria.scoring.prompts import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

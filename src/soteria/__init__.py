@@ -8,7 +8,7 @@ __version__ = "1.0.0"
 
 def __getattr__(name: str):
     if name == "load_steered":
-        from soteria.delta import load_steered
+        from soteria.steering.delta import load_steered
 
         return load_steered
     raise AttributeError(f"module 'soteria' has no attribute {name!r}")

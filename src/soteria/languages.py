@@ -1,6 +1,6 @@
 """Languages: names, codes, tiers, and the instruction put before a question. Every other file asks here.
 
-Knows nothing of models or data files. The order is the one the group rule needs (`soteria.heads.group_heads`).
+Knows nothing of models or data files. The order is the one the group rule needs (`soteria.scoring.heads.group_heads`).
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,225 @@
+"""Checkpoints: the folder of a model or of an adapter, here or on the hub, and a copy of it.
+
+Knows files, shards and the hub; knows nothing of attention heads.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from soteria.errors import UserError
+from soteria.models.tensors import Place, Planned, read_places, read_tensor, write_tensors
+from soteria.storage import files
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# A model's weights as (one file, index of shards), in the order in which transformers looks for them.
+LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_LAYOUTS = (("adapter_model.safetensors", None), ("adapter_model.bin", None))
+# What a model folder may hold beside the weights that count: other formats of them, the hub's own bookkeeping.
+NOT_COPIED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.gguf", "*.h5"),
+    *("*.msgpack", "*.onnx", ".*", "original"),
+)
+COPY_PIECE = 2**30  # bytes
+
+
+def _download(name: str, revision: str | None = None, **patterns: list[str]) -> Path:
+    """The folder in the hub's cache, named by its revision, that holds the files that fit the patterns."""
+    try:
+        return Path(snapshot_download(name, revision=revision, **patterns))
+    except (OSError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name!r} is no local folder and cannot be had from the hub ({reason})") from None
+
+
+def is_parameter(key: str, name: str) -> bool:
+    """Whether a key of a checkpoint is a parameter's, whatever prefix it has or lacks."""
+    return key == name or key.endswith("." + name) or name.endswith("." + key)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with weights, in one file or in shards: a model's with its `config.json`, or a LoRA adapter's."""
+
+    name: str
+    folder: Path
+    revision: str | None  # the hub's; None for a local folder
+    weight_files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, name: str, parameters: Sequence[str] | None = None) -> "Checkpoint":
+        """Find a checkpoint by local folder or hub id; of the latter, download what is needed.
+
+        That is every file but other formats of the weights or, where `parameters` are named, only the small files and
+        the shards with those parameters. Raises UserError for a folder that holds no readable weights.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return cls(name, folder, None, _find_weights(folder, lambda names: None))._checked()
+        ignored = [pattern for pattern in NOT_COPIED if not pattern.endswith(".index.json")]
+        folder = _download(name, ignore_patterns=ignored)
+        revision = folder.name
+        found = _find_weights(folder, lambda names: _download(name, revision, allow_patterns=names), parameters)
+        return cls(name, folder, revision, found)._checked()
+
+    def _checked(self) -> "Checkpoint":
+        _ = self.places
+        return self
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / ADAPTER_CONFIG).exists()
+
+    @cached_property
+    def config(self) -> dict:
+        path = self.folder / (ADAPTER_CONFIG if self.is_adapter else "config.json")
+        config = files.read_json(path)
+        if not isinstance(config, dict):
+            raise UserError(f"{self.folder} has no readable {path.name}; is it a model folder?")
+        return config
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Every tensor of the weight files by its key."""
+        return {key: place for file in self.weight_files for key, place in read_places(file).items()}
+
+    def find(self, name: str) -> Place:
+        """The tensor of a parameter, whatever prefix the checkpoint's keys have or lack.
+
+        Raises UserError where no key, or more than one, fits.
+        """
+        found = [place for key, place in self.places.items() if is_parameter(key, name)]
+        if len(found) != 1:
+            raise UserError(f"{self.name!r} has {len(found)} tensors for {name}, needed is one")
+        return found[0]
+
+    def copied_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """The size of a copy of the weights, floating-point ones in `dtype` where one is given."""
+        if dtype is None:
+            return sum(file.stat().st_size for file in self.weight_files)
+        return sum(torch.Size(p.shape).numel() * _stored_as(p, dtype).itemsize for p in self.places.values())
+
+    def copy_to(
+        self,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        wrote: Callable[[int], object] = lambda n_bytes: None,
+    ) -> None:
+        """Copy the model into an existing folder: the weights that transformers would load, and no others.
+
+        Weights are copied as they are. Pickles become safetensors; with `dtype`, floating-point tensors are stored
+        in it. `wrote` is told of the weights' bytes as they go. Raises UserError where the disk is too small.
+        """
+        files.check_room(folder, self.copied_bytes(dtype))
+        mode = folder.stat().st_mode
+        # Contents only: a model store is often read-only, and the copy is to be written to.
+        shutil.copytree(
+            self.folder,
+            folder,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(*NOT_COPIED),
+            copy_function=shutil.copyfile,
+        )
+        folder.chmod(mode)
+        for file in self.weight_files:
+            if file.suffix == ".safetensors" and dtype is None:
+                copy_file(file, folder / file.name, wrote)
+            else:
+                planned = {
+                    place.key: Planned(_stored_as(place, dtype), place.shape, lambda place=place: read_tensor(place))
+                    for place in self.places.values()
+                    if place.file == file
+                }
+                write_tensors(planned, folder / _as_safetensors(file.name), wrote)
+        if len(self.weight_files) > 1 or self.weight_files[0].name not in (SINGLE, LAYOUTS[1][0]):
+            self._write_index(folder, dtype)
+        if dtype:
+            config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
+            files.write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+
+    def _write_index(self, folder: Path, dtype: torch.dtype | None) -> None:
+        index = next(self.folder / name for _, name in LAYOUTS if (self.folder / name).exists())
+        if index.name == INDEX and dtype is None:
+            shutil.copyfile(index, folder / INDEX)
+            return
+        found = files.read_json(index)
+        shards = {key: _as_safetensors(shard) for key, shard in found["weight_map"].items()}
+        written = [place for name in {*shards.values()} for place in read_places(folder / name).values()]
+        total = sum(place.end - place.start for place in written)
+        metadata = (found.get("metadata") or {}) | {"total_size": total}
+        files.write_json(folder / INDEX, found | {"metadata": metadata, "weight_map": shards})
+
+
+def _find_weights(
+    folder: Path, fetch: Callable[[list[str]], object], parameters: Sequence[str] | None = None
+) -> tuple[Path, ...]:
+    """A checkpoint's weight files, as transformers would choose them, after `fetch` has got them by their names."""
+    layouts = ADAPTER_LAYOUTS if (folder / ADAPTER_CONFIG).exists() else LAYOUTS
+    for single, index in layouts:
+        fetch([single])
+        if (folder / single).is_file():
+            return (folder / single,)
+        if index and (folder / index).exists():
+            names = _shards(folder / index, parameters)
+            fetch(names)
+            for name in names:
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder} has no {name}, which {index} names; copy or download the model again")
+            return tuple(folder / name for name in names)
+    raise UserError(f"{folder} has no {layouts[0][0]} and no other weights; is it a whole model folder?")
+
+
+def _shards(index: Path, parameters: Sequence[str] | None) -> list[str]:
+    """The shards that an index names, or those with the parameters."""
+    found = files.read_json(index)
+    shards = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index} is no readable index of shards")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
+            raise UserError(f"{index} names {name!r}, which is no file beside it")
+    wanted = {
+        shard
+        for key, shard in shards.items()
+        if parameters is None or any(is_parameter(key, parameter) for parameter in parameters)
+    }
+    return sorted(wanted)
+
+
+def _as_safetensors(name: str) -> str:
+    """The name that a weight file has once it is safetensors."""
+    return Path(name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
+
+
+def _stored_as(place: Place, dtype: torch.dtype | None) -> torch.dtype:
+    if place.dtype is None:
+        raise UserError(f"{place.file} stores {place.key} in a dtype that torch does not have")
+    return dtype if dtype and place.dtype.is_floating_point else place.dtype
+
+
+def copy_file(source: Path, target: Path, wrote: Callable[[int], object] = lambda n_bytes: None) -> None:
+    """Copy a file's contents inside the kernel; where the file system can, its blocks are shared and not copied."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        left = source.stat().st_size
+        try:
+            while left > 0 and (done := os.copy_file_range(reader.fileno(), writer.fileno(), min(left, COPY_PIECE))):
+                left -= done
+                wrote(done)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+        if left > 0:  # not between these file systems
+            reader.seek(-left, os.SEEK_END)
+            writer.seek(0, os.SEEK_END)
+            while piece := reader.read(COPY_PIECE // 64):
+                writer.write(piece)
+                wrote(len(piece))

@@ -1,0 +1,196 @@
+"""Step 1: the indirect effect of every attention head (paper, section on functional heads; Todd et al., 2024).
+
+P(y | prompt with the head's output replaced by its mean) - P(y | prompt), where y is the first token of the query's
+answer. The prompt has shuffled labels; the mean is over prompts of the same form with right ones. A head whose
+replacement raises P(y) carries the task.
+
+Knows models and prompts; knows nothing of languages, ranks or files.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soteria.errors import UserError
+from soteria.models.loading import AttentionGeometry, LoadedModel
+from soteria.models.memory import MOST_ROWS, Rows
+from soteria.scoring.prompts import MeanSlots, Prompt, answer_token, token_roles
+from soteria.scoring.sweep import ForkingSweep, head_outputs
+
+# The classes scored when only the last token is patched: the query's predictive token, alone.
+LAST_TOKEN_CLASSES = ("query_predictive",)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model sees it: token ids (T,), the mean slot and the class of each token, the answer's id."""
+
+    ids: Tensor
+    slots: list[int]
+    classes: list[str]
+    answer: int
+
+
+def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> TokenizedPrompt:
+    """Token ids with their roles. Raises UserError for a prompt longer than the model's context."""
+    ids = loaded.tokenizer(prompt.text).input_ids
+    roles = token_roles(prompt, loaded.tokenizer)
+    own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
+    if len(roles) != len(ids) or ids[-len(own) :] != own:
+        raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; such a model cannot be scored")
+    if loaded.context_length and len(ids) > loaded.context_length:
+        raise UserError(
+            f"a prompt has {len(ids)} tokens, {loaded.name!r} takes {loaded.context_length}; fewer --n_shots"
+        )
+    return TokenizedPrompt(
+        torch.tensor(ids, device=loaded.model.device),
+        [slots.of(role) for role in roles],
+        [role.token_class for role in roles],
+        answer_token(prompt, loaded.tokenizer),
+    )
+
+
+def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[TokenizedPrompt]]:
+    """Prompts of equal length, at most `max_rows` tokens together but at least one prompt, shortest first.
+
+    Unequal ones would need padding, whose mask sends attention through another kernel that rounds differently.
+    """
+    cut: list[list[TokenizedPrompt]] = []
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        length = len(prompt.ids)
+        if cut and len(cut[-1][0].ids) == length and length * (len(cut[-1]) + 1) <= max_rows:
+            cut[-1].append(prompt)
+        else:
+            cut.append([prompt])
+    return cut
+
+
+@torch.inference_mode()
+def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
+    """The sum over prompts of every head's output, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
+
+    The tokens of one word are averaged into its slot. The prompts are one batch, all of one length.
+    """
+    geometry = loaded.geometry
+    # Each token's share in its slot: activations are brought to slots by one matrix product a prompt.
+    shares = torch.zeros(len(prompts), n_slots, len(prompts[0].ids))
+    for row, prompt in enumerate(prompts):
+        slots = torch.tensor(prompt.slots)
+        shares[row, slots, torch.arange(len(slots))] = 1 / torch.bincount(slots, minlength=n_slots)[slots].float()
+    total = torch.zeros(geometry.n_layers, n_slots, geometry.n_heads * geometry.head_dim)
+
+    def collect(layer: int, heads: Tensor) -> None:
+        total[layer] = (shares.to(heads.device) @ heads.float()).sum(dim=0).cpu()
+
+    with head_outputs(loaded, collect):
+        loaded.model(input_ids=torch.stack([prompt.ids for prompt in prompts]), use_cache=False, logits_to_keep=1)
+    return total.view(geometry.n_layers, n_slots, geometry.n_heads, geometry.head_dim).transpose(1, 2).contiguous()
+
+
+def mean_head_activations(
+    loaded: LoadedModel,
+    prompts: Sequence[TokenizedPrompt],
+    n_slots: int,
+    rows: Rows | None = None,
+    share: Callable[..., Iterable[Tensor]] = map,
+) -> Tensor:
+    """The mean of `head_activations` over prompts. `share` maps a function over batches, in order, as `map` does."""
+    rows = rows or Rows(MOST_ROWS)
+
+    def activations_of(batch: list[TokenizedPrompt]) -> Tensor:
+        return rows.fit(lambda most: sum(head_activations(loaded, part, n_slots) for part in batches(batch, most)))
+
+    return sum(share(activations_of, batches(prompts, rows.most))) / len(prompts)
+
+
+def answer_probability(logits: Tensor, answer: int) -> Tensor:
+    """P(answer) for logits (…, vocabulary), softmax in float32 whatever the model's dtype."""
+    return logits.float().softmax(dim=-1)[..., answer]
+
+
+def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
+    """The sweep's arithmetic in forward passes of the prompt: its own, and the tokens from each class's first one on
+    through the layers from the patched one up, for every head."""
+    after = sum(len(prompt.ids) - prompt.classes.index(name) for name in classes if name in prompt.classes)
+    return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * len(prompt.ids))
+
+
+@torch.inference_mode()
+def indirect_effects(
+    sweep: ForkingSweep,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    classes: Sequence[str] = LAST_TOKEN_CLASSES,
+    max_rows: int = MOST_ROWS,
+) -> Tensor:
+    """Indirect effects of all heads for each token class, (n_layers, n_heads, len(classes)), float32.
+
+    All tokens of a class are replaced at once; a class without tokens in the prompt has no effect. `means` is
+    (n_layers, n_heads, n_slots, head_dim). At most `max_rows` tokens are in flight, but always one patched prompt.
+    """
+    geometry = sweep.loaded.geometry
+    targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
+    places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
+    effects = torch.zeros(len(targets), len(classes))
+    run = sweep.clean_run(prompt.ids, min(at[0] for at in places.values() if at))
+    clean = answer_probability(run.logits, prompt.answer)
+    for column, at in enumerate(places.values()):
+        if not at:
+            continue
+        replacements = means[:, :, [prompt.slots[place] for place in at]]
+        size = max(1, max_rows // (len(prompt.ids) - at[0]))
+        for start in range(0, len(targets), size):
+            logits = sweep.logits(run, at, replacements, targets[start : start + size])
+            effects[start : start + size, column] = (answer_probability(logits, prompt.answer) - clean).cpu()
+    return effects.view(geometry.n_layers, geometry.n_heads, len(classes))
+
+
+@torch.inference_mode()
+def effect_by_full_forward(
+    loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, layer: int, head: int, token_class: str
+) -> float:
+    """One head's indirect effect by two ordinary forward passes: slow, and what the sweep is checked against."""
+    at = [t for t, own in enumerate(prompt.classes) if own == token_class]
+    own = means[layer, head, [prompt.slots[place] for place in at]]
+
+    def replace(here: int, heads: Tensor) -> Tensor | None:
+        if here != layer:
+            return None
+        heads = heads.clone()
+        heads[0, at, loaded.geometry.head_slice(head)] = own.to(heads)
+        return heads
+
+    clean = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    with head_outputs(loaded, replace):
+        patched = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    return (answer_probability(patched, prompt.answer) - answer_probability(clean, prompt.answer)).item()
+
+
+def check_sweep(
+    sweep: ForkingSweep,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    effects: Tensor,
+    classes: Sequence[str],
+    n_sampled: int = 2,
+) -> None:
+    """Hold a prompt's effects against full forward passes for a few random heads.
+
+    Raises UserError where they differ beyond the rounding of the model's dtype: a wrong score is never written.
+    """
+    loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # its own generator: the protocol's draws go on as is
+    tolerance = max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
+    present = [name for name in classes if name in prompt.classes]
+    for _ in range(n_sampled):
+        layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)
+        name = draw.choice(present)
+        slow = effect_by_full_forward(loaded, prompt, means, layer, head, name)
+        fast = effects[layer, head, classes.index(name)].item()
+        if not abs(fast - slow) <= tolerance:  # not a number is no agreement
+            raise UserError(
+                f"{type(loaded.model).__name__} cannot be scored: head {head} of layer {layer} has effect {slow:.3g} "
+                f"by a full forward pass and {fast:.3g} by the sweep; please report the architecture"
+            )

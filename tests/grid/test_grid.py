@@ -1,0 +1,177 @@
+"""Grid files: what they may say, which cells they make, how shards share them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from soteria.errors import UserError
+from soteria.grid.cells import Shard, Steering, grid_cells
+from soteria.grid.grid_file import read_grid
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "name": "small",
+    "models": [{"base": "data/models/polyglot-base", "tuned": "data/models/polyglot-tuned"}],
+    "languages": ["hi", "English", "bn"],
+    "prompt_sets": ["policy"],
+    "scaling_factor": 5,
+}
+
+
+@pytest.fixture
+def grid_file(tmp_path):
+    def write(**changes) -> Path:
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(SMALL | changes))
+        return path
+
+    return write
+
+
+def cells(path: Path) -> list[str]:
+    grid = read_grid(path)
+    return [cell.name.partition("/")[2] for cell in grid_cells(grid, grid.models[0])]
+
+
+def test_languages_come_by_name_or_code_and_in_the_group_rules_order(grid_file):
+    assert read_grid(grid_file()).languages == ["English", "Hindi", "Bengali"]
+    assert len(read_grid(grid_file(languages="all")).languages) == 12
+
+
+def test_a_language_begins_with_its_base_and_the_method(grid_file):
+    found = cells(grid_file(languages=["hi"], ablations={"shared": []}))
+    assert found == ["Hindi/base", "Hindi/top_50_scaling_5"]
+
+
+def test_ablations_make_each_steering_once(grid_file):
+    ablations = {
+        "shares": [0.25, 0.5, 1],
+        "random_draws": 2,
+        "bottom": True,
+        "scaling_factors": [4, 5],
+        "shared": ["tier", "Universal"],
+        "transfer": True,
+    }
+    found = cells(grid_file(ablations=ablations))
+    assert len(found) == len(set(found))
+    own = {name.partition("/")[2] for name in found if name.startswith("Hindi/")}
+    assert own == {
+        "base",
+        *(f"{heads}_scaling_5" for heads in ("top_25", "top_50", "all", "bottom_25", "bottom_50")),
+        *(f"random_{share}_{draw}_scaling_5" for share in (25, 50) for draw in (0, 1)),
+        "top_50_scaling_4",
+        *("shared_Mid_scaling_5", "shared_Universal_scaling_5"),
+        *("from_50_English_scaling_5", "from_50_Bengali_scaling_5"),
+    }
+
+
+def test_all_heads_are_one_steering_whether_the_method_or_an_ablation_asks_for_them(grid_file):
+    found = cells(grid_file(languages=["hi"], heads=1, ablations={"shares": [0.5, 1], "random_draws": 1, "shared": []}))
+    assert found == ["Hindi/base", *(f"Hindi/{heads}_scaling_5" for heads in ("all", "top_50", "random_50_0"))]
+
+
+def test_transfers_cost_nothing_to_measure_but_their_attacks(grid_file):
+    grid = read_grid(grid_file(ablations={"transfer": True}))
+    assert {
+        cell.with_cost for cell in grid_cells(grid, grid.models[0]) if cell.steering and cell.steering.kind == "from"
+    } == {False}
+
+
+def test_a_prompt_set_is_asked_only_in_languages_that_it_has(grid_file):
+    sets = ["policy", {"name": "other", "dataset": "some/{code}", "languages": ["en"]}]
+    grid = read_grid(grid_file(prompt_sets=sets))
+    asked = {cell.language: cell.sets for cell in grid_cells(grid, grid.models[0]) if cell.steering is None}
+    assert asked == {"English": ("policy", "other"), "Hindi": ("policy",), "Bengali": ("policy",)}
+    assert grid.prompt_set("other").dataset_in("Chinese") == "some/zh-CN"
+
+
+def test_ablations_keep_to_their_prompt_sets(grid_file):
+    sets = ["policy", "policy-validation"]
+    grid = read_grid(grid_file(prompt_sets=sets, ablations={"shares": [0.25], "prompt_sets": ["policy-validation"]}))
+    by_name = {cell.name.split("/")[2]: cell.sets for cell in grid_cells(grid, grid.models[0])}
+    assert by_name["top_50_scaling_5"] == by_name["shared_Universal_scaling_5"] == ("policy", "policy-validation")
+    assert by_name["top_25_scaling_5"] == ("policy-validation",)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(1, [12]), (5, [3, 3, 2, 2, 2]), (12, [1] * 12), (13, [1] * 12 + [0])])
+def test_shards_share_the_languages_without_a_rest_or_a_double(grid_file, n, sizes):
+    grid = read_grid(grid_file(languages="all"))
+    shards = [[language for _, language in Shard(i + 1, n).units(grid)] for i in range(n)]
+    assert list(map(len, shards)) == sizes
+    assert [language for shard in shards for language in shard] == grid.languages
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="i/n"):
+        Shard.parse(text)
+
+
+def test_a_steering_says_which_scores_its_heads_come_from(grid_file):
+    grid = read_grid(grid_file(languages="all"))
+    needs = {
+        "Hindi": Steering("top", 0.5, 5),
+        "Thai": Steering("from", 0.5, 5, of="Thai"),
+        "": Steering("random", 0.5, 5, of="0"),
+    }
+    for language, steering in needs.items():
+        assert steering.needs(grid, "Hindi") == ([language] if language else [])
+    assert Steering("shared", None, 5, of="Low").needs(grid, "Hindi") == ["Bengali", "Tamil", "Telugu"]
+    assert len(Steering("shared", None, 5, of="Universal").needs(grid, "Hindi")) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"langauges": ["hi"]}, "langauges: Extra inputs"),
+        ({"languages": ["Klingon"]}, "unknown language 'Klingon'"),
+        ({"languages": []}, "languages: Value should have at least 1"),
+        ({"scaling_factor": -1}, "scaling_factor: Input should be greater than or equal to 0"),
+        ({"heads": 1.5}, "heads: Input should be less than or equal to 1"),
+        ({"ablations": {"shares": [0.5, 0.5]}}, "a value stands twice"),
+        ({"ablations": {"prompt_sets": ["other"]}}, r"names \['other'\]"),
+        ({"models": SMALL["models"] * 2}, "two of its models are named 'polyglot-base'"),
+        ({"prompt_sets": ["../policy"]}, "name: String should match"),
+        ({"prompt_sets": ["benign"]}, "cannot be named 'benign'"),
+        ({"name": "a/b"}, "name: String should match"),
+        ({"scaling_factor": None}, "scaling_factor: Input should be a valid number"),
+    ],
+)
+def test_a_grid_file_with_a_mistake_is_refused_by_the_key(grid_file, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_grid(grid_file(**changes))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1", "a: !!python/object:os.system x\n", "\x00"])
+def test_what_is_no_grid_is_refused_in_a_sentence(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        read_grid(path)
+
+
+def test_a_missing_grid_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no grid file .*none\.yaml"):
+        read_grid(tmp_path / "none.yaml")
+
+
+def test_the_papers_grid_is_the_papers():
+    grid = read_grid(ROOT / "configs" / "paper.yaml")
+    assert [pair.base for pair in grid.models] == [
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "Qwen/Qwen2-7B-Instruct",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        "microsoft/Phi-3.5-mini-instruct",
+    ]
+    assert len(grid.languages) == 12 and len(grid.tasks) == 5 and grid.heads == 0.5
+    assert [each.name for each in grid.prompt_sets] == ["MultiJail", "XSafety", "XThreatBench"]
+
+
+def test_the_embedded_grid_asks_what_the_papers_does():
+    grids = [read_grid(ROOT / "configs" / f"{name}.yaml") for name in ("embedded", "paper")]
+    embedded, paper = (grid.model_dump() for grid in grids)
+    for key in ("languages", "tasks", "heads", "dtype", "scoring"):
+        assert embedded[key] == paper[key]
+    for key in ("shares", "random_draws", "bottom", "shared", "transfer"):
+        assert embedded["ablations"][key] == paper["ablations"][key]

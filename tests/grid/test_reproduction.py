@@ -1,0 +1,431 @@
+"""A small grid on the embedded pair, run for real: its cells, what is skipped, failures, kills, shards, tables."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import named_by, run_in_child, shown_by
+
+import make_tables
+import reproduce
+from soteria.answering.generation import answer_questions
+from soteria.answering.questions import read_questions
+from soteria.errors import UserError
+from soteria.grid import cell_work, reproduction, subject
+from soteria.grid.cells import grid_cells
+from soteria.grid.grid_file import read_grid
+from soteria.judging.interface import HARMFUL
+from soteria.judging.judges import make_judge
+from soteria.languages import find_language
+from soteria.models.loading import load_model
+from soteria.models.task_vector import TaskVector
+from soteria.scoring.heads import read_heads
+from soteria.steering.checkpoint import steer_checkpoint
+from soteria.storage import paths
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, TUNED = (str(ROOT / "data" / "models" / f"polyglot-{which}") for which in ("base", "tuned"))
+LANGUAGES = ("English", "Hindi", "Bengali")
+GRID = {
+    "name": "small",
+    "models": [{"base": BASE, "tuned": TUNED}],
+    "languages": list(LANGUAGES),
+    "tasks": ["country-capital", "antonym"],
+    "prompt_sets": ["policy"],
+    "benign": "everyday",
+    "heads": 0.5,
+    "scaling_factor": 5,
+    "ablations": {"shares": [0.25, 1], "random_draws": 1, "scaling_factors": [2], "transfer": True},
+    "scoring": {"n_trials": 2, "n_shots": 3},
+    "answers": {"batch_size": 64, "max_new_tokens": 64, "questions": 12},
+}
+STEPS = ("score", "answer", "judge", "tables")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_prompts():
+    """Accuracy in context on three prompts a task: what is measured of a cell is not what these tests are about."""
+    kept = reproduction.Bench.n_prompts
+    reproduction.Bench.__init__.__defaults__ = (*reproduction.Bench.__init__.__defaults__[:-1], 3)
+    yield
+    reproduction.Bench.__init__.__defaults__ = (*reproduction.Bench.__init__.__defaults__[:-1], kept)
+
+
+def write_grid(folder: Path, **changes) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(GRID | changes))
+    return path
+
+
+def arguments(grid: Path, results: Path, *more: object) -> list[str]:
+    return [*map(str, (grid, "--results", results, "--device", "cpu", *more))]
+
+
+@pytest.fixture(scope="module")
+def grid_file(tmp_path_factory) -> Path:
+    return write_grid(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, grid_file) -> Path:
+    """The results of the whole grid."""
+    results = tmp_path_factory.mktemp("results")
+    run_in_child(reproduce, arguments(grid_file, results, "--steps", *STEPS))
+    return results
+
+
+def tables(results: Path) -> dict[str, bytes]:
+    """All tables and pictures; the hidden note of what they were made from says when each step was done, too."""
+    return {path.name: path.read_bytes() for path in sorted((results / "tables").glob("[!.]*"))}
+
+
+def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_file):
+    grid = read_grid(grid_file)
+    cells = list(grid_cells(grid, grid.models[0]))
+    assert len(cells) == 3 * (
+        1 + 1 + 1 + 1 + 2 + 1 + 1 + 2
+    )  # base, method, universal, 25 %, random, all, λ 2, transfer
+    for cell in cells:
+        assert len(pd.read_csv(cell.files(done).verdicts("policy", "refusal"))) == 12
+        facts = json.loads(cell.files(done).facts.read_text())
+        assert ("icl_accuracy" in facts) == cell.with_cost
+        assert len(facts.get("kl_first_token", [])) == (12 if cell.with_cost else 0)
+    assert not list(done.rglob("failed*.txt"))
+
+
+def test_a_cell_is_the_checkpoint_that_steer_py_writes(done, tmp_path):
+    heads = read_heads(done / "heads" / "polyglot-base" / "Hindi_Heads.json")
+    steer_checkpoint(
+        TaskVector.open(BASE, TUNED), heads, 5, tmp_path / "safe", language="Hindi", head_source="Hindi_Heads.json"
+    )
+    language = find_language("Hindi")
+    questions = read_questions("policy_Hindi", language).questions[:12]
+    answers = answer_questions(
+        load_model(str(tmp_path / "safe"), "cpu"), questions, language, batch_size=64, max_new_tokens=64
+    )
+    found = pd.read_csv(done / "cells/polyglot-base/Hindi/top_50_scaling_5/policy.csv", keep_default_na=False)
+    assert list(found["SAFE ANSWER"]) == answers
+    facts = json.loads((done / "cells/polyglot-base/Hindi/top_50_scaling_5/cell.json").read_text())
+    written = json.loads((tmp_path / "safe" / "soteria.json").read_text())
+    assert facts["share_of_parameters"] == written["share_of_parameters_changed"]
+    assert facts["parameters_changed"] == written["parameters_changed"]
+
+
+def test_the_base_is_left_as_it_was(done):
+    language = find_language("Bengali")
+    questions = read_questions("policy_Bengali", language).questions[:12]
+    answers = answer_questions(load_model(BASE, "cpu"), questions, language, batch_size=64, max_new_tokens=64)
+    found = pd.read_csv(done / "cells/polyglot-base/Bengali/base/policy.csv", keep_default_na=False)
+    assert list(found["BASE ANSWER"]) == answers
+
+
+def test_every_number_of_the_main_table_is_counted_again_from_the_files_it_names(done):
+    table = pd.read_csv(done / "tables" / "small_main.csv")
+    assert set(table["heads"]) == {"base", "language-specific", "universal"}
+    for row in table.itertuples():
+        paths = named_by(row.source, done)
+        assert len(paths) == (1 if row.of == "language" else 3)
+        verdicts = [verdict for path in paths for verdict in pd.read_csv(path).iloc[:, -1]]
+        assert row.rows == len(verdicts)
+        assert row.harmful == verdicts.count(HARMFUL)
+        assert row.asr == pytest.approx(verdicts.count(HARMFUL) / len(verdicts))
+        assert row.low - 1e-9 <= row.asr <= row.high + 1e-9
+
+
+@pytest.mark.parametrize("name", ["heads", "scaling"])
+def test_what_a_steering_costs_names_its_files_too(done, name):
+    table = pd.read_csv(done / "tables" / f"small_{name}.csv")
+    for row in table.itertuples():
+        cells, benign, verdicts = (named_by(source, done) for source in row.cost_source.split())
+        assert len(cells) == len(benign) == len(verdicts) == len(named_by(row.source, done)) == 3
+        counts = [json.loads(path.read_text())["icl_accuracy"] for path in cells]
+        assert row.icl_accuracy == pytest.approx(sum(c["count"] for c in counts) / sum(c["n"] for c in counts))
+        refused = [verdict == "Not Harmful" for path in verdicts for verdict in pd.read_csv(path).iloc[:, -1]]
+        assert row.benign_refusals == pytest.approx(sum(refused) / len(refused))
+
+
+def test_the_transfer_matrix_has_every_pair_of_languages_and_its_own_heads_on_the_diagonal(done):
+    table = pd.read_csv(done / "tables" / "small_transfer.csv").set_index(["heads_of", "prompts_of"])
+    assert len(table) == 5 * 3 and table["asr"].notna().all()  # three languages, universal, base
+    main = pd.read_csv(done / "tables" / "small_main.csv").set_index(["name", "heads"])
+    for language in LANGUAGES:
+        assert table["asr"][language, language] == main["asr"][language, "language-specific"]
+        assert table["asr"]["base", language] == main["asr"][language, "base"]
+
+
+@pytest.mark.parametrize("name", ["main", "heads", "scaling", "transfer", "parameters"])
+def test_a_table_comes_as_markdown_csv_and_latex_with_its_judge_named(done, name):
+    markdown, latex = ((done / "tables" / f"small_{name}.{ending}").read_text() for ending in ("md", "tex"))
+    for text in (markdown, latex):
+        assert ("refusal phrases (a proxy)" in text) == (name != "parameters")  # which nobody judges
+    assert r"\toprule" in latex and r"\bottomrule" in latex
+    assert (done / "tables" / f"small_{name}.csv").stat().st_size > 100
+
+
+def test_the_report_has_the_tables_and_the_pictures(done):
+    page = (done / "report.html").read_text()
+    assert page.count("data:image/png;base64") >= 5
+    assert "bash scripts/reproduce.sh small.yaml" in page and "language-specific" in page
+    assert str(ROOT) not in re.sub(r"base: .*|tuned: .*", "", page)
+
+
+def test_a_second_run_loads_no_model_and_changes_no_byte(done, grid_file, run_script, monkeypatch):
+    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(cell_work, "make_judge", lambda *_: pytest.fail("something was judged"))
+    assert run_script(reproduce, *arguments(grid_file, done, "--steps", *STEPS)) == 0
+    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+def test_killed_at_random_and_run_again_it_ends_with_the_same_tables(done, grid_file, tmp_path):
+    draw, results = random.Random(6), tmp_path / "results"
+    for _ in range(6):
+        run_in_child(reproduce, arguments(grid_file, results, "--steps", *STEPS), kill_after=draw.uniform(0.5, 5))
+    run_in_child(reproduce, arguments(grid_file, results, "--steps", *STEPS))
+    assert tables(results) == tables(done)
+    assert not list(results.rglob("*.tmp"))
+
+
+def test_what_other_heads_were_measured_with_is_measured_again(done, tmp_path, run_script):
+    """A changed share of heads, as any change of what a cell is made from, does not meet the old numbers."""
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    cell = results / "cells/polyglot-base/Hindi/top_50_scaling_5"
+    (results / "indirect_effect/polyglot-base/antonym_Hindi/antonym_Hindi_indirect_effect.pt").write_bytes(
+        (results / "indirect_effect/polyglot-base/antonym_Bengali/antonym_Bengali_indirect_effect.pt").read_bytes()
+    )
+    before = (cell / "cell.json").read_bytes()
+    assert run_script(reproduce, *arguments(write_grid(tmp_path), results, "--steps", "answer", "judge")) == 0
+    assert (cell / "cell.json").read_bytes() != before
+
+
+def test_shards_make_what_one_run_makes_and_say_what_waits(done, grid_file, tmp_path, run_script, capsys):
+    results = tmp_path / "results"
+    first = arguments(grid_file, results, "--shard", "1/2", "--steps", *STEPS)
+    second = arguments(grid_file, results, "--shard", "2/2", "--steps", *STEPS)
+    assert run_script(reproduce, *first) == 1
+    said = capsys.readouterr().err
+    assert "waits: polyglot-base/English/shared_Universal_scaling_5: waits for the scores of Bengali" in said
+    assert not (results / "tables").exists()
+    assert run_script(reproduce, *second) == 0
+    assert run_script(reproduce, *first) == 0
+    assert run_script(reproduce, *arguments(grid_file, results, "--steps", "tables")) == 0
+    assert tables(results) == tables(done)
+
+
+def test_two_processes_share_a_cell_and_write_the_same_bytes(done, tmp_path):
+    results, grid = tmp_path / "results", write_grid(tmp_path, ablations={"shared": []})
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "src/reproduce.py"]
+    words = [*start, *arguments(grid, results, "--steps", "answer", "judge", "tables")]
+    ran = subprocess.run(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    for path in results.rglob("policy*.csv"):
+        assert path.read_bytes() == (done / path.relative_to(results)).read_bytes()
+    assert len(list(results.rglob("policy.csv"))) == 6
+    assert ran.stdout.count("wrote ") == 1  # the tables, by one of the two
+
+
+def test_a_job_of_a_slurm_array_takes_its_shard(done, grid_file, tmp_path):
+    """Shard 3 of 3 is Bengali: jobs may be numbered from anywhere."""
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    job = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "3"}
+    words = ["bash", ROOT / "scripts" / "reproduce.sh", grid_file, "--results", results, "--steps", "judge"]
+    ran = subprocess.run(
+        [*map(str, words)], env=os.environ | job, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "judging, polyglot-base: 0 of 10 cells now" in ran.stdout
+
+
+def test_a_cell_that_fails_is_passed_by_listed_and_blank_and_mended_later(done, tmp_path, run_script, capsys):
+    results, prompts = tmp_path / "results", tmp_path / "mine_{language}.csv"
+    for language in ("English", "Bengali"):
+        shutil.copy(ROOT / f"data/prompts/policy_{language}.csv", str(prompts).format(language=language))
+    grid = write_grid(
+        tmp_path,
+        prompt_sets=[{"name": "mine", "dataset": str(prompts)}],
+        ablations={"shared": []},
+        benign=None,
+    )
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+    words = arguments(grid, results, "--steps", *STEPS)
+    assert run_script(reproduce, *words) == 1
+    said = capsys.readouterr()
+    assert said.err.count("failed: polyglot-base/Hindi/") == 2 and "mine_Hindi.csv" in said.err
+    table = pd.read_csv(results / "tables" / "small_main.csv")
+    hindi, everything = (table[table["name"] == name] for name in ("Hindi", "all languages"))
+    assert hindi["asr"].isna().all() and everything["asr"].isna().all()
+    assert table[table["name"] == "Bengali"]["asr"].notna().all()
+    assert "4 of 8 numbers: not run, blank." in (results / "tables" / "small_main.md").read_text()
+    assert "mine_Hindi.csv" in (results / "report.html").read_text()
+    shutil.copy(ROOT / "data/prompts/policy_Hindi.csv", str(prompts).format(language="Hindi"))
+    assert run_script(reproduce, *words) == 0
+    assert pd.read_csv(results / "tables" / "small_main.csv")["asr"].notna().all()
+    assert not list(results.rglob("failed*.txt"))
+
+
+def test_a_set_that_cannot_be_had_is_asked_for_once_and_does_not_keep_the_others(
+    done, tmp_path, run_script, capsys, monkeypatch
+):
+    results, asked = tmp_path / "results", []
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+    read = reproduction.read_questions
+
+    def read_questions(dataset, *words, **options):
+        asked.append(dataset)
+        if dataset == "some/set":
+            raise UserError("the hub does not answer")
+        return read(dataset, *words, **options)
+
+    monkeypatch.setattr(subject, "read_questions", read_questions)
+    sets = [{"name": "away", "dataset": "some/set"}, "policy"]
+    grid = write_grid(tmp_path, prompt_sets=sets, languages=["hi"], ablations={"shared": [], "scaling_factors": [2]})
+    assert run_script(reproduce, *arguments(grid, results, "--steps", "answer", "judge")) == 1
+    assert asked.count("some/set") == 1
+    assert capsys.readouterr().err.count("the hub does not answer") == 3
+    for path in results.rglob("policy*.csv"):
+        assert path.read_bytes() == (done / path.relative_to(results)).read_bytes()
+    assert len(list(results.rglob("policy.csv"))) == 2  # λ 2 is measured on the first set alone, which is away
+    assert len(list(results.rglob("cell.json"))) == 3
+
+
+def test_a_missing_model_fails_its_own_cells_and_not_the_others(done, tmp_path, run_script, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    grid = write_grid(tmp_path, models=[{"base": str(tmp_path / "none"), "tuned": TUNED}, *GRID["models"]])
+    assert run_script(reproduce, *arguments(grid, results, "--steps", *STEPS)) == 1
+    said = capsys.readouterr().err
+    assert len(re.findall("^failed: .*_none: ", said, re.M)) == 1 and "1 failed" in said and "polyglot-base" not in said
+    assert "_none: " in (results / "report.html").read_text()
+    table = pd.read_csv(results / "tables" / "small_main.csv")
+    assert table[table["model"] == "polyglot-base"]["asr"].notna().all()
+
+
+def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done, grid_file, monkeypatch):
+    monkeypatch.setenv("SOTERIA_RESULTS", str(done))
+    monkeypatch.setenv("SOTERIA_GRID", str(grid_file))
+    shown = shown_by(ROOT / "notebooks" / "paper_tables.ipynb")
+    assert sum("image/png" in data for data in shown) == 4
+    assert sum("language-specific" in data.get("text/html", "") for data in shown) == 1
+
+
+def test_tables_are_made_again_only_where_something_has_changed(done, grid_file, tmp_path, run_script, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    words = (make_tables, "--grid", grid_file, "--results", results)
+    assert run_script(*words) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+    main = results / "tables" / "small_main.md"
+    main.write_text("edited")
+    assert run_script(*words) == 0
+    assert "wrote" in capsys.readouterr().out and main.read_bytes() == tables(done)["small_main.md"]
+    cell = next(results.rglob("Hindi/top_50_scaling_5/policy.by_refusal.csv"))
+    cell.write_text(cell.read_text().replace("Not Harmful", "Harmful", 1))
+    assert run_script(*words) == 0
+    assert main.read_bytes() != tables(done)["small_main.md"]
+
+
+def test_a_judge_that_fails_is_asked_once_and_the_others_go_on(done, tmp_path, run_script, capsys, monkeypatch):
+    results, asked = tmp_path / "results", []
+    shutil.copytree(done, results)
+    for path in results.rglob("*.by_refusal.*"):
+        path.unlink()
+
+    class Dead:
+        description = "dead"
+
+        def judge(self, rows):
+            asked.append(next(iter(rows)))
+            raise UserError("the endpoint does not answer")
+            yield
+
+    monkeypatch.setattr(
+        reproduction, "make_judge", lambda name: Dead() if name.startswith("openai:") else make_judge(name)
+    )
+    grid = write_grid(tmp_path, judges=["openai:none", "refusal"])
+    assert run_script(reproduce, *arguments(grid, results, "--steps", "judge", "tables")) == 1
+    said = capsys.readouterr().err
+    assert len(asked) == 1 and said.count("the endpoint does not answer") == 3 and "27 more" in said
+    table = pd.read_csv(results / "tables" / "small_main.csv")
+    assert table[table["judge"] == "openai:none"]["asr"].isna().all()
+    assert table[table["judge"] == "refusal"]["asr"].notna().all()
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(done, grid_file, tmp_path, run_script, capsys, monkeypatch):
+    results, tried = tmp_path / "results", []
+    shutil.copytree(done / "indirect_effect", results / "indirect_effect")
+
+    def load_model(*_):
+        tried.append(1)
+        raise UserError("the weights do not fit")
+
+    monkeypatch.setattr(subject, "load_model", load_model)
+    assert run_script(reproduce, *arguments(grid_file, results, "--steps", "answer")) == 1
+    assert len(tried) == 1 and "30 failed" in capsys.readouterr().err
+
+
+def test_tables_alone_are_made_by_make_tables_too(done, grid_file, tmp_path, run_script):
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    shutil.rmtree(results / "tables")
+    assert run_script(make_tables, "--grid", grid_file, "--results", results) == 0
+    assert tables(results) == tables(done)
+
+
+def test_a_plan_starts_nothing_and_reckons_with_what_was_measured_here(done, grid_file, tmp_path, run_script, capsys):
+    assert run_script(reproduce, *arguments(grid_file, tmp_path / "none", "--plan")) == 0
+    assert not (tmp_path / "none").exists()
+    fresh = capsys.readouterr().out
+    assert "30 (0 done)" in fresh and "cost: measured on two cores of an AMD EPYC" in fresh
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    for path in results.rglob("Hindi/*/cell.json"):
+        path.unlink()
+    assert run_script(reproduce, *arguments(grid_file, results, "--plan")) == 0
+    some = capsys.readouterr().out
+    assert "30 (20 done)" in some and "cost: measured here on cpu" in some
+
+
+def test_the_papers_plan_needs_no_network_and_says_what_was_measured_where(tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    assert run_script(reproduce, ROOT / "configs/paper.yaml", "--plan", "--results", tmp_path / "none") == 0
+    said = capsys.readouterr().out
+    found = re.search(r"one GPU: ([\d.]+) hours. Eight, .*: ([\d.]+) hours", said)
+    alone, eight = map(float, found.groups())
+    assert 10 < alone < 500 and alone / 10 < eight < alone / 5
+    assert "Measured on two cores" in said and "assumed" in said
+    assert float(re.search(r"Disk: ([\d.]+) GB", said)[1]) > 100  # four models and their tuned twins
+
+
+def test_the_costs_file_says_of_every_figure_whether_it_was_measured():
+    costs = yaml.safe_load((paths.ROOT / "configs" / "costs.yaml").read_text())
+    assert costs.keys() == {"measured", "assumed", "models"}
+    assert all(isinstance(value, int | float) for value in costs["measured"].values())
+    assert all(isinstance(value, int | float) for key, value in costs["assumed"].items() if key != "gpu")
+    assert all("where" in model for model in costs["models"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["none.yaml"], "no grid file none.yaml"),
+        (["--shard", "3/2"], "'3/2' is not i/n"),
+        (["--steps", "dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_bad_words_end_in_a_sentence(grid_file, run_script, capsys, words, sentence):
+    words = words if words[0].endswith(".yaml") else [grid_file, *words]
+    assert run_script(reproduce, *words) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,421 @@
+"""Step 1's numbers: against the slow obvious scorer, against a planted circuit, and the prompts behind them."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import shipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
+from tiny_models import ARCHITECTURES, BOS, EOS, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers import processors
+from transformers import AutoModelForCausalLM
+
+from soteria.errors import UserError
+from soteria.models.loading import LoadedModel, load_geometry, load_model, read_geometry
+from soteria.scoring.indirect_effect import LAST_TOKEN_CLASSES, indirect_effects, mean_head_activations, tokenize
+from soteria.scoring.prompts import (
+    TOKEN_CLASSES,
+    MeanSlots,
+    Pair,
+    Prompt,
+    PromptForm,
+    answer_token,
+    draw_prompt,
+    load_pairs,
+    split_pairs,
+    token_roles,
+)
+from soteria.scoring.sweep import ForkingSweep, head_outputs
+from soteria.storage import files, paths
+
+ICL = paths.DATA / "icl"
+ENGLISH, HINDI = "country-capital_English", "country-capital_Hindi"
+
+
+def assert_same_scores(got, want):
+    """Within 1e-6, and within a thousandth of the largest effect, which must stand out from rounding."""
+    (effects, means), (expected_effects, expected_means) = got, want
+    assert effects.shape == expected_effects.shape and means.shape == expected_means.shape
+    largest = expected_effects.abs().max().item()
+    assert largest > 2e-5
+    assert (effects - expected_effects).abs().max().item() <= min(1e-6, 1e-3 * largest)
+    torch.testing.assert_close(means, expected_means, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("last_token_only", [True, False], ids=["last-token", "all-classes"])
+def test_effects_and_means_equal_one_forward_a_head(architecture, last_token_only, tiny_loaded, tmp_path):
+    loaded = tiny_loaded(architecture, adds_bos=architecture != "gpt2")
+    got = shipped(loaded, tmp_path, ENGLISH, n_shots=3, last_token_only=last_token_only)
+    want = oracle.score(loaded, ICL / f"{ENGLISH}.json", n_shots=3, n_trials=2, last_token_only=last_token_only)
+    assert_same_scores(got, want)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_another_seed_and_language_equal_one_forward_a_head(architecture, tiny_loaded, tmp_path):
+    loaded = tiny_loaded(architecture, adds_bos=architecture != "gpt2")
+    options = {"seed": 7, "n_shots": 4, "n_trials": 2, "test_split": 0.4}
+    got = shipped(loaded, tmp_path, HINDI, **options)
+    assert_same_scores(got, oracle.score(loaded, ICL / f"{HINDI}.json", **options))
+
+
+def test_another_seed_gives_other_effects(tiny_loaded, tmp_path):
+    loaded = tiny_loaded("llama")
+    effects = [shipped(loaded, tmp_path / str(seed), ENGLISH, seed=seed)[0] for seed in (1, 2)]
+    assert not torch.allclose(*effects, atol=1e-6)
+
+
+def _tokenized(loaded, n_shots=2, n_prompts=3, seed=0) -> tuple[list, MeanSlots]:
+    form = PromptForm()
+    slots = MeanSlots(n_shots, form, loaded.tokenizer)
+    split = split_pairs(load_pairs(ICL / f"{ENGLISH}.json"), 0.3, seed)
+    np.random.seed(seed)
+    prompts = [draw_prompt(split, n_shots, form, shuffle_labels=True) for _ in range(n_prompts)]
+    return [tokenize(prompt, loaded, slots) for prompt in prompts], slots
+
+
+@pytest.mark.parametrize("classes", [LAST_TOKEN_CLASSES, TOKEN_CLASSES], ids=["last-token", "all-classes"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-sliding"])
+def test_rows_a_forward_do_not_change_the_effects(classes, architecture, tiny_loaded):
+    loaded = tiny_loaded(architecture)
+    prompts, slots = _tokenized(loaded)
+    means = mean_head_activations(loaded, prompts, len(slots))
+    sweep = ForkingSweep(loaded)
+    one, some, all_at_once = (indirect_effects(sweep, prompts[0], means, classes, rows) for rows in (1, 90, 10_000))
+    torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-7)
+    torch.testing.assert_close(some, all_at_once, rtol=0, atol=1e-7)
+
+
+def test_predictive_query_class_is_the_last_token_effect(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    prompts, slots = _tokenized(loaded)
+    means = mean_head_activations(loaded, prompts, len(slots))
+    every = indirect_effects(ForkingSweep(loaded), prompts[0], means, TOKEN_CLASSES)
+    last = indirect_effects(ForkingSweep(loaded), prompts[0], means)
+    torch.testing.assert_close(every[..., [TOKEN_CLASSES.index("query_predictive")]], last, rtol=0, atol=1e-7)
+
+
+def test_a_head_that_is_replaced_by_its_own_output_has_no_effect(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    prompts, slots = _tokenized(loaded)
+    own = mean_head_activations(loaded, prompts[:1], len(slots))  # at the last token, a mean over itself
+    assert indirect_effects(ForkingSweep(loaded), prompts[0], own).abs().max() < 1e-7
+
+
+def test_hooks_are_gone_after_a_failure(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    with pytest.raises(ZeroDivisionError), head_outputs(loaded, lambda layer, x: 1 / 0):
+        loaded.model(torch.tensor([[1, 2]]))
+    assert not any(projection._forward_pre_hooks for projection in loaded.projections)
+
+
+# --- a circuit whose answer is known -------------------------------------------------------------------------------
+
+PLANTED = (1, 2)
+
+
+def _planted_model(tokenizer) -> LoadedModel:
+    """A Llama whose every answer comes from one head.
+
+    The residual stream has a direction each for the words yes (0) and no (1), and one that every token has (2). Head
+    PLANTED looks at all tokens alike (queries and keys are zero) and copies directions 0 and 1 as they are: its output
+    at the last token is the share of yes and of no in the prompt. The unembedding reads these two directions alone, so
+    the more often the prompt says the answer, the likelier it is. All other heads write random values to directions
+    from 8 up, which nothing reads: they change the last norm's scale a little and nothing else. Head (1, 3) has the
+    same keys and values as the planted one (they share a KV head): only the output projection tells the two apart.
+    """
+    model = tiny_model("llama", num_hidden_layers=2)
+    yes, no = (tokenizer(f" {word}").input_ids[-1] for word in ("yes", "no"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)  # q, k and the MLPs stay zero
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 2] = 1
+        embedding[yes, 0] = embedding[no, 1] = 1
+        model.lm_head.weight[yes, 0] = model.lm_head.weight[no, 1] = 8
+        for layer in model.model.layers:
+            values, output = layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight
+            values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
+            output[8:] = torch.randn(output[8:].shape, generator=generator) * 0.02
+        own_kv, own_head = slice(8, 16), slice(16, 24)  # KV head 1 of 2, head 2 of 4; heads are 8 wide
+        layer = model.model.layers[PLANTED[0]].self_attn
+        layer.v_proj.weight[own_kv] = 0
+        layer.v_proj.weight[8, 0] = layer.v_proj.weight[9, 1] = 1
+        layer.o_proj.weight[:, own_head] = 0
+        layer.o_proj.weight[0, 16] = layer.o_proj.weight[1, 17] = 1
+    return LoadedModel("planted", model, tokenizer, read_geometry(model))
+
+
+@pytest.fixture(scope="module")
+def planted_scores(tmp_path_factory):
+    """Effects of the planted model, and how often the means' prompts say each scored answer more than its own prompt.
+
+    Inputs are numbers of three digits, so that all prompts have as many tokens and a share is a count.
+    """
+    folder = tmp_path_factory.mktemp("planted")
+    rows = [{"input": str(101 + i), "output": "yes" if i % 3 == 0 else "no"} for i in range(120)]
+    files.write_json(folder / "numbers.json", rows)
+    options = {"seed": 3, "n_shots": 8, "n_trials": 12}
+    effects, _ = shipped(_planted_model(tiny_tokenizer()), folder / "out", "numbers", data=folder, **options)
+    clean, shuffled = oracle.draw(folder / "numbers.json", test_split=0.3, **options)
+
+    def count(examples, answer):
+        return sum(output == answer for _, output in examples)
+
+    excess = [
+        np.mean([count(examples, query[1]) for examples, _ in clean]) - count(own, query[1]) for own, query in shuffled
+    ]
+    return effects, torch.tensor(excess)
+
+
+def test_the_head_that_carries_the_answer_ranks_first(planted_scores):
+    effects, excess = planted_scores
+    told_apart = effects[excess.abs() >= 0.5].abs().flatten(1)  # elsewhere the mean says about what the prompt says
+    assert len(told_apart) >= 4
+    planted = PLANTED[0] * effects.shape[2] + PLANTED[1]
+    assert (told_apart.argmax(dim=1) == planted).all()
+    others = told_apart.clone()
+    others[:, planted] = 0
+    assert (told_apart[:, planted] > 10 * others.max(dim=1).values).all()
+
+
+def test_an_effect_is_the_patched_probability_minus_the_clean_one(planted_scores):
+    effects, excess = planted_scores
+    own = effects[:, PLANTED[0], PLANTED[1]]
+    clear = excess.abs() >= 0.5
+    assert (own[clear].sign() == excess[clear].sign()).all()  # the mean says the answer more often: P(answer) rises
+    assert (own[clear].sign() > 0).any() and (own[clear].sign() < 0).any()
+
+
+# --- the prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_draws_of_the_sampling_protocol(tiny_loaded, tmp_path, monkeypatch):
+    loaded, seen = tiny_loaded("llama"), []
+
+    def remember(prompt, *rest):
+        seen.append((prompt.text, prompt.answer))
+        return tokenize(prompt, *rest)
+
+    monkeypatch.setattr("soteria.scoring.indirect_effect.tokenize", remember)
+    shipped(loaded, tmp_path, HINDI, seed=11, n_shots=3, n_trials=2)
+
+    rows = load_pairs(ICL / f"{HINDI}.json")
+    random.seed(11)
+    np.random.seed(11)
+    train, rest = train_test_split(rows, test_size=0.3, random_state=11)
+    _, valid = train_test_split(rest, test_size=0.3, random_state=11)
+    expected = []
+    for shuffled in (False, False, True, True):
+        shown = np.random.choice(len(train), 3, replace=False)
+        query = valid[np.random.choice(np.arange(len(valid)), 1, replace=False)[0]]
+        outputs = [train[i].output for i in shown]
+        if shuffled:
+            outputs = list(np.random.permutation(outputs))
+        examples = [f"Q: {train[i].input}\nA: {output}\n\n" for i, output in zip(shown, outputs, strict=True)]
+        expected.append(("".join(examples) + f"Q: {query.input}\nA:", f" {query.output}"))
+    assert seen == expected
+
+
+def test_a_tokenizer_without_bos_gets_endoftext_in_front(tiny_loaded, tmp_path, monkeypatch):
+    loaded, seen = tiny_loaded("gpt2", adds_bos=False), []
+
+    def remember(prompt, *rest):
+        seen.append(tokenize(prompt, *rest))
+        assert prompt.text.startswith("<|endoftext|>Q: ")
+        return seen[-1]
+
+    monkeypatch.setattr("soteria.scoring.indirect_effect.tokenize", remember)
+    shipped(loaded, tmp_path, ENGLISH)
+    assert {(prompt.ids[0].item(), prompt.classes[0]) for prompt in seen} == {(loaded.tokenizer.eos_token_id, "bos")}
+
+
+def test_a_tokenizer_with_bos_gets_nothing_in_front(tiny_loaded, tmp_path, monkeypatch):
+    loaded, seen = tiny_loaded("llama"), []
+    monkeypatch.setattr(
+        "soteria.scoring.indirect_effect.tokenize", lambda *given: seen.append(tokenize(*given)) or seen[-1]
+    )
+    shipped(loaded, tmp_path, ENGLISH)
+    tokenizer = loaded.tokenizer
+    assert all(tokenizer.decode(prompt.ids[:2]) == f"{tokenizer.bos_token}Q" for prompt in seen)
+
+
+BY_HAND = [
+    ("<s>", "bos", "bos"),
+    ("Q", "structural", "structural"),
+    (":", "structural", "structural"),
+    ("Ġhot", "demonstration_1", "demonstration"),
+    ("Ċ", "separator", "separator"),
+    ("A", "structural", "structural"),
+    (":", "predictive", "predictive"),
+    ("Ġcold", "demonstration_1_label", "label"),
+    ("Ċ", "end_of_example", "end_of_example"),
+    ("Ċ", "query_structural", "query_structural"),  # "cold\n\n" ends in one token, which "Q:" then parts in two
+    ("Q", "query_structural", "query_structural"),
+    (":", "query_structural", "query_structural"),
+    ("Ġ", "query_demonstration", "query_demonstration"),
+    ("Z", "query_demonstration", "query_demonstration"),
+    ("z", "query_demonstration", "query_demonstration"),
+    ("Ċ", "query_separator", "query_separator"),
+    ("A", "query_structural", "query_structural"),
+    (":", "query_predictive", "query_predictive"),
+]
+HOT_COLD = Prompt([Pair("hot", "cold")], Pair("Zz", "small"), PromptForm())
+
+
+def test_roles_of_a_known_prompt_are_those_written_by_hand():
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(HOT_COLD.text).input_ids)
+    roles = token_roles(HOT_COLD, tokenizer)
+    found = [(token, role.label, role.token_class) for token, role in zip(tokens, roles, strict=True)]
+    assert found == BY_HAND
+
+
+def test_tokens_of_one_word_share_a_mean_slot_and_no_others_do():
+    tokenizer = tiny_tokenizer()
+    slots = MeanSlots(1, PromptForm(), tokenizer)
+    found = [slots.of(role) for role in token_roles(HOT_COLD, tokenizer)]
+    assert found == [*range(12), 12, 12, 12, 13, 14, 15]  # Ġ, Z, z are one word
+    assert len(slots) == 16
+
+
+def test_the_answer_token_is_the_first_after_the_prompt():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(answer_token(HOT_COLD, tokenizer)) == "Ġsmall"
+
+
+def test_punctuation_that_melts_into_a_newline_leaves_a_role_for_every_token():
+    tokenizer = tiny_tokenizer(melts_newlines=True)
+    prompt = Prompt([Pair("no.", "yes!")], Pair("big.", "small"), PromptForm())
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt.text).input_ids)
+    assert tokens == ["<s>", "Q", ":", "Ġno", ".Ċ", "A", ":", "Ġyes", "!ĊĊ", "Q", ":", "Ġbig", ".Ċ", "A", ":"]
+    roles = token_roles(prompt, tokenizer)
+    assert [role.label for role in roles] == [
+        "bos",
+        *["structural"] * 2,
+        *["demonstration_1"] * 2,
+        *["structural", "predictive"],
+        *["demonstration_1_label"] * 2,
+        *["query_structural"] * 2,
+        *["query_demonstration"] * 2,
+        *["query_structural", "query_predictive"],
+    ]
+
+
+def test_a_class_that_melted_away_has_no_effect(tiny_loaded):
+    loaded = tiny_loaded("llama", melts_newlines=True)
+    prompt = Prompt([Pair("no.", "yes!")], Pair("big.", "small"), PromptForm())
+    slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
+    means = torch.randn(3, 4, len(slots), 8, generator=torch.Generator().manual_seed(0))
+    effects = indirect_effects(ForkingSweep(loaded), tokenize(prompt, loaded, slots), means, TOKEN_CLASSES)
+    gone = [TOKEN_CLASSES.index(name) for name in ("separator", "end_of_example", "query_separator")]
+    assert effects[..., gone].abs().max() < 1e-7
+    assert effects[..., TOKEN_CLASSES.index("query_demonstration")].abs().max() > 1e-5
+
+
+_words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
+_TOKENIZERS = [tiny_tokenizer(adds_bos=bos, melts_newlines=melts) for bos in (True, False) for melts in (True, False)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(_words, _words), min_size=1, max_size=4), st.sampled_from(range(len(_TOKENIZERS))))
+def test_every_token_of_any_words_has_one_role_and_the_last_predicts(pairs, which):
+    tokenizer = _TOKENIZERS[which]
+    *shown, query = [Pair(*pair) for pair in pairs]
+    form = PromptForm() if which < 2 else PromptForm().starting_with("<|endoftext|>")
+    prompt = Prompt(shown, query, form)
+    roles = token_roles(prompt, tokenizer)
+    assert len(roles) == len(tokenizer(prompt.text).input_ids)
+    assert [i for i, role in enumerate(roles) if role.label == "query_predictive"] == [len(roles) - 1]
+    slots = MeanSlots(len(shown), form, tokenizer)
+    assert all(0 <= slots.of(role) < len(slots) for role in roles)
+    assert slots.of(roles[-1]) == len(slots) - 1
+    answer_token(prompt, tokenizer)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}),  # no attention at all
+        (
+            "gpt_neo",
+            {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        ),
+        ("qwen3_5_text", _HYBRID),  # three layers of linear attention to one of full, all output projections as wide
+    ],
+)
+def test_an_architecture_whose_heads_cannot_be_told_apart_is_refused_by_name(model_type, overrides):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    with pytest.raises(UserError, match=f"^{type(model).__name__} cannot be handled: "):
+        read_geometry(model)
+
+
+def test_a_head_width_unlike_the_configs_is_refused():
+    model = tiny_model("llama")
+    model.config.head_dim = 4
+    with pytest.raises(UserError, match="head_dim is 4 in its config, 8 in its output projection"):
+        read_geometry(model)
+
+
+def test_layers_of_unequal_width_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.o_proj = torch.nn.Linear(16, 32)
+    with pytest.raises(UserError, match="not all 4 heads wide"):
+        read_geometry(model)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny_loaded, tmp_path):
+    loaded = tiny_loaded("gpt2", n_positions=40)
+    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, .* takes 40; fewer --n_shots"):
+        shipped(loaded, tmp_path, ENGLISH, n_shots=10)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_adds_tokens_after_the_prompt_is_refused(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ending.bos_token_id), (EOS, ending.eos_token_id)]
+    )
+    assert ending("a").input_ids[-1] == ending.eos_token_id
+    slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
+    with pytest.raises(UserError, match="adds tokens"):
+        tokenize(HOT_COLD, replace(loaded, tokenizer=ending), slots)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    for file in folder.iterdir():
+        text = file.read_bytes()
+        (tmp_path / file.name).write_bytes(
+            text.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4') if file.name == "config.json" else text
+        )
+    with pytest.raises(UserError, match="do not fit its config"):
+        load_model(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_geometry_needs_no_weights(architecture, tiny_folder, tiny_loaded):
+    options = {"adds_bos": architecture != "gpt2"}
+    assert load_geometry(str(tiny_folder(architecture, **options))) == tiny_loaded(architecture, **options).geometry
