@@ -95,13 +95,12 @@ def main() -> None:
     if pending:
         loaded = load_model(arguments.base_model)
         geometry, judge = loaded.geometry, RefusalJudge()
-        task_vectors = [vector.at(layer) for layer in range(geometry.n_layers)]
         for name, factor in tqdm(pending, desc="measuring", unit="language", disable=None):
             lists = conditions(rankings[name], len(selected[name]), geometry.n_layers, geometry.n_heads)
             lists[METHOD] = [selected[name]]
             if arguments.choose:
                 lists = {condition: lists[condition] for condition in ("base", METHOD)}
-            measured = compare(loaded, task_vectors, lists, factor, benches[name], judge)
+            measured = compare(loaded, vector, lists, factor, benches[name], judge)
             found[name, factor] = inputs(name, factor) | {
                 "judge": judge.description,
                 "n_heads": len(selected[name]),

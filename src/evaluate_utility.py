@@ -11,7 +11,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import language_names
-from soteria.scoring.heads import check_heads, read_heads
+from soteria.scoring.heads import read_heads
 from soteria.storage import files, paths
 from soteria.storage.paths import language_file
 
@@ -78,7 +78,7 @@ def main() -> None:
     from soteria.models.loading import default_device, load_model, resolve_dtype
     from soteria.models.task_vector import TaskVector
     from soteria.steering.checkpoint import fingerprint
-    from soteria.steering.formula import head_list_hash, steered_in_place
+    from soteria.steering.formula import head_list_hash, open_steering, steered_in_place
 
     tasks, limit = arguments.tasks, arguments.limit
     utility.check_tasks(tasks)
@@ -93,10 +93,10 @@ def main() -> None:
         made = {"safe_sha256": utility.model_hash(arguments.safe_model), "scaling_factor": factor}
     else:
         vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
-        for name, heads in selected.items():
-            where = str(folder / language_file(name))
-            check_heads(heads, vector.geometry.n_layers, vector.geometry.n_heads, where, arguments.base_model)
-        task_vectors = cache(lambda: [vector.at(layer) for layer in range(vector.geometry.n_layers)])
+        steerings = {
+            name: open_steering(vector, heads, arguments.scaling_factor, source=str(folder / language_file(name)))
+            for name, heads in selected.items()
+        }
         made = {"finetune_weights": fingerprint(vector.tuned), "scaling_factor": arguments.scaling_factor}
     for name, _ in cells:
         own = {"heads_sha256": head_list_hash(selected[name])} if selected else {}
@@ -110,7 +110,7 @@ def main() -> None:
         loaded = load(arguments.base_model)
         if not name:
             return utility.measure_utility(loaded, tasks, **options)
-        with steered_in_place(loaded, task_vectors(), selected[name], arguments.scaling_factor):
+        with steered_in_place(loaded, steerings[name]):
             return utility.measure_utility(loaded, tasks, **options)
 
     found = {}

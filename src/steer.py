@@ -61,26 +61,28 @@ def main() -> None:
 
     # torch takes seconds to load: only once the input is sound
     from soteria.models.task_vector import TaskVector
+    from soteria.steering.formula import open_steering
 
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    steerings = {
+        language: open_steering(vector, listed, arguments.scaling_factor, source=str(folder / language_file(language)))
+        for language, listed in heads.items()
+    }
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":
         from soteria.steering.delta import write_delta
 
         output = arguments.output or paths.delta_folder(paths.RESULTS, arguments.base_model)
-        write_delta(vector, heads, arguments.scaling_factor, output, **shared)
+        write_delta(steerings, output, **shared)
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {arguments.scaling_factor:g}")
         return
     from soteria.steering.checkpoint import steer_checkpoint
 
-    for language in languages:
+    for language, steering in steerings.items():
         output = arguments.output or paths.steered_folder(
             paths.RESULTS, language, arguments.base_model, arguments.scaling_factor
         )
-        source = str(folder / language_file(language))
-        facts = steer_checkpoint(
-            vector, heads[language], arguments.scaling_factor, output, language=language, head_source=source, **shared
-        )
+        facts = steer_checkpoint(steering, output, language=language, **shared)
         n_heads, share = facts["n_heads"], facts["share_of_parameters_changed"]
         print(f"{output}: {n_heads} heads, {share:.2%} of the parameters, scaling {arguments.scaling_factor:g}")
 

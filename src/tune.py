@@ -11,7 +11,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import find_language, language_names
-from soteria.scoring.heads import mean_effect, rank_heads
+from soteria.scoring.heads import count_share, mean_effect, rank_heads
 from soteria.scoring.prompts import TASKS
 from soteria.storage import paths
 
@@ -58,6 +58,7 @@ def main() -> None:
     from soteria.models.loading import load_model
     from soteria.models.task_vector import TaskVector
     from soteria.steering.checkpoint import fingerprint
+    from soteria.steering.formula import open_steering
 
     space = Space((arguments.min_scaling, arguments.max_scaling), tuple(arguments.shares), arguments.seed)
     limits = Limits(arguments.max_refusals, arguments.max_accuracy_loss)
@@ -100,13 +101,14 @@ def main() -> None:
     found = {name: tuning.finished() for name, tuning in tunings.items()}
     pending = [name for name, result in found.items() if result is None]
     if pending:
-        task_vectors = [vector.at(layer) for layer in range(vector.geometry.n_layers)]
-        if not any(task_vector.any() for task_vector in task_vectors):
-            raise vector.equality()
+        for name in pending:  # the fewest heads: more of the ranking hold these
+            fewest = count_share(arguments.shares[0], shape[0] * shape[1])
+            source = f"the top {fewest} heads of {name}"
+            open_steering(vector, rank_heads(effects[name])[:fewest], arguments.max_scaling, source=source)
         loaded, judge = load_model(arguments.base_model), RefusalJudge()
         with tqdm(total=len(pending) * arguments.trials, desc="tuning", unit="trial", disable=None) as bar:
             for name in pending:
-                bench = SteeredBench(loaded, task_vectors, benches[name], judge)
+                bench = SteeredBench(loaded, vector, benches[name], judge)
                 found[name] = tunings[name].run(bench.measure, bar.update)
     for name, result in found.items():
         print_front(name, result, len(tunings[name].ranking))

@@ -1,5 +1,6 @@
 """The method beside its controls: what is compared, and what the table says of it."""
 
+import copy
 from functools import partial
 
 import pandas as pd
@@ -11,6 +12,7 @@ from soteria.grid.comparison import METHOD, N_RANDOM, Measurement, answered_in_f
 from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, compare_paired
+from soteria.models.task_vector import TaskVector
 from soteria.reporting import tables
 from soteria.storage import files, paths
 from soteria.storage.csv_files import write_table
@@ -94,11 +96,16 @@ class WeightBench:
         return Measurement(Rate(1, 4), Rate(0, 2), Rate(0, 2), Rate(3, 3), (0.5,)), "answers of the base"
 
 
-def test_each_list_of_heads_is_measured_and_a_conditions_counts_are_added(tiny_loaded):
+def test_each_list_of_heads_is_measured_and_a_conditions_counts_are_added(tiny_loaded, tmp_path):
     loaded, bench = tiny_loaded("llama"), WeightBench()
-    vectors = [torch.ones_like(projection.weight) for projection in loaded.projections]
+    tuned = copy.deepcopy(loaded)
+    with torch.no_grad():
+        for projection in tuned.projections:
+            projection.weight += 1
+    tuned.model.save_pretrained(tmp_path)
+    vector = TaskVector.open(loaded.name, str(tmp_path))
     lists = {"base": [[]], METHOD: [[(0, 0)]], "random heads": [[(1, 0)], [(2, 0)], [(0, 1)]]}
-    found = compare(loaded, vectors, lists, 2.0, bench, RefusalJudge())
+    found = compare(loaded, vector, lists, 2.0, bench, RefusalJudge())
     assert [found[name].asr for name in lists] == [Rate(1, 4), Rate(1, 4), Rate(3, 12)]
     assert [len(found[name].divergences) for name in lists] == [1, 1, 3]
     moved = [torch.round(bench.met[0] - weights).tolist() for weights in bench.met]

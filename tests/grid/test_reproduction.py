@@ -29,6 +29,7 @@ from soteria.models.loading import load_model
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import read_heads
 from soteria.steering.checkpoint import steer_checkpoint
+from soteria.steering.formula import open_steering
 from soteria.storage import paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,10 +103,9 @@ def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_fil
 
 
 def test_a_cell_is_the_checkpoint_that_steer_py_writes(done, tmp_path):
-    heads = read_heads(done / "heads" / "polyglot-base" / "Hindi_Heads.json")
-    steer_checkpoint(
-        TaskVector.open(BASE, TUNED), heads, 5, tmp_path / "safe", language="Hindi", head_source="Hindi_Heads.json"
-    )
+    heads = done / "heads" / "polyglot-base" / "Hindi_Heads.json"
+    steering = open_steering(TaskVector.open(BASE, TUNED), read_heads(heads), 5, source=str(heads))
+    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
     language = find_language("Hindi")
     questions = read_questions("policy_Hindi", language).questions[:12]
     answers = answer_questions(

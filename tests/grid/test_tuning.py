@@ -335,10 +335,9 @@ def test_a_point_is_measured_as_the_comparison_measures_it(pair, tiny_loaded, sm
     monkeypatch.setattr("soteria.grid.comparison.MAX_NEW_TOKENS", 4)
     loaded, judge = tiny_loaded("llama"), RefusalJudge()
     vector = TaskVector.open(str(pair / "base"), str(pair / "tuned"))
-    vectors = [vector.at(layer) for layer in range(3)]
     heads = [(0, 1), (2, 3)]
-    want = compare(loaded, vectors, {"base": [[]], METHOD: [heads]}, 0.5, small_bench, judge)
-    bench = SteeredBench(loaded, vectors, small_bench, judge)
+    want = compare(loaded, vector, {"base": [[]], METHOD: [heads]}, 0.5, small_bench, judge)
+    bench = SteeredBench(loaded, vector, small_bench, judge)
     assert bench.measure(heads, 0.5) == want[METHOD]
     assert bench.measure([], 0.0) == want["base"]
     assert want[METHOD] != want["base"]
@@ -520,7 +519,7 @@ def test_effects_of_another_model_are_refused(run_script, pair, tmp_path, monkey
 def test_the_ranking_is_that_of_the_effects(tune, pair, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "soteria.grid.tuning.steered_in_place", lambda loaded, vectors, heads, factor: nullcontext(asked.append(heads))
+        "soteria.grid.tuning.steered_in_place", lambda loaded, steering: nullcontext(asked.append(steering.heads))
     )
     assert tune("--language", "hi", "--trials", 3) == 0
     ranking = rank_heads(mean_effect(pair / "effects", "Hindi", list(TASKS)))

@@ -15,7 +15,7 @@ from soteria.models.loading import BOS_TEXT, load_model
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.prompts import Pair, load_pairs, split_pairs
 from soteria.steering.checkpoint import steer_checkpoint
-from soteria.steering.formula import steered_in_place
+from soteria.steering.formula import open_steering, steered_in_place
 from soteria.storage import files, paths
 
 BASE, TUNED = (str(paths.DATA / "models" / name) for name in ("polyglot-base", "polyglot-tuned"))
@@ -35,9 +35,8 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def task_vectors():
-    vector = TaskVector.open(BASE, TUNED)
-    return [vector.at(layer) for layer in range(vector.geometry.n_layers)]
+def steering():
+    return open_steering(TaskVector.open(BASE, TUNED), HEADS, FACTOR, source="by hand")
 
 
 @pytest.fixture
@@ -91,8 +90,8 @@ def accuracy(measured: dict, task: str) -> float:
     return measured["tasks"][task]["metrics"]["acc"]["value"]
 
 
-def test_accuracy_is_that_of_the_likeliest_choice(lm_eval, base, task_vectors):
-    with steered_in_place(base, task_vectors, HEADS, FACTOR):
+def test_accuracy_is_that_of_the_likeliest_choice(lm_eval, base, steering):
+    with steered_in_place(base, steering):
         measured = utility.measure_utility(base, ["soteria_icl_Hindi"], limit=LIMIT, batch_size=7)
         expected = plain_accuracy(base, "Hindi")
     assert 0 < expected < 1
@@ -152,15 +151,13 @@ def test_a_limit_takes_both_tasks(lm_eval):
 # Models
 
 
-def test_in_place_and_written_measure_the_same(lm_eval, base, task_vectors, tmp_path):
+def test_in_place_and_written_measure_the_same(lm_eval, base, steering, tmp_path):
     def measured(loaded):
         return utility.measure_utility(loaded, ["soteria_icl"], limit=LIMIT, languages=["hi"])
 
-    steer_checkpoint(
-        TaskVector.open(BASE, TUNED), HEADS, FACTOR, tmp_path / "safe", language="Hindi", head_source="test"
-    )
+    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
     before = measured(base)
-    with steered_in_place(base, task_vectors, HEADS, FACTOR):
+    with steered_in_place(base, steering):
         in_place = measured(base)
     assert measured(load_model(str(tmp_path / "safe"), "cpu")) == in_place != before
     assert measured(base) == before
@@ -225,9 +222,8 @@ def test_a_file_of_the_same_inputs_is_reused_and_another_is_made_anew(lm_eval, c
     assert len(measured) == 4
 
 
-def test_a_written_model_gives_the_same_table(lm_eval, command, tmp_path, capsys):
-    vector = TaskVector.open(BASE, TUNED)
-    steer_checkpoint(vector, HEADS, FACTOR, tmp_path / "safe", language="Hindi", head_source="test")
+def test_a_written_model_gives_the_same_table(lm_eval, command, steering, tmp_path, capsys):
+    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
     assert command() == 0
     table = capsys.readouterr().out
     assert command(STEERING, safe_model=tmp_path / "safe") == 0

@@ -22,6 +22,7 @@ from soteria.models.loading import DTYPES, load_model
 from soteria.models.task_vector import TaskVector
 from soteria.scoring import heads
 from soteria.steering import checkpoint as steering
+from soteria.steering.formula import is_steered, open_steering, steered_in_place
 
 # name: (architecture, config, output projection of a layer, head dimension, heads along rows)
 MODELS = {
@@ -776,8 +777,7 @@ def test_steering_in_place_gives_the_written_checkpoints_weights(tmp_path, run_s
     want = stored(run_steer(base_model=base, finetune_model=tuned, head_folder=lists))
     vector = TaskVector.open(str(base), str(tuned))
     in_memory = load_model(str(base), "cpu", dtype)
-    vectors = [vector.at(layer) for layer in range(vector.geometry.n_layers)]
-    with steering.steered_in_place(in_memory, vectors, listed, 2.0):
+    with steered_in_place(in_memory, open_steering(vector, listed, 2.0, source="by hand")):
         weights = in_memory.model.state_dict()
         assert all(same_bits(weights[name], tensor) for name, tensor in want.items())
 
@@ -787,9 +787,8 @@ def test_steering_in_place_puts_the_weights_back_however_the_block_ends(base, tu
     vector = TaskVector.open(str(base), str(tuned))
     in_memory = load_model(str(base), "cpu", "float32")
     before = {name: tensor.clone() for name, tensor in in_memory.model.state_dict().items()}
-    vectors = [vector.at(layer) for layer in range(3)]
     try:
-        with steering.steered_in_place(in_memory, vectors, HEADS, 2.0):
+        with steered_in_place(in_memory, open_steering(vector, HEADS, 2.0, source="by hand")):
             changed = in_memory.projections[0].weight.clone()
             if error:
                 raise error
@@ -803,38 +802,65 @@ def test_a_model_that_is_not_all_in_memory_is_not_steered_in_place_in_vain(base,
     vector = TaskVector.open(str(base), str(tuned))
     in_memory = load_model(str(base), "cpu", "float32")
     in_memory.projections[1].to("meta")
-    vectors = [vector.at(layer) for layer in range(3)]
-    with (
-        pytest.raises(UserError, match="not all in memory"),
-        steering.steered_in_place(in_memory, vectors, HEADS, 2.0),
-    ):
+    opened = open_steering(vector, HEADS, 2.0, source="by hand")
+    with pytest.raises(UserError, match="not all in memory"), steered_in_place(in_memory, opened):
         pass
 
 
 def test_steering_in_place_and_back_again_leaves_the_task_vector_alone(base, tuned):
     vector = TaskVector.open(str(base), str(tuned))
     in_memory = load_model(str(base), "cpu", "float32")
-    vectors = [vector.at(layer) for layer in range(3)]
-    with steering.steered_in_place(in_memory, vectors, HEADS, 2.0):
+    with steered_in_place(in_memory, open_steering(vector, HEADS, 2.0, source="by hand")):
         pass
-    assert all(torch.equal(kept, vector.at(layer)) for layer, kept in enumerate(vectors))
+    assert all(torch.equal(kept, vector.at(layer)) for layer, kept in enumerate(vector.layers))
 
 
 def test_a_notebook_that_steers_gets_the_facts_that_are_written(base, tuned, output):
     vector = TaskVector.open(str(base), str(tuned))
-    facts = steering.steer_checkpoint(vector, HEADS, 1.0, output, language="English", head_source="by hand")
+    opened = open_steering(vector, HEADS, 1.0, source="by hand")
+    facts = steering.steer_checkpoint(opened, output, language="English")
     assert facts == json.loads((output / "soteria.json").read_text())
 
 
-def test_a_refusal_reaches_a_notebook_as_a_user_error(base, output):
-    vector = TaskVector.open(str(base), str(base))
-    with pytest.raises(UserError, match="given twice"):
-        steering.steer_checkpoint(vector, HEADS, 1.0, output, language="English", head_source="by hand")
-
-
-def test_a_notebook_is_refused_a_scaling_factor_below_zero_too(base, tuned, output):
+def test_a_steering_that_would_do_nothing_or_harm_cannot_be_opened(tmp_path, base, tuned):
     vector = TaskVector.open(str(base), str(tuned))
-    for factor in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="0 or more"):
-            steering.steer_checkpoint(vector, HEADS, factor, output, language="English", head_source="by hand")
-    assert not output.exists()
+    faults = {
+        "by hand names no heads": ([], 1.0),
+        r"by hand names head \[99, 0\], but .* has 3 layers of 4 heads": ([[99, 0], [0, 99]], 1.0),
+        r"\[0, 4\]": ([(0, 4)], 1.0),
+        r"\[3, 0\]": ([(3, 0)], 1.0),
+        r"\[-1, 0\]": ([(-1, 0)], 1.0),
+        r"\[0, -1\]": ([(0, -1)], 1.0),
+        r"by hand names head \[0, 3\] twice": ([*HEADS, [0, 3]], 1.0),
+        "not -0.5": (HEADS, -0.5),
+        "not nan": (HEADS, float("nan")),
+        "not inf": (HEADS, float("inf")),
+    }
+    for said, (listed, factor) in faults.items():
+        with pytest.raises(UserError, match=said):
+            open_steering(vector, listed, factor, source="by hand")
+    with pytest.raises(UserError, match=r"selected heads \(by hand\): was one path given twice\?"):
+        open_steering(TaskVector.open(str(base), str(base)), HEADS, 1.0, source="by hand")
+
+
+def test_heads_that_an_adapter_leaves_alone_cannot_be_steered(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter", base, layers_to_transform=[1])
+    vector = TaskVector.open(str(base), str(adapter))
+    with pytest.raises(UserError, match=r"selected heads \(bottom heads\): does the adapter change other layers"):
+        open_steering(vector, HEADS, 1.0, source="bottom heads")
+    assert open_steering(vector, [*HEADS, (1, 0)], 1.0, source="by hand").heads == [*HEADS, (1, 0)]
+
+
+def test_a_model_is_steered_one_way_at_a_time_and_only_its_own(tmp_path, base, tuned):
+    opened = open_steering(TaskVector.open(str(base), str(tuned)), HEADS, 0.0, source="by hand")
+    in_memory = load_model(str(base), "cpu", "float32")
+    assert not is_steered(in_memory)
+    with steered_in_place(in_memory, opened):
+        with pytest.raises(UserError, match="is steered already"), steered_in_place(in_memory, opened):
+            pass
+        assert is_steered(in_memory)
+    assert not is_steered(in_memory)
+    for other in ({"hidden_size": 64}, {"num_hidden_layers": 2}, {"head_dim": 16, "num_attention_heads": 2}):
+        wrong = load_model(str(write_model(tmp_path / str(other), **other)), "cpu", "float32")
+        with pytest.raises(UserError, match="not shaped like"), steered_in_place(wrong, opened):
+            pass

@@ -23,7 +23,7 @@ from soteria.judging.verdicts import Answers, describe, inputs_of, judge_answers
 from soteria.languages import find_language
 from soteria.scoring.heads import Head
 from soteria.steering.checkpoint import fingerprint
-from soteria.steering.formula import head_list_hash, steered_in_place
+from soteria.steering.formula import head_list_hash, open_steering, steered_in_place
 from soteria.storage import files
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER
 
@@ -158,7 +158,8 @@ class CellWork:
         if not self.cell.steering:
             return nullcontext()
         subject, factor = self.subject, self.cell.steering.scaling_factor
-        return steered_in_place(subject.loaded, subject.task_vectors, self.heads, factor)
+        opened = open_steering(subject.vector, self.heads, factor, source=self.cell.name)
+        return steered_in_place(subject.loaded, opened)
 
     def _steered_facts(self) -> dict:
         if not self.cell.steering:

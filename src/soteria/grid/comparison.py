@@ -21,10 +21,11 @@ from soteria.judging.interface import HARMFUL, NOT_HARMFUL, Judge
 from soteria.judging.statistics import Rate
 from soteria.languages import Language
 from soteria.models.loading import BOS_TEXT, LoadedModel
+from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import Head, random_heads
 from soteria.scoring.prompts import TASKS, PromptForm, Split, draw_prompt, load_pairs, split_pairs
 from soteria.scoring.run import seed_everything
-from soteria.steering.formula import steered_in_place
+from soteria.steering.formula import open_steering, steered_in_place
 from soteria.storage import paths
 
 METHOD = "top heads"
@@ -174,18 +175,21 @@ def answered_in_full(loaded: LoadedModel, ids: list[list[int]], n_prompt: list[i
 
 def compare(
     loaded: LoadedModel,
-    task_vectors: list[Tensor],
+    vector: TaskVector,
     head_lists: dict[str, list[list[Head]]],
     scaling_factor: float,
     bench: Bench,
     judge: Judge,
 ) -> dict[str, Measurement]:
     """Each condition's measurement, the base's first; a condition's several head lists are added up."""
+    opened = {
+        condition: [heads and open_steering(vector, heads, scaling_factor, source=condition) for heads in lists]
+        for condition, lists in head_lists.items()
+    }
     found, base = {}, None
-    for condition, lists in head_lists.items():
-        for heads in lists:
-            steered = steered_in_place(loaded, task_vectors, heads, scaling_factor) if heads else nullcontext()
-            with steered:
+    for condition, steerings in opened.items():
+        for steering in steerings:
+            with steered_in_place(loaded, steering) if steering else nullcontext():
                 measured, answered = bench.measure(loaded, judge, base)
             base = base or answered
             found[condition] = found[condition] + measured if condition in found else measured

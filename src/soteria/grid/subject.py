@@ -84,13 +84,6 @@ class Subject:
         return TaskVector.open(self.pair.base, self.pair.tuned)
 
     @cached_property
-    def task_vectors(self) -> list[Tensor]:
-        vectors = [self.vector.at(layer) for layer in range(self.vector.geometry.n_layers)]
-        if not any(vector.any() for vector in vectors):
-            raise self.vector.equality()
-        return vectors
-
-    @cached_property
     def base_settings(self) -> dict:
         """What the base's answers depend on, beside the language."""
         language = find_language(self.grid.languages[0])

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
-from torch import Tensor
 
 from soteria.errors import UserError
 from soteria.grid.comparison import RATES, Bench, Benign, Measurement
 from soteria.judging.interface import Judge
 from soteria.models.loading import LoadedModel
+from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import Head
-from soteria.steering.formula import check_scaling_factor, steered_in_place
+from soteria.steering.formula import check_scaling_factor, open_steering, steered_in_place
 from soteria.storage import files
 from soteria.storage.journal import Journal
 
@@ -142,8 +142,8 @@ class Limits:
 class SteeredBench:
     """Measures heads and scaling factors on one loaded model in one language. The base is measured once, if needed."""
 
-    def __init__(self, loaded: LoadedModel, task_vectors: list[Tensor], bench: Bench, judge: Judge):
-        self.loaded, self.task_vectors, self.bench, self.judge = loaded, task_vectors, bench, judge
+    def __init__(self, loaded: LoadedModel, vector: TaskVector, bench: Bench, judge: Judge):
+        self.loaded, self.vector, self.bench, self.judge = loaded, vector, bench, judge
 
     @cached_property
     def _base(self) -> tuple[Measurement, Benign]:
@@ -153,7 +153,9 @@ class SteeredBench:
         """The measurement with these heads steered, or of the base with none."""
         measured, base = self._base
         if heads:
-            with steered_in_place(self.loaded, self.task_vectors, heads, scaling_factor):
+            source = f"the top {len(heads)} heads of {self.bench.language.name}"
+            steering = open_steering(self.vector, heads, scaling_factor, source=source)
+            with steered_in_place(self.loaded, steering):
                 measured, _ = self.bench.measure(self.loaded, self.judge, base)
         return measured
 

@@ -3,6 +3,7 @@
 Knows two checkpoints; knows nothing of selected heads or languages.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,8 +46,7 @@ class TaskVector:
                 f"the adapter {tuned!r} is no LoRA of {geometry.projection_names[0]} or any other layer's: "
                 "there is nothing to subtract"
             )
-        for layer in range(geometry.n_layers):
-            vector._compare_shapes(layer)
+        vector.check_shapes()
         return vector
 
     @cached_property
@@ -69,11 +69,31 @@ class TaskVector:
             return torch.zeros(self.base_place(layer).shape)
         return delta.T if self.geometry.transposed else delta
 
-    def equality(self) -> UserError:
-        """What to raise where the task vector is zero on all selected heads."""
-        return UserError(
-            f"{self.tuned.name!r} equals {self.base.name!r} on all selected heads: was one path given twice?"
-        )
+    @cached_property
+    def layers(self) -> list[Tensor]:
+        """Every layer's task vector, read once and kept in memory: for steering a loaded model many times."""
+        return [self.at(layer) for layer in range(self.geometry.n_layers)]
+
+    @cached_property
+    def head_changes(self) -> Tensor:
+        """The largest absolute change in each head's weights, (n_layers, n_heads); read one layer at a time."""
+        geometry, found = self.geometry, []
+        for layer in range(geometry.n_layers):
+            changes = self.at(layer).abs().amax(1 if geometry.transposed else 0)
+            found.append(changes.view(geometry.n_heads, geometry.head_dim).amax(1))
+        return torch.stack(found)
+
+    def check_finite(self, layers: Iterable[int]) -> None:
+        """Raise UserError, naming the weight, where the task vector of one of the layers is not finite."""
+        for layer in sorted(layers):
+            if not self.head_changes[layer].isfinite().all():
+                key = self.base_place(layer).key
+                raise UserError(f"{key} is not finite in base or tuned; one of the models is broken")
+
+    def equality(self, source: str) -> UserError:
+        """What to raise where the task vector is zero on all heads that `source` names."""
+        why = "does the adapter change other layers only?" if self.tuned.is_adapter else "was one path given twice?"
+        return UserError(f"{self.tuned.name!r} equals {self.base.name!r} on all selected heads ({source}): {why}")
 
     def _compare_configs(self) -> None:
         for key in MUST_AGREE:
@@ -83,19 +103,19 @@ class TaskVector:
                     f"base and tuned differ: {key} is {ours} in {self.base.name!r}, {theirs} in {self.tuned.name!r}"
                 )
 
-    def _compare_shapes(self, layer: int) -> None:
-        place = self.base_place(layer)
-        _check_dtype(self.base, place)
-        if self.tuned.is_adapter:
-            shape = self.adapter.shape(self.geometry.projection_names[layer])
-            if shape is None:
-                return
-            shape = shape[::-1] if self.geometry.transposed else shape
-        else:
-            _check_dtype(self.tuned, self.tuned_place(layer))
-            shape = self.tuned_place(layer).shape
-        if shape != place.shape:
-            raise UserError(f"base and tuned differ: {place.key} is {place.shape} in one, {shape} in the other")
+    def check_shapes(self) -> None:
+        """Raise UserError where an output projection is quantized or has another shape in the tuned model."""
+        for layer, name in enumerate(self.geometry.projection_names):
+            place = self.base_place(layer)
+            _check_dtype(self.base, place)
+            if self.tuned.is_adapter:
+                shape = self.adapter.shape(name)
+                shape = shape[::-1] if shape and self.geometry.transposed else shape
+            else:
+                _check_dtype(self.tuned, self.tuned_place(layer))
+                shape = self.tuned_place(layer).shape
+            if shape and shape != place.shape:
+                raise UserError(f"base and tuned differ: {place.key} is {place.shape} in one, {shape} in the other")
 
 
 def _check_dtype(model: Checkpoint, place: Place) -> None:

@@ -7,7 +7,6 @@ the selected heads. Everything else stays the base's, bit for bit.
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -23,40 +22,28 @@ from soteria.models.checkpoints import Checkpoint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import all_finite, read_tensor, tensor_bytes
-from soteria.scoring.heads import Head, check_heads
-from soteria.steering.formula import check_scaling_factor, head_list_hash, slices_of, steer_slices
+from soteria.steering.formula import Steering, head_list_hash, steer
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS
 
 
 def steer_checkpoint(
-    vector: TaskVector,
-    heads: list[Head],
-    scaling_factor: float,
-    output: Path,
-    *,
-    language: str,
-    head_source: str,
-    dtype: str | None = None,
-    overwrite: bool = False,
+    steering: Steering, output: Path, *, language: str, dtype: str | None = None, overwrite: bool = False
 ) -> dict:
     """Write the steered model as a complete folder and return the facts in its `soteria.json`.
 
     The base's files are copied and the selected slices patched in the copy, one projection in memory at a time. A
     folder already made from the same inputs is reused; `overwrite` replaces a steered model, never another folder.
-    Raises UserError for heads outside the model, inputs that are not finite, a tuned model equal to the base, too
-    small a disk, a scaling factor below 0, or an output folder that holds something else.
+    Raises UserError for a result that is not finite, too small a disk, or an output folder that holds something else.
     """
-    base, geometry = vector.base, vector.geometry
-    check_scaling_factor(scaling_factor)
-    check_heads(heads, geometry.n_layers, geometry.n_heads, head_source, base.name)
+    vector, base = steering.vector, steering.vector.base
     inputs = {
         "format": "checkpoint",
         **input_facts(vector),
         "language": language,
-        "scaling_factor": scaling_factor,
+        "scaling_factor": steering.scaling_factor,
         "dtype": dtype or "base",
-        "head_list_sha256": head_list_hash(heads),
+        "head_list_sha256": head_list_hash(steering.heads),
     }
     made = made_before(output, inputs, vector, overwrite)
     if made:
@@ -68,21 +55,14 @@ def steer_checkpoint(
         ) as bar:
             base.copy_to(folder, stored_as, bar.update)
         copy = Checkpoint.open(str(folder))
-        patches = [
-            _patch(vector, layer, slices_of(geometry, heads, layer), scaling_factor, copy)
-            for layer in range(geometry.n_layers)
-        ]
-        if not any(patch.differs for patch in patches):
-            raise vector.equality()
-        changed = sum(patch.n_values for patch in patches)
         total = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {
-            "head_list": head_source,
-            "heads": [list(head) for head in heads],
-            "n_heads": len(heads),
-            "parameters_changed": changed,
-            "share_of_parameters_changed": changed / total,
-            "relative_change_per_layer": [patch.relative_change for patch in patches],
+            "head_list": steering.source,
+            "heads": [list(head) for head in steering.heads],
+            "n_heads": len(steering.heads),
+            "parameters_changed": steering.n_parameters,
+            "share_of_parameters_changed": steering.n_parameters / total,
+            "relative_change_per_layer": [_patch(steering, layer, copy) for layer in range(vector.geometry.n_layers)],
             "versions": versions(),
         }
         files.write_text(folder / "README.md", model_card(facts))
@@ -90,36 +70,26 @@ def steer_checkpoint(
     return facts
 
 
-@dataclass(frozen=True)
-class Patch:
-    """What was done to one projection."""
-
-    n_values: int = 0
-    relative_change: float = 0.0  # norm of the change / norm of the base's weight
-    differs: bool = False  # whether tuned and base do, on the heads
-
-
-def _patch(
-    vector: TaskVector, layer: int, slices: list[tuple[slice, slice]], scaling_factor: float, copy: Checkpoint
-) -> Patch:
-    """Steer one layer's projection in the files of a copy. Raises UserError where something is not finite."""
+def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
+    """Steer one layer in the files of a copy; return the norm of the change divided by that of the base's weight."""
+    slices, vector = steering.slices(layer), steering.vector
     if not slices:
-        return Patch()
+        return 0.0
     place = vector.base_place(layer)
     weight, task_vector, written = read_tensor(place), vector.at(layer), copy.places[place.key]
     steered = weight.to(written.dtype, copy=True)
-    steer_slices(steered, task_vector, slices, scaling_factor, weight)
-    if not all_finite(steered) or not all_finite(task_vector):
-        raise UserError(f"{place.key} is not finite in base, tuned or result; one of the models is broken")
+    for at in slices:
+        steered[at] = steer(weight[at], task_vector[at], steering.scaling_factor)
+    if not all_finite(steered):
+        raise UserError(
+            f"{place.key} is not finite in {vector.base.name!r} or once steered; "
+            "give a smaller scaling factor, or a base that is sound"
+        )
     with written.file.open("r+b") as file:
         file.seek(written.start)
         file.write(tensor_bytes(steered))
     moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
-    return Patch(
-        sum(weight[at].numel() for at in slices),
-        (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item(),
-        any(task_vector[at].any() for at in slices),
-    )
+    return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()
 
 
 def input_facts(vector: TaskVector) -> dict:

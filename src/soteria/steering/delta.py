@@ -5,9 +5,10 @@ otherwise), `heads/<Language>_Heads.json`, a model card and `soteria.json`.
 """
 
 import hashlib
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -15,12 +16,20 @@ from transformers import PreTrainedModel
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.checkpoints import Checkpoint
-from soteria.models.loading import DTYPES, AttentionGeometry, LoadedModel, load_geometry, load_weights, read_geometry
+from soteria.models.loading import DTYPES, LoadedModel, load_geometry, load_weights, read_geometry
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import Place, Planned, all_finite, read_places, read_tensor, write_tensors
-from soteria.scoring.heads import Head, check_heads, read_heads, write_heads
+from soteria.models.tensors import Place, Planned, read_tensor, write_tensors
+from soteria.scoring.heads import read_heads, write_heads
 from soteria.steering.checkpoint import front_matter, input_facts, made_before, versions
-from soteria.steering.formula import check_in_memory, check_scaling_factor, head_list_hash, slices_of, steer_slices
+from soteria.steering.formula import (
+    Steering,
+    apply,
+    check_fits,
+    check_scaling_factor,
+    head_list_hash,
+    open_steering,
+    restore,
+)
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS, language_file
 
@@ -29,57 +38,40 @@ SAMPLES = 4096  # values of each projection that tell one base from another
 
 
 def write_delta(
-    vector: TaskVector,
-    heads: dict[str, list[Head]],
-    scaling_factor: float,
-    output: Path,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
+    steerings: dict[str, Steering], output: Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> dict:
     """Write the task vector and head lists, by the languages' names, as one folder; return its `soteria.json`.
 
-    `scaling_factor` is what `load_steered` uses when told nothing else. A folder made from the same inputs is reused.
-    Raises UserError as `steer_checkpoint` does.
+    The steerings share a task vector and a scaling factor, which `load_steered` uses when told nothing else. A folder
+    made from the same inputs is reused. Raises UserError as `steer_checkpoint` does.
     """
-    base, geometry = vector.base, vector.geometry
-    check_scaling_factor(scaling_factor)
-    for language, listed in heads.items():
-        check_heads(listed, geometry.n_layers, geometry.n_heads, f"the head list of {language}", base.name)
+    (vector, scaling_factor), *others = [(each.vector, each.scaling_factor) for each in steerings.values()]
+    if any(other != (vector, scaling_factor) for other in others):
+        raise ValueError("the steerings of a delta must share one task vector and one scaling factor")
+    layers = range(vector.geometry.n_layers)
+    vector.check_finite(layers)
     inputs = {
         "format": "delta",
         **input_facts(vector),
-        "languages": {language: head_list_hash(listed) for language, listed in heads.items()},
+        "languages": {language: head_list_hash(steering.heads) for language, steering in steerings.items()},
         "scaling_factor": scaling_factor,
         "dtype": dtype or "float32",
     }
     made = made_before(output, inputs, vector, overwrite)
     if made:
         return made
-    differs, stored_as = [], DTYPES[dtype or "float32"]
-    steered_in_any = sorted({head for listed in heads.values() for head in listed})
-
-    def compute(layer: int) -> Tensor:
-        delta = vector.at(layer)
-        if not all_finite(delta):
-            raise UserError(f"{geometry.projection_names[layer]} is not finite in base or tuned; one of them is broken")
-        differs.append(any(delta[at].any() for at in slices_of(geometry, steered_in_any, layer)))
-        return delta
-
+    places = [vector.base_place(layer) for layer in layers]
     planned = {
-        f"{name}.weight": Planned(stored_as, vector.base_place(layer).shape, lambda layer=layer: compute(layer))
-        for layer, name in enumerate(geometry.projection_names)
+        f"{name}.weight": Planned(DTYPES[dtype or "float32"], place.shape, partial(vector.at, layer))
+        for layer, (name, place) in enumerate(zip(vector.geometry.projection_names, places, strict=True))
     }
     with files.whole_folder(output) as folder:
         total = sum(tensor.n_bytes for tensor in planned.values())
         files.check_room(folder, total)
         with tqdm(total=total, desc="writing the delta", unit="B", unit_scale=True, disable=None) as bar:
             write_tensors(planned, folder / WEIGHTS, bar.update)
-        if not any(differs):
-            raise vector.equality()
-        for language, listed in heads.items():
-            write_heads(folder / "heads" / language_file(language), listed)
-        places = [vector.base_place(layer) for layer in range(geometry.n_layers)]
+        for language, steering in steerings.items():
+            write_heads(folder / "heads" / language_file(language), steering.heads)
         facts = inputs | {"base_projections": projections_hash(places), "versions": versions()}
         files.write_text(folder / "README.md", delta_card(facts))
         files.write_json(folder / FACTS, facts)
@@ -113,32 +105,30 @@ model.set_language(None)  # the base, exactly
 """
 
 
+class DeltaVector(TaskVector):
+    """The task vector in a delta folder, which stands for the tuned model; in the dtype that the delta stores."""
+
+    def at(self, layer: int) -> Tensor:
+        return read_tensor(self.tuned_place(layer))
+
+
+@dataclass
 class LanguageSwitch:
     """Steers a loaded model for one language at a time, in place, and back to the base exactly."""
 
-    def __init__(self, loaded: LoadedModel, delta: Path, facts: dict, scaling_factor: float):
-        self.loaded, self.delta, self.languages = loaded, delta, list(facts["languages"])
-        self.scaling_factor, self.language = scaling_factor, None
-        check_in_memory(loaded)
-        places = read_places(delta / WEIGHTS)
-        self._places = [places.get(f"{name}.weight") for name in loaded.geometry.projection_names]
-        for place, projection in zip(self._places, loaded.projections, strict=True):
-            if place is None or place.shape != tuple(projection.weight.shape):
-                raise UserError(f"{delta / WEIGHTS} does not fit {loaded.name!r}; it was made for another model")
-        # What steering has overwritten: (weight, where, the base's values).
-        self._kept: list[tuple[Tensor, tuple[slice, slice], Tensor]] = []
+    loaded: LoadedModel
+    vector: DeltaVector
+    languages: list[str]
+    scaling_factor: float
 
-    def heads(self, language: str) -> list[Head]:
-        """The heads of a language by name or code. Raises UserError for one that the delta does not have."""
+    def open(self, language: str, scaling_factor: float) -> Steering:
+        """The steering of a language by name or code. Raises UserError for one that the delta does not have."""
         name = find_language(language).name
         if name not in self.languages:
-            raise UserError(f"{self.delta} has no heads of {name}, only of {', '.join(self.languages)}")
-        path = self.delta / "heads" / language_file(name)
-        listed, geometry = read_heads(path), self.loaded.geometry
-        check_heads(listed, geometry.n_layers, geometry.n_heads, path, self.loaded.name)
-        return listed
+            raise UserError(f"{self.vector.tuned.name} has no heads of {name}, only of {', '.join(self.languages)}")
+        path = self.vector.tuned.folder / "heads" / language_file(name)
+        return open_steering(self.vector, read_heads(path), scaling_factor, source=str(path))
 
-    @torch.no_grad()
     def set_language(self, language: str | None, scaling_factor: float | None = None) -> None:
         """Steer for a language by name or code, or not at all with None; `scaling_factor` as given at loading.
 
@@ -146,21 +136,10 @@ class LanguageSwitch:
         """
         factor = self.scaling_factor if scaling_factor is None else scaling_factor
         check_scaling_factor(factor)
-        heads = [] if language is None else self.heads(language)
-        while self._kept:  # the last first, each forgotten only when it is back: Ctrl-C may come anywhere
-            weight, at, values = self._kept[-1]
-            weight[at] = values
-            self._kept.pop()
-        self.language = None
-        for layer, projection in enumerate(self.loaded.projections):
-            slices = slices_of(self.loaded.geometry, heads, layer)
-            if not slices:
-                continue
-            weight, task_vector = projection.weight.data, read_tensor(self._places[layer])
-            for at in slices:
-                self._kept.append((weight, at, weight[at].clone()))
-                steer_slices(weight, task_vector, [at], factor, weight)
-        self.language = find_language(language).name if language else None
+        steering = None if language is None else self.open(language, factor)
+        restore(self.loaded)
+        if steering:
+            apply(self.loaded, steering)
 
 
 def load_steered(
@@ -174,27 +153,27 @@ def load_steered(
 ) -> PreTrainedModel:
     """Load a base model with a delta folder of `steer.py --format delta`, steered for a language or not yet.
 
-    The model is transformers' own with one method more: `set_language("hi")` switches it in place, `set_language(None)`
-    gives exactly the base back. `scaling_factor` is the delta's own unless given. `dtype`: `stored` is the checkpoint's
-    own; the weights are then the very ones that `steer.py` writes. Raises UserError for a delta that is broken or was
-    made for another base, and for whatever `load_weights` refuses.
+    The model is transformers' own with one more method: `set_language("hi")` switches it in place, `set_language(None)`
+    gives back exactly the base. `scaling_factor` is the delta's own unless given. With `dtype` "stored", the
+    checkpoint's own, the weights are the very ones that `steer.py` writes. Raises UserError for a delta that is broken
+    or was made for another base, and for everything that `load_weights` refuses.
     """
-    delta, base = Path(delta), str(base)
-    facts = files.read_json(delta / FACTS)
-    if not isinstance(facts, dict) or facts.get("format") != "delta" or not isinstance(facts.get("languages"), dict):
-        raise UserError(f"{delta} is no delta folder; make one with steer.py --format delta")
+    base, delta = str(base), Path(delta)
+    facts = files.read_facts(delta / FACTS)
+    if facts.get("format") != "delta" or not {"languages", "scaling_factor", "base_projections"} <= facts.keys():
+        raise UserError(f"{delta} is not a delta folder; make one with steer.py --format delta")
     factor = facts["scaling_factor"] if scaling_factor is None else scaling_factor
     check_scaling_factor(factor)
-    _check_base(base, delta, facts, load_geometry(base))
+    geometry = load_geometry(base)
+    checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names])
+    vector = DeltaVector(checkpoint, Checkpoint(str(delta), delta, None, (delta / WEIGHTS,)), geometry)
+    if projections_hash([vector.base_place(layer) for layer in range(geometry.n_layers)]) != facts["base_projections"]:
+        raise UserError(f"{delta} was made for {facts['base_model']!r} as it was then; {base!r} has other weights")
+    vector.check_shapes()
     model = load_weights(base, device, dtype)
-    switch = LanguageSwitch(LoadedModel(base, model, None, read_geometry(model)), delta, facts, factor)
+    loaded = LoadedModel(base, model, None, read_geometry(model))
+    check_fits(loaded, vector)
+    switch = LanguageSwitch(loaded, vector, list(facts["languages"]), factor)
     switch.set_language(language)
     model.set_language = switch.set_language
     return model
-
-
-def _check_base(base: str, delta: Path, facts: dict, geometry: AttentionGeometry) -> None:
-    names = [f"{name}.weight" for name in geometry.projection_names]
-    checkpoint = Checkpoint.open(base, names)
-    if projections_hash([checkpoint.find(name) for name in names]) != facts.get("base_projections"):
-        raise UserError(f"{delta} was made for {facts['base_model']!r} as it was then; {base!r} has other weights")
