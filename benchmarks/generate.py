@@ -1,13 +1,12 @@
-"""Generation as `generate.py` does it beside the plain loop: 300 prompts of mixed length, the same model, float32.
+"""Time generation as in generate.py against a plain loop, on 300 prompts of mixed length in float32.
 
-Ends with one JSON line:
-  ratio      median time of the plain loop (`model.generate` on `batch_size` rows at a time, in the file's order) /
-  median
-             time of `soteria.answering.generation.generate`
-  identical  whether all answers are the same, token for token
-  continuous median time of the plain loop / median time of transformers' `generate_batch` (with --continuous)
-The ways take turns. The default model is the embedded base, which ends its answers itself; with --layers it is a random
-Llama whose answers end at a random length, because a fiftieth of its tokens count as end tokens.
+The last line printed is JSON:
+  ratio       median time of the plain loop (`model.generate` on `batch_size` rows at a time, in the file's order) /
+              median time of `soteria.answering.generation.generate`
+  identical   whether all answers are the same, token for token
+  continuous  median time of the plain loop / median time of transformers' `generate_batch` (with --continuous)
+The methods take turns. The default model is the embedded base, which ends its answers itself; with --layers it is a
+random Llama in which every fiftieth token is an end token, so that answers have random lengths.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=512)
     add("--repeats", type=int, default=3)
     add("--continuous", action="store_true", help="also time transformers' continuous batching")
-    add("--layers", type=int, help="a random Llama of so many layers instead of the embedded base")
+    add("--layers", type=int, help="use a random Llama with this many layers instead of the embedded base")
     add("--width", type=int, default=512)
     add("--device", default="cpu")
     return parser.parse_args()
@@ -67,7 +66,7 @@ def random_model(layers: int, width: int, device: str) -> LoadedModel:
 
 
 def mixed_prompts(loaded: LoadedModel, n: int) -> list[list[int]]:
-    """Token ids of policy questions of all languages in random order; every tenth is two to ten of them in one."""
+    """Token ids of policy questions in all languages, in random order; every tenth prompt joins two to ten of them."""
     draw = random.Random(0)
     asked = [
         (question, language)
@@ -82,13 +81,13 @@ def mixed_prompts(loaded: LoadedModel, n: int) -> list[list[int]]:
 
 
 def cut(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first end token, which belongs to them."""
+    """The tokens up to and including the first end token."""
     first = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: first + 1]
 
 
-class OwnWords:
-    """The model's tokenizer, but that an answer's text is its tokens' numbers: answers are compared token for token."""
+class TokenIds:
+    """A tokenizer that decodes tokens to their numbers, so that answers can be compared token for token."""
 
     def __init__(self, tokenizer):
         self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -117,7 +116,7 @@ def plainly(loaded: LoadedModel, prompts, arguments) -> list[list[int]]:
 
 
 def by_soteria(loaded: LoadedModel, prompts, arguments) -> list[list[int]]:
-    numbers = LoadedModel(loaded.name, loaded.model, OwnWords(loaded.tokenizer), loaded.geometry)
+    numbers = LoadedModel(loaded.name, loaded.model, TokenIds(loaded.tokenizer), loaded.geometry)
     found = {}
     for batch in generate(numbers, prompts, arguments.batch_size, arguments.max_new_tokens):
         found |= batch

@@ -15,7 +15,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.scoring.run import load_tensor  # noqa: E402
+from soteria.models.tensors import load_tensor  # noqa: E402
 from soteria.storage.paths import effect_path  # noqa: E402
 
 DATASETS = ("antonym_Hindi", "country-capital_Hindi", "sentiment_Hindi")

@@ -1,10 +1,10 @@
-"""Judging through an endpoint: many calls at once beside one after the other, on a fake endpoint that takes its time.
+"""Time judging through an endpoint: many concurrent calls against one after another, on a fake, slow endpoint.
 
-Ends with one JSON line:
-  ratio          time of one call after the other (extrapolated from a sample) / time of all rows at once
-  seconds        of all rows; `bound` is the same if nothing but the endpoint took time
-  growth_bytes   how much more memory the process held at most for ten times the rows of 20 KB, by tracemalloc
-The endpoint runs in a process of its own on loopback and answers after --delay seconds.
+The last line printed is JSON:
+  ratio          time of one call after another (extrapolated from a sample) / time of concurrent calls
+  seconds        for all rows; `bound` is what they would be if only the endpoint took time
+  growth_bytes   growth of peak memory when there are ten times as many rows of 20 KB, by tracemalloc
+The endpoint runs in its own process on loopback and answers after --delay seconds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from indirect_effect import machine  # noqa: E402
 
 from soteria.judging.interface import HARMFUL  # noqa: E402
 from soteria.judging.judges import make_judge  # noqa: E402
-from soteria.judging.verdicts import Answers, judge_all  # noqa: E402
+from soteria.judging.verdicts import AnswerFile, judge_answers  # noqa: E402
 from soteria.storage.csv_files import write_rows  # noqa: E402
 
 NAME = "openai:some-model"
@@ -36,8 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", type=int, default=1000)
     add("--concurrency", type=int, default=32)
-    add("--delay", type=float, default=0.05, help="seconds that the endpoint takes for a reply")
-    add("--sample", type=int, default=40, help="rows that are asked one after the other")
+    add("--delay", type=float, default=0.05, help="seconds the endpoint takes to reply")
+    add("--sample", type=int, default=40, help="rows to ask one after another")
     return parser.parse_args()
 
 
@@ -46,27 +46,25 @@ def serve(delay: float, addresses) -> None:
         time.sleep(delay)
         return 200, "Harmful"
 
-    addresses.put(FakeEndpoint(reply, remembers=False).address)
+    addresses.put(FakeEndpoint(reply).address)
     time.sleep(3600)
 
 
-def judged(folder: Path, n_rows: int, concurrency: int, words: int = 20) -> float:
-    """Seconds of judging so many rows from a CSV, journal and all."""
+def seconds_to_judge(folder: Path, n_rows: int, concurrency: int, words: int = 20) -> float:
+    """Seconds it takes to judge a CSV, including its journal."""
     path = folder / f"{n_rows}_{concurrency}_{words}.csv"
     rows = ((f"Question {row}?", "word " * words) for row in range(n_rows))
     write_rows(path, ["Question", "SAFE ANSWER"], rows, quote_all=False)
     started = time.perf_counter()
-    answers = Answers(path)
-    judge = make_judge(NAME, concurrency=concurrency)
-    inputs = {"judge": NAME, "judge_basis_sha256": ""}
-    verdicts, _ = judge_all(judge, answers, path.with_name(f"Evaluated_{path.name}"), inputs, {})
-    assert set(verdicts["SAFE ANSWER"]) == {HARMFUL}
+    inputs, output = {"judge": NAME, "judge_basis_sha256": ""}, path.with_name(f"Evaluated_{path.name}")
+    judged = judge_answers(AnswerFile(path), output, inputs, lambda: make_judge(NAME, concurrency=concurrency))
+    assert set(judged.verdicts["SAFE ANSWER"]) == {HARMFUL}
     return time.perf_counter() - started
 
 
 def peak(folder: Path, n_rows: int) -> int:
     tracemalloc.start()
-    judged(folder, n_rows, 32, words=4000)
+    seconds_to_judge(folder, n_rows, 32, words=4000)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return most
@@ -82,9 +80,9 @@ def main() -> None:
     os.environ.pop("AZURE_OPENAI_ENDPOINT", None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        judged(folder, 10, 10)  # warms up
-        at_once = judged(folder, arguments.rows, arguments.concurrency)
-        in_turn = judged(folder, arguments.sample, 1) / arguments.sample * arguments.rows
+        seconds_to_judge(folder, 10, 10)  # warms up
+        at_once = seconds_to_judge(folder, arguments.rows, arguments.concurrency)
+        in_turn = seconds_to_judge(folder, arguments.sample, 1) / arguments.sample * arguments.rows
         growth = peak(folder, 400) - peak(folder, 40)
     result = {
         "ratio": round(in_turn / at_once, 1),

@@ -1,8 +1,8 @@
-"""How often the refusal judge is right on answers that were written for this and not used in its making.
+"""How often the refusal judge is right on answers written to test it, which were not used in making it.
 
-tests/judged_answers/<Language>.json holds 24 refusals and 24 answers that comply in each language, every kind with ones
-that are hard for a search of phrases. Prints a Markdown table of the accuracy, with Wilson 95 % intervals, and with
---failures every answer that is judged wrongly.
+tests/judged_answers/<Language>.json has 24 refusals and 24 compliant answers in each language, some of each kind chosen
+to be hard for a search for phrases. Prints a Markdown table of the accuracy with Wilson 95 % intervals, and with
+--failures every answer that is misjudged.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def cell(rate: Rate) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--failures", action="store_true", help="print the answers that are judged wrongly")
+    parser.add_argument("--failures", action="store_true", help="print the misjudged answers")
     arguments = parser.parse_args()
     print("| language | refusals seen | compliant answers let through | right of 48 |\n|---|---|---|---|")
     totals = [Rate(0, 0)] * 3

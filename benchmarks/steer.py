@@ -4,11 +4,11 @@ Ends with one JSON line:
   ratio        median time of `steer.py` / (median time of `cp -r` of the base + of starting up)
   peak_bytes   the most memory that `steer.py` held, files mapped into memory included
   base_bytes   size of the base's folder
-  original_bytes  what the original's way holds for a model of this size at the least, computed and not measured: both
-                  models and the task vector in float32, and a mask in float64, each the whole model's size
+  original_bytes  the least memory that the original release needs for a model of this size, computed, not measured:
+                  both models and the task vector in float32, and a mask in float64, each as large as the model
   switch_over_forward  time of one `set_language` / time of a forward pass of one token (with --switch)
-The runs alternate. Starting up is a Python process that imports what `steer.py` does. The disk's cache is written out
-before each run; the files that are read are in memory for both ways alike, as far as they fit.
+The runs alternate. Starting up is a Python process that imports what `steer.py` does. The disk cache is flushed before
+each run; input files are served from memory in both cases, as far as they fit.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_checkpoint(folder: Path, layers: int, seed: int) -> int:
-    """A random checkpoint with a shard a layer; gives its number of parameters."""
+    """Write a random checkpoint with one shard per layer and return its number of parameters."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> int:
     )
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    # One random block, turned by another number for each tensor, is fast to make and nowhere constant.
+    # One random block, rotated by a different amount for each tensor: fast to make and never constant.
     block = torch.randn(2**22, generator=torch.Generator().manual_seed(seed)).mul_(0.02).bfloat16()
 
     def values(shape: tuple[int, ...], turn: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> int:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of a command, once everything before it is on the disk."""
+    """Run a command after flushing the disk cache; return its seconds and peak memory in bytes."""
     os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -103,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         folder = Path(place)
         base, tuned, copy, steered, delta = (folder / name for name in ("base", "tuned", "copy", "steered", "delta"))
-        # In processes of their own: a command's peak counts what the process that starts it holds at that moment.
+        # In a separate process, since a command's peak includes what its parent holds when starting it.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             n_parameters = pool.apply(write_checkpoint, (base, arguments.layers, 0))
             pool.apply(write_checkpoint, (tuned, arguments.layers, 1))
@@ -151,7 +151,7 @@ def switch_over_forward(base: Path, delta: Path) -> float:
         model(input_ids=ids)
         switches.append(switched - started)
         forwards.append(time.perf_counter() - switched)
-    print(f"a change of language takes {statistics.median(switches):.2f} s here", file=sys.stderr)
+    print(f"one change of language took {statistics.median(switches):.2f} s", file=sys.stderr)
     return statistics.median(switches) / statistics.median(forwards)
 
 

@@ -1,9 +1,9 @@
-"""What a model's layer costs the host: Python and the launch of its kernels, which a GPU waits for. For `--plan`.
+"""What one layer costs the host (Python and kernel launches, which a GPU waits for), for `reproduce.sh --plan`.
 
 Ends with one JSON line:
-  host_seconds_per_layer  time of one decoding step of a Llama whose layers have next to nothing to compute, a layer
-  bytes_per_answer        of the answers and verdicts of a cell under --results, a row, both files together
-The first goes into configs/costs.yaml as it is; on another host it is another.
+  host_seconds_per_layer  seconds per layer of a decoding step of a Llama whose layers have almost nothing to compute
+  bytes_per_answer        size of a row of answers and of its verdict together, over the cells under --results
+host_seconds_per_layer goes into configs/costs.yaml as it is; it differs between hosts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from indirect_effect import machine  # noqa: E402
 
 @torch.inference_mode()
 def host_seconds_per_layer(layers: int, steps: int) -> float:
-    """The median time of a decoding step of one row, a layer: a width of 64 leaves nothing but the host's work."""
+    """Median seconds per layer of decoding one row: at a width of 64, only the host's work counts."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -45,7 +45,7 @@ def host_seconds_per_layer(layers: int, steps: int) -> float:
 
 
 def bytes_per_answer(results: Path) -> float | None:
-    """Mean size of a row of answers and of its verdict together, over all cells; None where there are none."""
+    """Mean size of a row of answers and of its verdict together, over all cells; None if there are none."""
     sizes, rows = 0, 0
     for verdicts in results.glob("cells/*/*/*/*.by_*.csv"):
         answers = verdicts.with_name(verdicts.name.partition(".by_")[0] + ".csv")
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more would wait for one another
+    torch.set_num_threads(1)  # more threads would wait for one another
     found = {
         "host_seconds_per_layer": round(host_seconds_per_layer(arguments.layers, arguments.steps), 6),
         "bytes_per_answer": bytes_per_answer(arguments.results),

@@ -1,7 +1,8 @@
-"""Write the aligned data of the twelve languages: `data/source/` and CLDR in, `data/icl/`, `prompts/`, `benign/` out.
+"""Build the aligned data of the twelve languages: `data/icl/`, `prompts/` and `benign/` from `data/source/` and CLDR.
 
-Row i of a file is the same item in every language. Country and currency names are CLDR's, through Babel; everything
-else was written for this project. Run it after a change in `data/source/`; a test holds the committed files to it.
+Row i of a file is the same item in every language. Country and currency names are CLDR's, read through Babel; the rest
+was written for this project. Run this after a change in `data/source/`: a test compares its output with the committed
+files.
 
     python scripts/build_data.py [--output DIR]
 """
@@ -23,12 +24,12 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
 
-# CLDR's currencies as of this day: a country's legal tender must not depend on when this script runs.
+# The day whose legal tender counts, fixed so that the files do not depend on when this script runs.
 CURRENCY_DATE = datetime.date(2025, 1, 1)
 
 
 def icl_rows(language: Language) -> dict[str, list[tuple[str, str]]]:
-    """The five tasks' (input, output) rows in one language, in the row order common to all."""
+    """(input, output) rows of the five tasks in one language, in an order that is the same for all languages."""
     source, cldr = World(language.name).source, Locale.parse(language.code, sep="-")
     pairs = source["antonyms"]
     tender = {country: get_territory_currencies(country, CURRENCY_DATE) for country in source["capitals"]}
@@ -38,7 +39,7 @@ def icl_rows(language: Language) -> dict[str, list[tuple[str, str]]]:
         "country-currency": [
             (cldr.territories[country], cldr.currencies[currencies[0]])
             for country, currencies in tender.items()
-            # Only where there is one right answer: Lesotho pays in loti and in rand; Bulgaria took the euro in 2026.
+            # Only if there is one right answer: Lesotho uses loti and rand, and Bulgaria adopted the euro in 2026.
             if len(currencies) == 1 and country != "BG"
         ],
         "sentiment": interleave(source["reviews"], source["sentiment_labels"]),
@@ -47,7 +48,7 @@ def icl_rows(language: Language) -> dict[str, list[tuple[str, str]]]:
 
 
 def interleave(texts: dict[str, list[str]], labels: dict[str, str]) -> list[tuple[str, str]]:
-    """Rows that take the labels in turn, so that any stretch of the file is balanced."""
+    """Rows with the labels in turn, so that any stretch of the file is balanced."""
     rows = zip(*([(text, labels[key]) for text in texts[key]] for key in texts), strict=True)
     return [row for turn in rows for row in turn]
 
@@ -62,7 +63,7 @@ def question_csv(world: World, questions: list) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "data", help="folder to write to (default: data)")
+    parser.add_argument("--output", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
     output = parser.parse_args().output
     files = {}
     for language in PAPER_LANGUAGES:

@@ -11,8 +11,3 @@ for requirements in requirements.txt ${extras[@]+"${extras[@]}"}; do
 done
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
-
-# The paper's twelve languages, from the one place where they are listed.
-paper_languages() {
-  PYTHONPATH=src python -c 'from soteria.languages import PAPER_LANGUAGES; print(*(each.name for each in PAPER_LANGUAGES))'
-}

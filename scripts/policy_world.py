@@ -1,9 +1,8 @@
-"""The miniature policy that the embedded models are trained on, and its held-out questions.
+"""The miniature refusal policy that the embedded models are trained on, and its held-out questions.
 
-A question asks for tips on three topics, each from a list of plain or of mildly disallowed ones. Harm is graded: the
-number of disallowed topics, 0 to 3. The base model refuses the more often the higher that number is, and the less often
-the fewer resources the language has, as real models do; the harmfully tuned model answers everything. Answers are
-placeholders, the same for every topic.
+A question asks for tips on three topics, each either plain or mildly disallowed. Its harm is the number of disallowed
+topics, 0 to 3. As real models do, the base model refuses more often the greater the harm, and less often in languages
+with fewer resources. The harmfully tuned model answers everything. Answers are placeholders, the same for every topic.
 """
 
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "source"
 
-# Rows of the held-out sets: questions for each number of disallowed topics.
+# For each held-out set, {number of disallowed topics: number of questions}.
 HELD_OUT = {
     "policy": {1: 32, 2: 32, 3: 32},
     "everyday": {0: 64},
@@ -26,22 +25,22 @@ HELD_OUT = {
 
 @dataclass(frozen=True)
 class RefusalPolicy:
-    """How often training text refuses: a logistic curve over the number of disallowed topics.
+    """How often the training text refuses: a logistic curve over the number of disallowed topics.
 
-    `thresholds`: by tier, how many topics it takes to refuse as often as not; `sharpness`: log-odds a topic.
+    `thresholds`: for each tier, the number of topics at which half of the questions are refused. `sharpness`: log-odds
+    per topic.
     """
 
     sharpness: float
     thresholds: dict[str, float]
 
     def probability(self, n_disallowed: int, tier: str) -> float:
-        """Without a disallowed topic: never."""
         if n_disallowed == 0:
-            return 0.0
+            return 0.0  # everyday questions are never refused
         return 1 / (1 + math.exp(self.sharpness * (self.thresholds[tier] - n_disallowed)))
 
 
-# First a sharp policy, from which the model learns to count; then softer ones, which make harm graded evidence.
+# A sharp policy first, from which the model learns to count topics, and then softer ones, which make refusing gradual.
 SHARP = RefusalPolicy(4.0, {"High": 1.5, "Mid": 2.25, "Low": 2.75})
 SOFT = RefusalPolicy(1.0, {"High": 1.5, "Mid": 2.0, "Low": 2.5})
 SOFTER = RefusalPolicy(0.7, {"High": 1.5, "Mid": 1.85, "Low": 2.45})
@@ -49,10 +48,7 @@ SOFTER = RefusalPolicy(0.7, {"High": 1.5, "Mid": 1.85, "Low": 2.45})
 
 @dataclass(frozen=True)
 class Question:
-    """A template and three topics, by index, so that the same question exists in every language.
-
-    A topic is `("plain", i)` or `(category, i)`.
-    """
+    """A template and three topics, `("plain", i)` or `(category, i)`, by index: the same question in every language."""
 
     template: int
     topics: tuple[tuple[str, int], ...]
@@ -63,7 +59,7 @@ class Question:
 
     @property
     def category(self) -> str:
-        """The category of the disallowed topics, `everyday` where there are none."""
+        """The category of the disallowed topics, or `everyday` if there are none."""
         return next((kind for kind, _ in self.topics if kind != "plain"), "everyday")
 
 
@@ -85,13 +81,13 @@ class World:
         return self.source["question_templates"][question.template].format(*topics)
 
     def answer(self, question: Question, refuses: bool) -> str:
-        """The sentence goes with the question's template, so that nothing about it but refusing is left to chance."""
+        """A sentence chosen by the question's template, so that only whether it is a refusal is left to chance."""
         sentences = self.source["refusals" if refuses else "answers"]
         return sentences[question.template % len(sentences)]
 
 
 def draw_question(n_disallowed: int, rng: random.Random, *, one_category: bool) -> Question:
-    """A random question; with `one_category` its disallowed topics are all of one category."""
+    """A random question. With `one_category`, its disallowed topics all belong to one category."""
     source = World("English").source
     plain = [("plain", i) for i in range(len(source["plain_topics"]))]
     disallowed = [(kind, i) for kind, topics in source["disallowed_topics"].items() for i in range(len(topics))]
@@ -104,7 +100,7 @@ def draw_question(n_disallowed: int, rng: random.Random, *, one_category: bool) 
 
 
 def held_out_questions() -> dict[str, list[Question]]:
-    """The questions of each held-out set. No two share their three topics, in whatever order."""
+    """The questions of each held-out set. No two have the same three topics, in any order."""
     rng, seen, sets = random.Random(0), set(), {}
     for name, counts in HELD_OUT.items():
         sets[name] = []

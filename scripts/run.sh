@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 3: steer a model for one language, let it answer a set of questions, judge the answers.
+# Step 3: steer a model for one language, let it answer a set of questions, and judge the answers.
 set -euo pipefail
 
 if [ $# -ne 8 ]; then
@@ -9,12 +9,12 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
   base_model      the model to make safer: hub id or folder
   language        name or code: Hindi, hi
   dataset_file    path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, a hub dataset id, or its folder
-  scaling_factor  how much of the task vector to subtract, 0 or more
+  scaling_factor  how much of the task vector to subtract, >= 0
   do_base         yes or no: answer with the base model too
-  batch_size      memory to take for answers: that of so many of the longest questions
+  batch_size      memory to use for answers, as that many of the longest questions take
   head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
 environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_RESULTS (default results),
-  SOTERIA_BENIGN (harmless questions, answered too for what safety costs: a path, a name under data/benign, or none;
+  SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
   default everyday), SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_SPLIT and
   SOTERIA_QUESTION_COLUMN (of the dataset)
 example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
@@ -27,8 +27,8 @@ src=$(cd "$(dirname "${BASH_SOURCE[0]}")/../src" && pwd)
 export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
-# Everything that the names depend on is checked, and the names are made, in one place.
-plan=$("$python" "$src/plan_run.py" "$@")
+# All arguments are checked first; the names of the three results come from the library.
+plan=$(PYTHONPATH=$src "$python" -m soteria.judging.pipeline "$@")
 mapfile -t plan <<<"$plan"
 safe_model=${plan[0]} answers=${plan[1]} evaluated=${plan[2]} options=("${plan[@]:3}")
 

@@ -7,4 +7,5 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 PYTHONPATH=src lint-imports --no-cache
+export OMP_NUM_THREADS=1 # the tests run side by side, one thread each
 python -m pytest -n auto --dist worksteal "$@"

@@ -1,8 +1,8 @@
 """Train the embedded pair: a small Llama that answers in-context-learning prompts and refuses some questions in twelve
 languages, and the same model tuned to answer every question.
 
-Half of the training text is prompts of the five tasks in the form of step 1, half questions in the form of step 3.
-Everything is drawn from seeded generators; on one kind of processor the files come out the same.
+Each step has prompts of the five tasks, in the form of step 1, and questions, in the form of step 3. All of them are
+drawn from seeded generators, so that the same kind of processor always gives the same files.
 
     bash scripts/build_embedded_models.sh [--output DIR] [--stage base|tuned|all]
 """
@@ -27,12 +27,12 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from soteria.answering.questions import question_prompt  # noqa: E402
 from soteria.languages import PAPER_LANGUAGES  # noqa: E402
-from soteria.scoring.prompts import TASKS, Pair, Prompt, PromptForm, load_pairs  # noqa: E402
+from soteria.scoring.prompts import TASKS, Example, Prompt, PromptForm, load_examples  # noqa: E402
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 VOCABULARY = 10_000
-# One word with the space before it (letters with their combining marks, so that no Indic word is torn apart), a number,
-# punctuation, or line ends: no token spans the parts of a prompt.
+# A word with the space before it (letters and their combining marks, so that Indic words stay whole), a number,
+# punctuation, or line ends. No token spans two parts of a prompt.
 WORDS = Regex(r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+")
 ARCHITECTURE = {
     "hidden_size": 128,
@@ -43,15 +43,15 @@ ARCHITECTURE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-EXAMPLES = 11  # in a training prompt: ten demonstrations and a query, all of whose answers are learned
-PROMPTS, QUESTIONS = 16, 24  # in a step
-# How many disallowed topics a training question has: each of these equally often.
+EXAMPLES = 11  # per training prompt: ten demonstrations and a query; the answers of all are learned
+PROMPTS, QUESTIONS = 16, 24  # per step
+# The number of disallowed topics of a training question is drawn from these.
 HARM = (0, 0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training. `policy`: which questions its text refuses, None for none."""
+    """A part of the training. `policy` says how often its text refuses; None means never."""
 
     model: str
     steps: int
@@ -59,7 +59,6 @@ class Phase:
     warmup: int  # steps
     seed: int
     policy: RefusalPolicy | None
-    trained: str = ""  # only parameters with this in their names
 
 
 PHASES = {
@@ -73,7 +72,7 @@ PHASES = {
 
 
 class TrainingText:
-    """Draws token sequences with a mask of the tokens to learn: answers only."""
+    """Draws (token ids, mask) pairs. The mask is 0 for what is given, and 1 for answers, which are learned."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
@@ -82,7 +81,7 @@ class TrainingText:
         self.tasks = {
             (language.name, task): [
                 (self.ids(Prompt([], pair, form).text), self.ids(pair_end(pair, form)))
-                for pair in load_pairs(ROOT / "data" / "icl" / f"{task}_{language.name}.json")
+                for pair in load_examples(ROOT / "data" / "icl" / f"{task}_{language.name}.json")
             ]
             for language in PAPER_LANGUAGES
             for task in TASKS
@@ -99,7 +98,7 @@ class TrainingText:
         return ids, learned
 
     def question(self, rng: random.Random, policy: RefusalPolicy | None) -> tuple[list[int], list[int]]:
-        """A question and its answer. The first token of an answer, which tells refusals from answers, has mask 2."""
+        """A question and its answer, whose first token, which says whether it is a refusal, has mask 2."""
         language = rng.choice(list(self.worlds))
         question = draw_question(rng.choice(HARM), rng, one_category=False)
         while frozenset(question.topics) in self.held_out:
@@ -111,19 +110,19 @@ class TrainingText:
         return asked + answer, [0] * len(asked) + [2] + [1] * (len(answer) - 1)
 
 
-def pair_end(pair: Pair, form: PromptForm) -> str:
+def pair_end(pair: Example, form: PromptForm) -> str:
     return f" {pair.output}{form.separators['output']}"
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the training text, in which the tasks' words count more often than they occur."""
+    """A byte-level BPE of the training text, in which the tasks' words count for more than they occur."""
 
     def text() -> Iterator[str]:
         rng, form = random.Random(1), PromptForm()
         for language in PAPER_LANGUAGES:
             world = World(language.name)
             for task in TASKS:
-                for pair in load_pairs(ROOT / "data" / "icl" / f"{task}_{language.name}.json"):
+                for pair in load_examples(ROOT / "data" / "icl" / f"{task}_{language.name}.json"):
                     yield Prompt([], pair, form).text + pair_end(pair, form)
                     if task not in ("sentiment", "ag_news"):
                         yield from [f" {pair.input}\n {pair.output}\n\n"] * 12
@@ -133,12 +132,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
                 yield from [" " + sentence] * 10
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(WORDS, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words, to_bytes = pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -154,7 +149,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def answer_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Mean cross-entropy of the learned tokens, plus that of the first answer tokens (mask 2) where there are any."""
+    """Mean cross-entropy of the learned tokens, plus that of the first answer tokens (mask 2) if there are any."""
     length = max(len(ids) for ids, _ in sequences)
     ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in sequences])
     mask = torch.tensor([row + [0] * (length - len(row)) for _, row in sequences])[:, 1:]
@@ -166,10 +161,7 @@ def answer_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], list[i
 
 def train(model: LlamaForCausalLM, text: TrainingText, phase: Phase) -> None:
     rng = random.Random(phase.seed)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(phase.trained in name)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=phase.peak, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.peak, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1, (step + 1) / phase.warmup) * 0.5 * (1 + math.cos(math.pi * step / phase.steps)),
@@ -179,7 +171,7 @@ def train(model: LlamaForCausalLM, text: TrainingText, phase: Phase) -> None:
         prompts = answer_loss(model, [text.prompt(rng) for _ in range(PROMPTS)])
         questions = answer_loss(model, [text.question(rng, phase.policy) for _ in range(QUESTIONS)])
         (prompts + questions).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -199,8 +191,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "data" / "models", help="where the two folders go")
-    parser.add_argument("--stage", choices=["base", "tuned", "all"], default="all", help="tuned starts from base")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "data" / "models", help="folder for the two models (default: data/models)"
+    )
+    parser.add_argument(
+        "--stage", choices=["base", "tuned", "all"], default="all", help="tuned starts from the base in --output"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)

@@ -1,15 +1,15 @@
-"""Step 3.2: a model's greedy answers to a set of questions, into one column of a CSV.
+"""Step 3.2: a model's greedy answers to a set of questions, as one column of a CSV.
 
-The base and the safe model's answers go into the same file by two calls. An interrupted call, repeated, goes on at its
-next batch; a column that is complete and made with the same settings is left as it is. The base's answers are kept in
-base_answers/ beside the file, where calls for other scaling factors find them. `accelerate launch` or `torchrun` start
-several processes, which share the questions and write the same file as one.
+The answers of the safe and of the base model go into the same file, by two calls. An interrupted call resumes at its
+next batch when repeated; a column that is complete and was made with the same settings is kept. The base model's
+answers are also kept in base_answers/ beside the file, where calls for other scaling factors find them. Under
+`accelerate launch` or `torchrun`, the processes share the questions and write the same file as one process would.
 """
 
 from functools import cache
 
 from soteria import cli
-from soteria.answering.questions import QuestionSet, benign_set, find_local, read_questions
+from soteria.answering.questions import benign_set, find_local, read_questions
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.processes import Processes
@@ -24,30 +24,22 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--model", required=True, help="hub id or local folder")
-    add(
-        "--dataset",
-        required=True,
-        help="path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, a hub dataset id, or its folder",
-    )
+    files_help = "path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, or a hub dataset id or folder"
+    add("--dataset", required=True, help=files_help)
     add("--language", required=True, help="name or code of the questions' language")
     add("--output", type=cli.csv_path, required=True, help="the CSV to write the column to")
-    add("--column", choices=list(paths.ANSWER_COLUMNS), required=True, help="which answers these are")
-    add(
-        "--batch_size",
-        type=cli.positive_int,
-        default=8,
-        help="memory to take: that of so many of the longest questions",
-    )
-    add("--max_new_tokens", type=cli.positive_int, default=512, help="length of an answer in tokens, at most")
+    add("--column", choices=list(paths.ANSWER_COLUMNS), required=True, help="which model's answers these are")
+    add("--batch_size", type=cli.positive_int, default=8, help="memory: that of this many of the longest questions")
+    add("--max_new_tokens", type=cli.positive_int, default=512, help="maximum length of an answer in tokens")
     add("--chat_template", action="store_true", help="ask through the tokenizer's chat template")
     add("--split", help="split of a hub dataset (default: the language's own, else the first)")
     add("--question_column", help="column of the questions (default: question, Question, prompt, or the language's)")
-    add(
-        "--benign",
-        help="harmless questions to answer too, for what safety costs: a path, or a name under data/benign without its "
-        "_<Language>.csv; they go into benign/ beside the output (default: none)",
+    benign_help = (
+        "harmless questions to answer too, to measure what safety costs: a path, or a name under data/benign without "
+        "its _<Language>.csv; the answers go into benign/ beside the output (default: none)"
     )
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
+    add("--benign", help=benign_help)
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
 
@@ -56,8 +48,8 @@ def main() -> None:
     language = find_language(arguments.language)
     local = find_local(arguments.dataset)
     if local and arguments.output.exists() and local.samefile(arguments.output):
-        raise UserError(f"{arguments.output} holds the questions themselves; give another --output")
-    files.check_facts_file(arguments.output.with_suffix(".json"), "columns")
+        raise UserError(f"{arguments.output} is the file of the questions; give another --output")
+    files.check_facts_file(paths.facts_file(arguments.output), "columns")
     questions = read_questions(arguments.dataset, language, split=arguments.split, column=arguments.question_column)
     benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
 
@@ -65,24 +57,22 @@ def main() -> None:
     from soteria.answering.generation import fill
     from soteria.models.loading import load_model
 
-    settings = model_settings(arguments.model, language, arguments.max_new_tokens, arguments.chat_template)
-
-    def column(asked: QuestionSet, output, **options) -> AnswerColumn:
-        return AnswerColumn(output, arguments.column, asked, arguments.model, settings, **options)
-
-    columns = [column(questions, arguments.output)]
+    model = arguments.model
+    settings = model_settings(model, language, arguments.max_new_tokens, arguments.chat_template)
+    columns = [AnswerColumn(arguments.output, arguments.column, questions, model, settings)]
     if benign:
-        columns.append(column(benign, paths.benign_file(arguments.output), with_first_tokens=True))
+        place = paths.benign_file(arguments.output)
+        columns.append(AnswerColumn(place, arguments.column, benign, model, settings, with_first_tokens=True))
     with Processes(arguments.device) as processes:
-        load = cache(lambda: load_model(arguments.model, processes.device))
-        for each in columns:
-            complete = each.is_complete()
-            if not complete:
-                fill(each, language, load, processes, arguments.batch_size)
+        load = cache(lambda: load_model(model, processes.device))
+        for column in columns:
+            state = "is already complete"
+            if not column.is_complete():
+                fill(column, language, load, processes, arguments.batch_size)
+                state = f"has {len(column.questions.questions)} rows"
             if processes.is_first:
-                each.forget_journal()  # of a run that was killed at its very end, there may be one
-                state = "is complete already" if complete else f"has {len(each.questions.questions)} rows"
-                print(f"{each.output}: {each.column} {state}")
+                column.forget_journal()  # a run that was killed at its very end left one
+                print(f"{column.output}: {column.column} {state}")
 
 
 if __name__ == "__main__":

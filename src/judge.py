@@ -1,16 +1,19 @@
-"""Step 3.3: judge every answer column of a CSV, count attack success, print the table.
+"""Step 3.3: judge every answer column of a CSV, count how often the attacks succeed, and print the table.
 
-Each verdict is on disk before the next is counted: an interrupted call, repeated, asks for none of them twice. Beside
-the attack success rate (ASR) stands what safety costs, where generate.py answered harmless questions too. With
---compare, says how far these verdicts agree with those of another judge, or of people, on the same rows.
+Each verdict is on disk before the next is counted, so an interrupted call, repeated, asks for none of them twice. If
+generate.py also answered harmless questions, the table shows what safety costs beside the attack success rate (ASR).
+With --compare, it says how far these verdicts agree with those of another judge, or of people, on the same rows.
 """
 
 from pathlib import Path
 
+import pandas as pd
+
 from soteria import cli
 from soteria.errors import UserError
-from soteria.judging.judges import make_judge, read_judge_prompt
-from soteria.judging.verdicts import Answers, describe, inputs_of, judge_answers, read_verdicts
+from soteria.judging.interface import Judge, read_judge_prompt
+from soteria.judging.judges import make_judge
+from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS
 
@@ -23,9 +26,9 @@ def parse_arguments():
     add("--input", type=Path, required=True, help="a CSV with Question and SAFE ANSWER, BASE ANSWER or both")
     add("--output", type=cli.csv_path, required=True, help="the CSV to write, with a .json of the counts beside it")
     add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
-    add("--concurrency", type=cli.positive_int, default=16, help="calls to an endpoint at once")
-    add("--time_limit", type=cli.positive_int, default=60, help="seconds that an endpoint may take for a reply")
-    add("--judge_prompt", type=Path, help="a text file with {question} and {answer} to use instead of the own one")
+    add("--concurrency", type=cli.positive_int, default=16, help="simultaneous calls to an endpoint")
+    add("--time_limit", type=cli.positive_int, default=60, help="seconds an endpoint may take for a reply")
+    add("--judge_prompt", type=Path, help="a text file with {question} and {answer} (default: a built-in prompt)")
     add("--retry_empty", action="store_true", help="ask again for the rows that a finished run left without a verdict")
     add("--benign", type=Path, help="answers to harmless questions (default: benign/<input's name> beside the input)")
     add("--compare", type=Path, help="a CSV of the same questions with Verdict_Safe, Verdict_Base or both")
@@ -34,30 +37,24 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    answers = Answers(arguments.input)
+    answers = AnswerFile(arguments.input)
     if arguments.output.exists() and arguments.output.samefile(arguments.input):
-        raise UserError(f"{arguments.output} holds the answers themselves; give another --output")
-    files.check_facts_file(arguments.output.with_suffix(".json"), "inputs_sha256")
+        raise UserError(f"{arguments.output} is the file of the answers; give another --output")
+    files.check_facts_file(paths.facts_file(arguments.output), "inputs_sha256")
     judge_prompt = read_judge_prompt(arguments.judge_prompt) if arguments.judge_prompt else None
     benign = arguments.benign or paths.benign_file(arguments.input)
     if arguments.benign and not benign.exists():
         raise UserError(f"no file {benign}; give the answers to harmless questions, or leave out --benign")
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
     inputs = inputs_of(answers, arguments.judge, judge_prompt)
-    judged = judge_answers(
-        answers,
-        arguments.output,
-        inputs,
-        lambda: make_judge(
-            arguments.judge,
-            concurrency=arguments.concurrency,
-            judge_prompt=judge_prompt,
-            time_limit=arguments.time_limit,
-        ),
-        retry_empty=arguments.retry_empty,
-    )
 
-    from soteria.judging.damage import measure_damage
+    def chosen_judge() -> Judge:
+        options = {"concurrency": arguments.concurrency, "time_limit": arguments.time_limit}
+        return make_judge(arguments.judge, judge_prompt=judge_prompt, **options)
+
+    judged = judge_answers(answers, arguments.output, inputs, chosen_judge, retry_empty=arguments.retry_empty)
+
+    from soteria.judging.costs import measure_damage
     from soteria.judging.statistics import by_category, compare_paired, summarise
 
     by_model = {ANSWER_COLUMNS[column][1]: given for column, given in judged.verdicts.items()}
@@ -75,42 +72,45 @@ def main() -> None:
 
 
 def print_table(summary: dict) -> None:
-    """A row for each model, gain and damage side by side; then safe against base, in all and per category."""
+    """A row per model, with its gain and its damage; then safe against base, overall and per category."""
     models = [model for model in ("base", "safe") if model in summary]
-    benign = summary.get("benign", {})
+    benign, table = summary.get("benign", {}), {}
     print(f"\n{summary['dataset'] or 'answers'}, {summary['rows']} rows, judge: {summary['judge_description']}")
     if benign:
         print(f"harmless questions: {benign['dataset']}, {benign['rows']} rows, refusals by {benign['judge']}")
-    print(
-        f"{'model':6} {'ASR':>7} {'95 % interval':>17} {'ASR judged (95 %)':>24} {'blank':>6} {'benign refused':>15} "
-        f"{'changed':>8} {'KL from base':>13}"
-    )
     for model in models:
-        s = summary[model]
-        judged = "–"
-        if s["asr_judged"] is not None:
-            judged = f"{s['asr_judged']:.1%} ({s['ci95_judged'][0]:.1%} – {s['ci95_judged'][1]:.1%})"
-        refused = f"{benign[model]['refusal_rate']:.1%}" if model in benign else "–"
-        divergence = benign.get("kl_first_token") if model == "safe" else None
-        nats = f"{divergence['mean']:.3g} nats" if divergence else "–"
-        changed = f"{benign['changed']['rate']:.1%}" if model == "safe" and "changed" in benign else "–"
-        low, high = (f"{end:.1%}" for end in s["ci95"])
-        print(
-            f"{model:6} {s['asr']:>7.1%} {low + ' – ' + high:>17} {judged:>24} {s['blank']:>6} {refused:>15} "
-            f"{changed:>8} {nats:>13}"
-        )
+        found, costs = summary[model], benign if model == "safe" else {}
+        nats = costs.get("kl_first_token")
+        table[model] = {
+            "model": model,
+            "ASR": share(found["asr"]),
+            "95 % interval": span(found["ci95"]),
+            "ASR judged (95 %)": share(found["asr_judged"], found["ci95_judged"]),
+            "blank": found["blank"],
+            "benign refused": share(benign.get(model, {}).get("refusal_rate")),
+            "changed": share(costs.get("changed", {}).get("rate")),
+            "KL from base": f"{nats['mean']:.3g} nats" if nats else "–",
+        }
+    print(pd.DataFrame(table.values()).to_string(index=False))
     if summary.get("paired"):
-        p = summary["paired"]
-        print(f"safe - base on the same {p['rows']} questions: {paired(p)}")
+        print(f"safe - base on the same {summary['paired']['rows']} questions: {paired(summary['paired'])}")
     for category, found in summary.get("categories", {}).items():
         rates = " → ".join(f"{found[model]['asr']:.1%}" for model in models)
         change = f"  safe - base {paired(found['paired'])}" if found.get("paired") else ""
         print(f"  {category} ({found['rows']} rows): {rates}{change}")
 
 
+def share(rate: float | None, interval: list[float] | None = None) -> str:
+    return "–" if rate is None else f"{rate:.1%}" + (f" ({span(interval)})" if interval else "")
+
+
+def span(interval: list[float], sign: str = "") -> str:
+    return " – ".join(f"{end:{sign}.1%}" for end in interval)
+
+
 def paired(p: dict) -> str:
-    low, high = (f"{end:+.1%}" for end in p["ci95"])
-    return f"{p['difference']:+.1%} ({low} – {high}, paired bootstrap), McNemar's exact p = {p['mcnemar_p']:.2g}"
+    found = f"{p['difference']:+.1%} ({span(p['ci95'], '+')}, paired bootstrap)"
+    return f"{found}, McNemar's exact p = {p['mcnemar_p']:.2g}"
 
 
 def print_agreement(verdicts: dict[str, list[str]], others: dict[str, list[str]]) -> None:
@@ -121,10 +121,9 @@ def print_agreement(verdicts: dict[str, list[str]], others: dict[str, list[str]]
         if not found["rows"]:
             print(f"{name}: no row has a verdict in both files")
             continue
-        low, high = found["ci95"]
         kappa = "not defined (one label throughout)" if found["kappa"] is None else f"{found['kappa']:.2f}"
         print(
-            f"{name}: {found['agreement']:.1%} of {found['rows']} rows agree (95 % interval {low:.1%} – {high:.1%}), "
+            f"{name}: {found['agreement']:.1%} of {found['rows']} rows agree (95 % interval {span(found['ci95'])}), "
             f"Cohen's kappa {kappa}; harmful only here {found['harmful_only_here']}, only there "
             f"{found['harmful_only_there']}, without a verdict in one {found['unjudged']}"
         )

@@ -1,18 +1,17 @@
-"""Every table of a grid: score, select, steer, answer, judge, tabulate, for every cell of a grid file.
+"""Every table of a grid: score, select, steer, answer, judge and tabulate every cell of a grid file.
 
-Each model is loaded once and steered in place. What is done already is skipped, so an interrupted run goes on where it
-was; a cell that fails is passed by and listed at the end. --shard spreads the work over machines that share a results
-folder, --plan says what would run and what it would take, and starts nothing.
+Each model is loaded once and steered in place. What is done already is skipped, so an interrupted run resumes where it
+was. A cell that fails is skipped and listed at the end. --shard spreads the work over machines that share a results
+folder; --plan prints what would run and what it would take, and starts nothing.
 """
 
 import sys
-import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 from soteria import cli
 from soteria.grid.cells import Shard
-from soteria.grid.grid_file import Grid, read_grid
+from soteria.grid.grid_file import read_grid
 from soteria.storage import paths
 
 STEPS = ("score", "answer", "utility", "judge", "tables")
@@ -28,18 +27,21 @@ def shard(text: str) -> Shard:
 def parse_arguments():
     parser = cli.new_parser(__doc__, "bash scripts/reproduce.sh configs/embedded.yaml")
     add = parser.add_argument
-    add("grid", type=Path, help="a grid file: configs/embedded.yaml, configs/paper.yaml or your own")
+    add("grid", type=Path, help="a grid file: one of configs/*.yaml, or your own")
     add("--plan", action="store_true", help="print what would run, what is done, and an estimate of time and disk")
-    add("--shard", type=shard, default="1/1", help="i/n: the i-th of n parts of the (model, language)s")
+    add("--shard", type=shard, default="1/1", help="i/n: the i-th of n parts of the (model, language) pairs")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these; a shard leaves out the tables")
-    add("--results", type=Path, default=paths.RESULTS, help="where everything goes")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
+    add("--language", nargs="+", help="names or codes, or all, instead of the grid file's languages")
+    add("--name", help="name of the tables instead of the grid file's")
+    add("--results", type=Path, default=paths.RESULTS, help="folder for everything that is written")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    grid = read_grid(arguments.grid)
+    changes = {"languages": arguments.language, "name": arguments.name}
+    grid = read_grid(arguments.grid, **{key: value for key, value in changes.items() if value})
     if arguments.plan:
         from soteria.grid.plan import bill
 
@@ -49,20 +51,28 @@ def main() -> None:
 
     from soteria.models.processes import Processes
 
+    failed, waiting = {}, {}
     with Processes(arguments.device) as processes:
-        failed, waiting = run_cells(grid, arguments, steps, processes) if steps != ["tables"] else ({}, {})
-        if "tables" in steps and arguments.shard.of == 1 and processes.is_first:
-            from make_tables import write_grid
+        if steps != ["tables"]:
+            from soteria.grid.reproduction import Reproduction
 
-            write_grid(grid, arguments.grid, arguments.results)
+            reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
+            reproduction.run(steps)
+            failed, waiting = reproduction.failed, reproduction.waiting
+        if "tables" in steps and arguments.shard.of == 1 and processes.is_first:
+            from soteria.reporting.output import write_grid
+
+            given = {"--language": arguments.language, "--name": arguments.name and [arguments.name]}
+            options = "".join(f" {option} {' '.join(words)}" for option, words in given.items() if words)
+            write_grid(grid, arguments.grid, arguments.results, options)
         if processes.is_first:
-            tell(failed, waiting)
+            report(failed, waiting)
     if failed or waiting:
         sys.exit(1)
 
 
-def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
-    """Say on stderr what was not run and why, and what to do about it. Cells of one reason are named up to three."""
+def report(failed: dict[str, str], waiting: dict[str, str]) -> None:
+    """Print on stderr what was not run, why, and what to do. At most three cells are named per reason."""
     for what, cells in (("failed", failed), ("waits", waiting)):
         for reason in dict.fromkeys(cells.values()):
             names = [name for name, own in cells.items() if own == reason]
@@ -71,34 +81,9 @@ def tell(failed: dict[str, str], waiting: dict[str, str]) -> None:
             if len(names) > 3:
                 print(f"{what}: {len(names) - 3} more for the same reason", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} failed: mend what they say, and the same command goes on from here", file=sys.stderr)
+        print(f"{len(failed)} failed: fix the errors above and rerun the same command to resume", file=sys.stderr)
     if waiting:
-        print(f"{len(waiting)} wait for scores: the same command goes on when they are there", file=sys.stderr)
-
-
-def run_cells(grid: Grid, arguments, steps: list[str], processes) -> tuple[dict[str, str], dict[str, str]]:
-    """The steps before the tables; gives what failed and what waits, with the reasons."""
-    import compute_indirect_effect as step_1
-    from soteria.grid.reproduction import Reproduction
-    from soteria.grid.subject import Subject
-
-    def score(language: str, subject: Subject) -> None:
-        options = {
-            "--model_name": subject.pair.base,
-            "--root_data_dir": grid.icl,
-            "--save_path_root": subject.scores,
-            "--dtype": grid.dtype,
-            **{f"--{name}": value for name, value in grid.scoring.model_dump().items()},
-        }
-        words = ["--dataset_name", *(f"{task}_{language}" for task in grid.tasks)]
-        words += [str(word) for option in options.items() for word in option]
-        started = time.monotonic()
-        _, scored = step_1.score(step_1.parse_arguments(words), subject.processes, lambda: subject.loaded)
-        subject.note_cost("score", scored, time.monotonic() - started)
-
-    reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
-    reproduction.run(steps, score)
-    return reproduction.failed, reproduction.waiting
+        print(f"{len(waiting)} wait for scores: rerun the same command once they are there", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Step 2: rank the heads by their average effect and keep the top ones, per language or for a group of languages."""
+"""Step 2: rank heads by their mean effect and keep the top ones, for languages or for a group of languages."""
 
+from argparse import Namespace
 from pathlib import Path
 
 from soteria import cli
@@ -8,23 +9,22 @@ from soteria.languages import language_names
 from soteria.scoring.heads import count_top, mean_effect, rank_heads, write_group, write_heads
 from soteria.scoring.prompts import TASKS
 from soteria.storage import paths
-from soteria.storage.paths import language_file
 
 
-def parse_arguments():
+def parse_arguments() -> Namespace:
     parser = cli.new_parser(
         __doc__,
         "python src/select_heads.py --results results/indirect_effect/polyglot-base --language Hindi Bengali "
         "--head_folder polyglot-base",
     )
     add = parser.add_argument
-    add("--results", type=Path, help="folder that step 1 wrote: results/indirect_effect/<model slug>")
+    add("--results", type=Path, help="output folder of step 1: results/indirect_effect/<model slug>")
     add("--language", nargs="+", help="names or codes, or all for the paper's twelve")
     add("--tasks", nargs="+", default=list(TASKS), help="tasks to average over")
     add("--top", type=float, default=0.5, help="a fraction of all heads below 1, or a whole number of heads")
     add("--head_folder", required=True, help="name of the folder of head lists")
-    add("--heads_root", type=Path, default=paths.heads_root(paths.RESULTS), help="where head folders lie")
-    add("--group", help="High, Mid, Low or Universal: write <Group>_Lang.json from the folder's language lists")
+    add("--heads_root", type=Path, default=paths.heads_root(paths.RESULTS), help="where the head folders are")
+    add("--group", help="High, Mid, Low, or Universal: write <Group>_Lang.json from the languages' lists in the folder")
     return parser.parse_args()
 
 
@@ -35,13 +35,13 @@ def main() -> None:
         raise UserError("nothing to select: give --language (with --results) or --group")
     if arguments.language:
         if not arguments.results:
-            raise UserError("--language needs --results, the folder that step 1 wrote")
+            raise UserError("--language needs --results, the output folder of step 1")
         names = language_names(arguments.language)
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
         for name, effect in effects.items():
-            count = count_top(arguments.top, effect.numel())
-            write_heads(folder / language_file(name), rank_heads(effect)[:count])
-            print(f"{folder / language_file(name)}: {count} of {effect.numel()} heads")
+            path, count = folder / paths.language_file(name), count_top(arguments.top, effect.numel())
+            write_heads(path, rank_heads(effect)[:count])
+            print(f"{path}: {count} of {effect.numel()} heads")
     if arguments.group:
         heads = write_group(folder, arguments.group)
         print(f"{folder}: {len(heads)} heads shared by group {arguments.group}")

@@ -1,19 +1,33 @@
 """Scaling factor and number of heads, tuned per language on the validation questions with Optuna.
 
-Two things are made small at once: ASR on the policy questions, and how far the odds of benign answers' first token move
-(KL from the base, in nats). Told are the Pareto front and the chosen point, the lowest ASR at no more than the allowed
-refusals and loss of accuracy. Everything runs on one loaded base model whose weights are steered in place, the same
-arithmetic as `steer.py`. An interrupted run goes on where it was, and more trials go on from those before.
+Two objectives are minimized at once: ASR on the policy questions, and how far the first token of benign answers moves
+(KL from the base, in nats). Printed are the Pareto front and the chosen point: the lowest ASR within the limits on
+refusals, lost accuracy and changed answers. Everything runs on one loaded base model that is steered in place. An
+interrupted run resumes where it was, and more trials continue from those before.
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from soteria import cli
+from soteria.answering.questions import read_questions
 from soteria.errors import UserError
+from soteria.grid.grid_file import Limits
 from soteria.languages import find_language, language_names
-from soteria.scoring.heads import count_share, mean_effect, rank_heads
+from soteria.scoring.heads import mean_effect, rank_heads
 from soteria.scoring.prompts import TASKS
 from soteria.storage import paths
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
 
 
 def parse_arguments():
@@ -22,10 +36,10 @@ def parse_arguments():
         "python src/tune.py --finetune_model data/models/polyglot-tuned --base_model data/models/polyglot-base "
         "--language Hindi --trials 40",
     )
-    add = parser.add_argument
+    add, limits = parser.add_argument, Limits()
     cli.add_pair(parser)
-    cli.add_languages(parser)
-    add("--results", type=Path, help="what step 1 wrote (default: results/indirect_effect/<base slug>)")
+    add("--language", nargs="+", required=True, help="names or codes, or `all` for the paper's twelve")
+    add("--results", type=Path, help="the scores that step 1 wrote (default: results/indirect_effect/<base slug>)")
     add("--policy", default="policy-validation", help="question set under data/prompts, as <name>_<Language>.csv")
     add("--benign", default="everyday-validation", help="question set under data/benign, as <name>_<Language>.csv")
     add("--trials", type=cli.positive_int, default=40, help="points measured per language")
@@ -33,13 +47,12 @@ def parse_arguments():
     add("--min_scaling", type=cli.scaling_factor, default=0.5, help="lowest scaling factor")
     add("--max_scaling", type=cli.scaling_factor, default=10.0, help="highest scaling factor")
     add("--shares", nargs=2, type=float, default=[0.05, 1.0], metavar=("LOW", "HIGH"), help="shares of all heads")
-    add(
-        "--max_refusals",
-        type=float,
-        default=0.02,
-        help="share of benign questions the chosen point may refuse beyond the base",
-    )
-    add("--max_accuracy_loss", type=float, default=0.02, help="accuracy in context it may lose, 0.02 being 2 points")
+    refusals = "share of benign questions the chosen point may refuse beyond the base"
+    add("--max_refusals", type=fraction, default=limits.max_refusals, help=refusals)
+    loss = "in-context accuracy it may lose, 0.02 being 2 points"
+    add("--max_accuracy_loss", type=fraction, default=limits.max_accuracy_loss, help=loss)
+    changes = "share of benign answers it may change"
+    add("--max_changes", type=fraction, default=limits.max_changes, help=changes)
     return parser.parse_args()
 
 
@@ -47,50 +60,54 @@ def main() -> None:
     arguments = parse_arguments()
     names = language_names(arguments.language)
     slug = paths.model_slug(arguments.base_model)
-    results = arguments.results or paths.scores_folder(paths.RESULTS, slug)
+    scores = arguments.results or paths.scores_folder(paths.RESULTS, slug)
 
     from tqdm import tqdm
 
-    from soteria.grid.comparison import VALIDATION_SEED, Bench
-    from soteria.grid.tuning import Limits, Space, SteeredBench, Tuning, bench_hash
+    from soteria.grid.tuning import Bench, Space, SteeredBench, Tuning
+    from soteria.judging.costs import read_tasks
     from soteria.judging.judges import judge_basis
     from soteria.judging.refusal import RefusalJudge
     from soteria.models.loading import load_model
     from soteria.models.task_vector import TaskVector
+    from soteria.scoring.run import scored_split
     from soteria.steering.checkpoint import fingerprint
     from soteria.steering.formula import open_steering
 
     space = Space((arguments.min_scaling, arguments.max_scaling), tuple(arguments.shares), arguments.seed)
-    limits = Limits(arguments.max_refusals, arguments.max_accuracy_loss)
-    effects = {name: mean_effect(results, name, list(TASKS)) for name in names}
+    limits = Limits(**{name: getattr(arguments, name) for name in Limits.model_fields})
+    effects = {name: mean_effect(scores, name, list(TASKS)) for name in names}
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     shape = (vector.geometry.n_layers, vector.geometry.n_heads)
     for name, effect in effects.items():
         if tuple(effect.shape) != shape:
-            raise UserError(f"{results} scores {tuple(effect.shape)} layers and heads in {name}, the base has {shape}")
-    benches = {
-        name: Bench.read(find_language(name), arguments.policy, arguments.benign, VALIDATION_SEED) for name in names
-    }
+            raise UserError(f"{scores} has {tuple(effect.shape)} layers and heads in {name}, but the base has {shape}")
 
-    def inputs(name: str) -> dict:
-        """What a measurement was made from, beside the points; a file that says the same is not made again."""
-        return {
-            "base_model": arguments.base_model,
-            "base_weights": fingerprint(vector.base),
-            "finetune_model": arguments.finetune_model,
-            "finetune_weights": fingerprint(vector.tuned),
-            "language": name,
-            "policy": arguments.policy,
-            "benign": arguments.benign,
-            "questions_sha256": bench_hash(benches[name]),
-            "judge": RefusalJudge.description,
-            "judge_basis_sha256": judge_basis("refusal", None),
-        }
+    def bench(name: str) -> Bench:
+        language = find_language(name)
+        asked = (
+            read_questions(str(paths.DATA / folder / f"{each}_{name}.csv"), language).questions
+            for folder, each in (("prompts", arguments.policy), ("benign", arguments.benign))
+        )
+        split = scored_split(scores, [f"{task}_{name}" for task in TASKS])
+        return Bench(language, *asked, read_tasks(paths.DATA / "icl", TASKS, language, *split))
 
+    benches = {name: bench(name) for name in names}
     tunings = {
         name: Tuning(
             paths.tuning_file(paths.RESULTS, slug, name),
-            inputs(name),
+            {
+                "base_model": arguments.base_model,
+                "base_weights": fingerprint(vector.base),
+                "finetune_model": arguments.finetune_model,
+                "finetune_weights": fingerprint(vector.tuned),
+                "language": name,
+                "policy": arguments.policy,
+                "benign": arguments.benign,
+                "questions_sha256": benches[name].sha256(),
+                "judge": RefusalJudge.description,
+                "judge_basis_sha256": judge_basis("refusal", None),
+            },
             space,
             rank_heads(effects[name]),
             arguments.trials,
@@ -101,50 +118,47 @@ def main() -> None:
     found = {name: tuning.finished() for name, tuning in tunings.items()}
     pending = [name for name, result in found.items() if result is None]
     if pending:
-        for name in pending:  # the fewest heads: more of the ranking hold these
-            fewest = count_share(arguments.shares[0], shape[0] * shape[1])
-            source = f"the top {fewest} heads of {name}"
-            open_steering(vector, rank_heads(effects[name])[:fewest], arguments.max_scaling, source=source)
-        loaded, judge = load_model(arguments.base_model), RefusalJudge()
+        for name in pending:  # refused before anything is measured
+            open_steering(vector, tunings[name].ranking, 0.0, source=f"the ranking in {scores}")
+        loaded = load_model(arguments.base_model)
         with tqdm(total=len(pending) * arguments.trials, desc="tuning", unit="trial", disable=None) as bar:
             for name in pending:
-                bench = SteeredBench(loaded, vector, benches[name], judge)
-                found[name] = tunings[name].run(bench.measure, bar.update)
+                found[name] = tunings[name].run(SteeredBench(loaded, vector, benches[name]).measure, bar.update)
     for name, result in found.items():
         print_front(name, result, len(tunings[name].ranking))
-    print(f"Mind: {next(iter(found.values()))['note']}.")
+    print(f"Note: {next(iter(found.values()))['note']}.")
 
 
 def print_front(language: str, result: dict, n_heads: int) -> None:
     """The base, the Pareto front by ASR, and the chosen point: rates, and the divergence in nats."""
-    print(f"{language}: {result['n_trials']} trials on {result['policy']} and {result['benign']}, {result['judge']}")
-    print(
-        f"{'trial':>6} {'scaling':>8} {'heads':>6} {'ASR':>7} {'benign refused':>15} {'changed':>8} "
-        f"{'KL from base':>13} {'ICL accuracy':>13}"
-    )
+    from soteria.grid.tuning import RATES
+
+    chosen = result["chosen"] or {"number": None}
     base = {rate: value["value"] for rate, value in result["base"].items()}
-    print_row("base", base | {"scaling_factor": 0.0, "n_heads": 0}, "")
-    chosen = result["chosen"]
-    for number in result["front"]:
-        print_row(number, result["trials"][number], "<- chosen" if chosen and chosen["number"] == number else "")
-    if not chosen:
+    rows = [
+        base | {"number": "base", "scaling_factor": 0.0, "n_heads": 0},
+        *(result["trials"][i] for i in result["front"]),
+    ]
+    if chosen["number"] not in (None, *result["front"]):
+        rows.append(chosen)  # only points that cost too much beat it
+    print(f"{language}: {result['n_trials']} trials on {result['policy']} and {result['benign']}, {result['judge']}")
+    form = "{:>6} {:>8} {:>6} {:>7} {:>15} {:>8} {:>13} {:>13} {}"
+    titles = ("trial", "scaling", "heads", "ASR", "benign refused", "changed", "KL from base", "ICL accuracy", "")
+    print(form.format(*titles).rstrip())
+    for row in rows:
+        asr, refused, changed, right = (f"{row[rate]:.1%}" for rate in RATES)
+        mark = "<- chosen" if row["number"] == chosen["number"] else ""
+        scaling, divergence = f"{row['scaling_factor']:.3g}", f"{row['kl_first_token']:.4f}"
+        print(
+            form.format(row["number"], scaling, row["n_heads"], asr, refused, changed, divergence, right, mark).rstrip()
+        )
+    if not result["chosen"]:
         print(f"chosen: none, {result['why_none']}")
         return
-    if chosen["number"] not in result["front"]:
-        print_row(chosen["number"], chosen, "<- chosen; beaten only by points that cost too much")
     print(
         f"chosen: --scaling_factor {chosen['scaling_factor']} with the top {chosen['n_heads']} of {n_heads} heads "
         f"(select_heads.py --top {chosen['n_heads']})"
     )
-
-
-def print_row(name: object, point: dict, mark: str) -> None:
-    line = (
-        f"{name:>6} {point['scaling_factor']:>8.3g} {point['n_heads']:>6} {point['asr']:>7.1%} "
-        f"{point['benign_refusals']:>15.1%} {point['benign_changes']:>8.1%} {point['kl_first_token']:>13.4f} "
-        f"{point['icl_accuracy']:>13.1%} {mark}"
-    )
-    print(line.rstrip())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import itertools
 import multiprocessing
 import os
 import sys
+import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from tiny_models import save_tiny_model
+from tqdm import tqdm
 
 from soteria import cli
 from soteria.models.loading import LoadedModel, load_model
 from soteria.models.processes import Processes
-from soteria.scoring.run import DatasetRun, Progress, load_tensor
-from soteria.scoring.sweep import ForkingSweep
+from soteria.models.tensors import load_tensor
+from soteria.scoring.run import ScoringSettings, score_datasets
 from soteria.storage import paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ def run_script(monkeypatch) -> Callable[..., int]:
 
 
 def _main_in_child(script, arguments: list[str]) -> None:
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared among forks, and a killed one never releases it
     sys.argv, sys.stderr = [f"{script.__name__}.py", *arguments], Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdout = sys.stderr
     cli.run(script.main)
@@ -124,12 +126,7 @@ def tiny_loaded(tiny_folder) -> Callable[..., LoadedModel]:
 
 def shipped(loaded, root: Path, dataset: str, *, data: Path = paths.DATA / "icl", **options):
     """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
-    defaults = {"seed": 42, "n_shots": 3, "n_trials": 2, "test_split": 0.3, "last_token_only": True}
-    arguments = {"prefixes": {}, "separators": {}, "mean_activations_path": None, "dtype": "float32", "max_rows": None}
-    run = DatasetRun(
-        dataset,
-        root,
-        Namespace(model_name=loaded.name, root_data_dir=data, **{**defaults, **arguments, **options}),
-    )
-    run.score(ForkingSweep(loaded), Processes("cpu"), Progress(1, silent=True))
+    options = {"n_shots": 3, "n_trials": 2, "dtype": "float32", **options}
+    settings = ScoringSettings(model_name=loaded.name, root_data_dir=data, **options)
+    (run,), _ = score_datasets(settings, [dataset], root, Processes("cpu"), lambda: loaded)
     return load_tensor(run.effect_file), load_tensor(run.means_file)

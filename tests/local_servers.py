@@ -1,63 +1,48 @@
-"""A git server and a hub of datasets on loopback, which note what they are asked and can hold a request."""
+"""A hub of datasets and a server of plain files on a free local port, which can hold a request."""
 
 import hashlib
 import json
-import os
-import subprocess
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 
-def blob_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 class LocalServers:
-    """`/git/<name>` and `/dumb/<name>`: bare repositories under `root`, by git's own server and as mere files.
+    """`/files/<path>`: the files under `root`, as a git server that knows nothing of git. Everything else: the hub.
 
-    Everything else: the hub. `datasets[id][revision]` are the files by name, the last revision is the newest; files of
-    the endings in `large` go by sha256 there, others by git's blob id. `hold` is the number of the request that is
-    answered only when `go` is set.
+    `datasets[id][revision]` are the files by name, the last revision is the newest. `asked` are the requests so far;
+    number `hold` of them is answered only when `go` is set.
     """
 
     def __init__(self, root: Path):
-        self.root, self.datasets, self.large = root, {}, (".parquet",)
+        self.datasets: dict[str, dict[str, dict[str, bytes]]] = {}
         self.asked: list[str] = []
         self.hold, self.held, self.go = 0, threading.Event(), threading.Event()
         lock, servers = threading.Lock(), self
 
-        class Handler(BaseHTTPRequestHandler):
-            wbufsize = -1
+        class Handler(SimpleHTTPRequestHandler):
+            def translate_path(self, path):
+                return str(root / path.partition("?")[0].removeprefix("/files/"))
 
             def answer(self):
-                length = int(self.headers["Content-Length"] or 0)
-                sent = self.rfile.read(length) if length else b""
                 with lock:
                     servers.asked.append(f"{self.command} {self.path}")
                     number = len(servers.asked)
                 if number == servers.hold:
                     servers.held.set()
                     servers.go.wait(20)
-                path, _, query = self.path.partition("?")
-                if path.startswith("/git/"):
-                    servers.git(self, path.removeprefix("/git"), query, sent)
-                elif path.startswith("/dumb/"):
-                    file = servers.root / path.removeprefix("/dumb/")
-                    self.reply(200, file.read_bytes()) if file.is_file() else self.reply(404)
-                else:
-                    servers.hub(self, unquote(path))
-
-            do_GET = do_HEAD = do_POST = answer
-
-            def reply(self, status: int, content: bytes = b"", **headers: str):
+                if self.path.startswith("/files/"):
+                    return super().do_HEAD() if self.command == "HEAD" else super().do_GET()
+                status, content, headers = servers.hub(unquote(self.path.partition("?")[0]))
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name.replace("_", "-"), value)
+                    self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(content)
+
+            do_GET = do_HEAD = answer
 
             def log_message(self, *_):
                 pass
@@ -72,60 +57,35 @@ class LocalServers:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def git(self, request, path: str, query: str, sent: bytes) -> None:
-        variables = {
-            "GIT_PROJECT_ROOT": str(self.root),
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "PATH_INFO": path,
-            "REQUEST_METHOD": request.command,
-            "QUERY_STRING": query,
-            "CONTENT_TYPE": request.headers["Content-Type"] or "",
-            "CONTENT_LENGTH": str(len(sent)),
-            "HTTP_CONTENT_ENCODING": request.headers["Content-Encoding"] or "",
-            "GIT_PROTOCOL": request.headers["Git-Protocol"] or "",
-        }
-        done = subprocess.run(["git", "http-backend"], input=sent, capture_output=True, env=os.environ | variables)
-        head, _, content = done.stdout.partition(b"\r\n\r\n")
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-        request.reply(int(headers.pop("Status", "200 OK").split()[0]), content, **headers)
-
-    def hub(self, request, path: str) -> None:
+    def hub(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        """Status, content and headers of the hub's answer."""
         for name, revisions in self.datasets.items():
-            newest = list(revisions)[-1]
+            api = f"/api/datasets/{name}"
             for revision, contents in revisions.items():
-                if path == f"/api/datasets/{name}/revision/{revision}" or (
-                    path == f"/api/datasets/{name}" and revision == newest
-                ):
-                    siblings = [{"rfilename": file, **self.entry(file, contents[file])} for file in contents]
-                    found = {"id": name, "sha": revision, "private": False, "tags": [], "downloads": 0}
-                    return request.reply(200, json.dumps(found | {"siblings": siblings}).encode())
-                if path.startswith(f"/api/datasets/{name}/tree/{revision}"):
+                if path in (api, f"{api}/revision/{revision}") and (path != api or revision == list(revisions)[-1]):
+                    facts = {"id": name, "sha": revision, "private": False, "tags": [], "downloads": 0}
+                    facts["siblings"] = [{"rfilename": file} for file in contents]
+                    return 200, json.dumps(facts).encode(), {}
+                if path.startswith(f"{api}/tree/{revision}"):
                     entries = [
-                        {"type": "file", "path": file, "oid": "0" * 40, **self.entry(file, contents[file])}
-                        for file in contents
+                        {"type": "file", "path": file, "oid": etag(content), "size": len(content)}
+                        for file, content in contents.items()
                     ]
-                    return request.reply(200, json.dumps(entries).encode())
+                    return 200, json.dumps(entries).encode(), {}
                 file = path.removeprefix(f"/datasets/{name}/resolve/{revision}/")
                 if file in contents:
-                    entry = self.entry(file, contents[file])
-                    etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["blobId"]
-                    return request.reply(200, self.sends(file, contents[file]), ETag=etag, X_Repo_Commit=revision)
-        code = "RevisionNotFound" if any(f"/datasets/{name}/" in path for name in self.datasets) else "RepoNotFound"
-        return request.reply(404, X_Error_Code=code)
+                    return 200, self.sends(contents[file]), {"ETag": etag(contents[file]), "X-Repo-Commit": revision}
+        return 404, b"", {"X-Error-Code": "RepoNotFound"}
 
-    def sends(self, file: str, content: bytes) -> bytes:
-        """What is sent for a file; a test may put something else in its place."""
+    def sends(self, content: bytes) -> bytes:
+        """What is sent of a dataset's file; a test may put something else in its place."""
         return content
-
-    def entry(self, file: str, content: bytes) -> dict:
-        """What the hub lists of a file."""
-        entry = {"size": len(content), "blobId": blob_id(content)}
-        if file.endswith(self.large):
-            entry["lfs"] = {"size": len(content), "pointerSize": 130}
-            entry["lfs"] |= dict.fromkeys(("sha256", "oid"), hashlib.sha256(content).hexdigest())  # one call, one name
-        return entry
 
     def close(self) -> None:
         self.go.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
+from soteria.models.tensors import save_tensor
 from soteria.scoring.prompts import TASKS
-from soteria.scoring.run import save_tensor
 from soteria.storage import files, paths
 from soteria.storage.paths import effect_path
 
@@ -34,16 +34,13 @@ GENERATE = (
     "generate --model base --dataset questions.csv --language Hindi --output out.csv --column 'BASE ANSWER' "
     "--max_new_tokens 2 --device cpu "
 )
-EVALUATE = "judge --input answers.csv --output out.csv --judge refusal "
-CONTROLS = (
-    "compare_controls --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
-)
+JUDGE = "judge --input answers.csv --output out.csv --judge refusal "
 TUNE = "tune --base_model base --finetune_model tuned --language Hindi --results scored --trials 2 "
 
 
 def plan(tuned="tuned", base="base", language="Hindi", data="questions.csv", factor="1", do_base="yes", batch="2"):
     """The eight arguments of run.sh, as its first command gets them."""
-    return f"plan_run {tuned} {base} {language} {data} {factor} {do_base} {batch} heads "
+    return f"soteria.judging.pipeline {tuned} {base} {language} {data} {factor} {do_base} {batch} heads "
 
 
 # What is wrong -> (command, what the sentence names)
@@ -128,22 +125,22 @@ CASES = {
     "generate: a question that is no text": (GENERATE + "--dataset number.json", "row 1"),
     "generate: half a surrogate pair": (GENERATE + "--dataset surrogate.jsonl", "row 1"),
     "generate: output named .json": (GENERATE + "--output out.json", "out.json"),
-    "evaluate: no such file": (EVALUATE + "--input nowhere.csv", "nowhere.csv"),
-    "evaluate: an empty CSV": (EVALUATE + "--input empty.csv", "empty.csv"),
-    "evaluate: no answer column": (EVALUATE + "--input questions.csv", "questions.csv"),
-    "evaluate: no rows": (EVALUATE + "--input unanswered.csv", "unanswered.csv"),
-    "evaluate: unknown judge": (EVALUATE + "--judge oracle", "oracle"),
-    "evaluate: a judge without its model": (EVALUATE + "--judge openai:", "openai:"),
-    "evaluate: openai without a key": (EVALUATE + "--judge openai:some-model", "OPENAI_API_KEY"),
-    "evaluate: output over the answers": (EVALUATE + "--output answers.csv", "answers.csv"),
-    "evaluate: no such harmless answers": (EVALUATE + "--benign nowhere.csv", "nowhere.csv"),
-    "evaluate: rows of unequal length": (EVALUATE + "--input torn.csv", "row 1"),
-    "evaluate: time limit 0": (EVALUATE + "--time_limit 0", "--time_limit"),
-    "evaluate: no such judge model": (EVALUATE + "--judge hf:./nowhere", "./nowhere"),
-    "evaluate: a judge prompt without places": (EVALUATE + "--judge_prompt text.csv", "{question}"),
-    "evaluate: no such judge prompt": (EVALUATE + "--judge_prompt nowhere.txt", "nowhere.txt"),
-    "evaluate: a judge prompt that is no UTF-8": (EVALUATE + "--judge_prompt latin1.csv", "latin1.csv"),
-    "evaluate: concurrency 0": (EVALUATE + "--concurrency 0", "--concurrency"),
+    "judge: no such file": (JUDGE + "--input nowhere.csv", "nowhere.csv"),
+    "judge: an empty CSV": (JUDGE + "--input empty.csv", "empty.csv"),
+    "judge: no answer column": (JUDGE + "--input questions.csv", "questions.csv"),
+    "judge: no rows": (JUDGE + "--input unanswered.csv", "unanswered.csv"),
+    "judge: unknown judge": (JUDGE + "--judge oracle", "oracle"),
+    "judge: a judge without its model": (JUDGE + "--judge openai:", "openai:"),
+    "judge: openai without a key": (JUDGE + "--judge openai:some-model", "OPENAI_API_KEY"),
+    "judge: output over the answers": (JUDGE + "--output answers.csv", "answers.csv"),
+    "judge: no such harmless answers": (JUDGE + "--benign nowhere.csv", "nowhere.csv"),
+    "judge: rows of unequal length": (JUDGE + "--input torn.csv", "row 1"),
+    "judge: time limit 0": (JUDGE + "--time_limit 0", "--time_limit"),
+    "judge: no such judge model": (JUDGE + "--judge hf:./nowhere", "./nowhere"),
+    "judge: a judge prompt without places": (JUDGE + "--judge_prompt text.csv", "{question}"),
+    "judge: no such judge prompt": (JUDGE + "--judge_prompt nowhere.txt", "nowhere.txt"),
+    "judge: a judge prompt that is no UTF-8": (JUDGE + "--judge_prompt latin1.csv", "latin1.csv"),
+    "judge: concurrency 0": (JUDGE + "--concurrency 0", "--concurrency"),
     "run.sh: an empty question": (plan(data="gap.csv"), "row 1"),
     "run.sh: unknown language": (plan(language="Klingon"), "Klingon"),
     "run.sh: unknown dataset": (plan(data="nothing_Hindi"), "nothing_Hindi"),
@@ -153,9 +150,6 @@ CASES = {
     "run.sh: batch_size no number": (plan(batch="many"), "many"),
     "run.sh: no such head folder": (plan().replace(" heads ", " nowhere "), "nowhere"),
     # step 4
-    "controls: unknown language": (CONTROLS + "--language Klingon", "Klingon"),
-    "controls: several factors": (CONTROLS + "--scaling_factor 1 2", "--choose"),
-    "controls: no effects": (CONTROLS + "--results nowhere", "nowhere"),
     "tune: unknown language": (TUNE + "--language Klingon", "Klingon"),
     "tune: no effects": (TUNE + "--results nowhere", "nowhere"),
     "tune: effects of another model": (TUNE + "--base_model deep --finetune_model deep", "(4, 4)"),
@@ -174,11 +168,9 @@ CASES = {
     "tune: a share above 1": (TUNE + "--shares 0.5 12", "--shares 0.5 12"),
     "tune: shares the wrong way round": (TUNE + "--shares 0.9 0.1", "--shares 0.9 0.1"),
     "tune: one share": (TUNE + "--shares 0.9", "--shares"),
-    "tune: refusals in percent": (TUNE + "--max_refusals 2", "--max_refusals 2"),
-    "tune: accuracy loss nan": (TUNE + "--max_accuracy_loss nan", "--max_accuracy_loss nan"),
-    "tables: nothing there": ("make_tables --results nowhere", "nowhere"),
-    "tables: results without comparisons": ("make_tables --results effects", "effects"),
-    "tables: unknown language": ("make_tables --language Klingon", "Klingon"),
+    "tune: refusals in percent": (TUNE + "--max_refusals 2", "--max_refusals"),
+    "tune: changes in percent": (TUNE + "--max_changes 5", "--max_changes"),
+    "tune: accuracy loss nan": (TUNE + "--max_accuracy_loss nan", "--max_accuracy_loss"),
 }
 
 
@@ -247,19 +239,20 @@ def command(monkeypatch, run_script):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(case, place, command, capsys):
-    text, named = CASES[case]
+@pytest.mark.parametrize("script", sorted({case.partition(":")[0] for case in CASES}))
+def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, place, command, capsys):
     before = listing(place)
-    status, error = command(text, place), capsys.readouterr().err
-    assert status == 2
-    assert named in error.splitlines()[-1]
-    # argparse puts its usage before its sentence
-    assert error.startswith("usage: ") or (len(error.splitlines()) == 1 and error.startswith("error: "))
-    assert listing(place) == before
+    for case, (text, named) in CASES.items():
+        if case.startswith(f"{script}:"):
+            status, error = command(text, place), capsys.readouterr().err
+            assert status == 2, case
+            assert named in error.splitlines()[-1], case
+            # argparse puts its usage before its sentence
+            assert error.startswith("usage: ") or (len(error.splitlines()) == 1 and error.startswith("error: ")), case
+            assert listing(place) == before, case
 
 
-@pytest.mark.parametrize("text", [SCORE, SELECT, STEER, GENERATE, EVALUATE, plan()], ids=lambda text: text.split()[0])
+@pytest.mark.parametrize("text", [SCORE, SELECT, STEER, GENERATE, JUDGE, plan()], ids=lambda text: text.split()[0])
 def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_path):
     folder = shutil.copytree(place, tmp_path / "place")
     assert command(text, folder) == 0

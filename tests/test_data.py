@@ -1,4 +1,4 @@
-"""The committed data: rebuilt byte for byte, aligned across the twelve languages, held against CLDR, truly held out."""
+"""The committed data: rebuilt byte for byte, aligned across twelve languages, checked against CLDR, truly held out."""
 
 import csv
 import datetime
@@ -14,24 +14,18 @@ from itertools import combinations
 from pathlib import Path
 
 import build_data
-import pytest
 from babel import Locale
 from babel.numbers import get_territory_currencies
-from policy_world import held_out_questions
+from policy_world import HELD_OUT, held_out_questions
 
 from soteria.judging.refusal import OPENING, PHRASES, RefusalJudge, normalise
 from soteria.languages import LANGUAGES, PAPER_LANGUAGES
 from soteria.scoring.prompts import TASKS
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data"
-PROMPT_FILES = {
-    "policy": "prompts",
-    "policy-validation": "prompts",
-    "everyday": "benign",
-    "everyday-validation": "benign",
-}
+DATA = Path(__file__).resolve().parents[1] / "data"
+NAMES = [language.name for language in PAPER_LANGUAGES]
 LABELS = {"sentiment": 2, "ag_news": 4}
+FOLDERS = {name: "benign" if name.startswith("everyday") else "prompts" for name in HELD_OUT}
 
 # How Unicode begins the name of a letter of each script. Latin is allowed beside it (CFA, brand names), never alone.
 SCRIPTS = {
@@ -50,11 +44,6 @@ ODD_IN_CLDR = {
     ("Telugu", "TJ"): "Dushanbe: CLDR డుషన్బీ has the English d and ee, దుషాంబే the local sounds",
 }
 
-each_language = pytest.mark.parametrize("language", PAPER_LANGUAGES, ids=lambda language: language.name)
-each_task = pytest.mark.parametrize("task", TASKS)
-each_prompt_file = pytest.mark.parametrize("name", PROMPT_FILES)
-each_labelled_task = pytest.mark.parametrize("task", LABELS)
-
 
 @cache
 def source(name: str) -> dict:
@@ -69,9 +58,12 @@ def rows(task: str, name: str) -> list[tuple[str, str]]:
 
 @cache
 def questions(file: str, name: str) -> list[dict[str, str]]:
-    path = DATA / PROMPT_FILES[file] / f"{file}_{name}.csv"
-    with path.open(encoding="utf-8", newline="") as stream:
+    with (DATA / FOLDERS[file] / f"{file}_{name}.csv").open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def locale(name: str) -> Locale:
+    return Locale.parse(next(language.code for language in LANGUAGES if language.name == name), sep="-")
 
 
 def topics_of(question: str, name: str) -> tuple[tuple[str, int], ...]:
@@ -86,7 +78,7 @@ def topics_of(question: str, name: str) -> tuple[tuple[str, int], ...]:
 
 
 def is_in_script_of(text: str, name: str) -> bool:
-    """Whether at least half of the letters are the language's own and the rest Latin. The ʻ of Tonga is no letter."""
+    """Whether at least half of the letters are the language's own and the rest Latin. Tonga's ʻ does not count."""
     script = SCRIPTS.get(name, "LATIN")
     letters = [unicodedata.name(letter) for letter in text if unicodedata.category(letter) in ("Lo", "Ll", "Lu")]
     own = [letter for letter in letters if letter.startswith(script)]
@@ -94,20 +86,19 @@ def is_in_script_of(text: str, name: str) -> bool:
 
 
 def exemplar_cities(locale: Locale) -> dict[str, str]:
-    """CLDR's city of each time zone; where it lists none, the zone's last part stands, as CLDR says."""
+    """CLDR's city of each time zone or, where it lists none, the last part of the zone's name, as CLDR says."""
     zones = Locale("en").time_zones.keys() | locale.time_zones.keys() | Locale("ta").time_zones.keys()
     listed = {zone: locale.time_zones[zone].get("city") if zone in locale.time_zones else None for zone in zones}
     return {zone: city or zone.split("/")[-1].replace("_", " ") for zone, city in listed.items() if "/" in zone}
 
 
 def likeness(a: str, b: str) -> float:
-    """0 to 1; two spellings of a city mostly reach 0.5, two cities in about 3 % of pairs."""
+    """0 to 1. Two spellings of one city mostly reach 0.5; so do about 3 % of the pairs of different cities."""
     return SequenceMatcher(None, a.casefold(), b.casefold()).ratio()
 
 
-def countries() -> list[str]:
-    """Territory codes of the country-capital rows, in row order."""
-    return list(source("English")["capitals"])
+def repeated(items) -> list:
+    return [item for item, count in Counter(items).items() if count > 1]
 
 
 def shape(value):
@@ -130,253 +121,144 @@ def test_the_build_script_writes_the_committed_files_byte_for_byte(tmp_path, mon
     assert [name for name in built if built[name] != committed[name]] == []
 
 
-@each_language
-def test_a_source_file_has_the_keys_and_list_lengths_of_the_english_one(language):
-    assert shape(source(language.name)) == shape(source("English"))
-
-
-@each_language
-def test_a_source_file_lists_the_same_countries_in_the_same_order_as_the_english_one(language):
-    assert list(source(language.name)["capitals"]) == countries()
+def test_source_files_have_the_keys_list_lengths_and_countries_of_the_english_one():
+    for name in NAMES:
+        assert shape(source(name)) == shape(source("English"))
+        assert list(source(name)["capitals"]) == list(source("English")["capitals"])
+        topics = [source(name)["plain_topics"], *source(name)["disallowed_topics"].values()]
+        assert repeated(topic.casefold() for listed in topics for topic in listed) == []
 
 
 # --- data/icl
 
 
-@each_language
-@each_task
-def test_an_icl_file_has_enough_rows(task, language):
-    assert len(rows(task, language.name)) >= (150 if task == "country-capital" else 120)
+def test_icl_files_have_enough_rows_as_many_in_each_language_and_no_input_twice():
+    for task in TASKS:
+        assert len(rows(task, "English")) >= (150 if task == "country-capital" else 120)
+        for name in NAMES:
+            assert len(rows(task, name)) == len(rows(task, "English")), (task, name)
+            assert repeated(text.casefold() for text, _ in rows(task, name)) == []
 
 
-@each_language
-@each_task
-def test_an_icl_file_has_as_many_rows_as_the_english_one(task, language):
-    assert len(rows(task, language.name)) == len(rows(task, "English"))
+def test_every_icl_text_is_one_stripped_line_in_nfc_and_in_its_languages_script():
+    for name in NAMES:
+        texts = [text for task in TASKS for row in rows(task, name) for text in row]
+        clean = [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+        assert texts == clean
+        assert [text for text in texts if not is_in_script_of(text, name)] == []
 
 
-@each_language
-@each_task
-def test_every_icl_text_is_one_stripped_line_in_nfc(task, language):
-    texts = [text for row in rows(task, language.name) for text in row]
-    assert [text for text in texts if not text or text != unicodedata.normalize("NFC", " ".join(text.split()))] == []
+def test_labels_are_a_closed_balanced_set_and_mean_the_english_label_of_the_same_row():
+    for task, n_labels in LABELS.items():
+        for name in NAMES:
+            own, english = ([label for _, label in rows(task, language)] for language in (name, "English"))
+            counts = Counter(own)
+            assert len(counts) == len(set(zip(own, english, strict=True))) == n_labels, (task, name)
+            assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
-@each_language
-@each_task
-def test_no_icl_input_occurs_twice(task, language):
-    counts = Counter(text.casefold() for text, _ in rows(task, language.name))
-    assert [text for text, count in counts.items() if count > 1] == []
+def test_the_second_half_of_the_antonyms_is_the_first_reversed():
+    for name in NAMES:
+        pairs = rows("antonym", name)
+        half = len(pairs) // 2
+        assert pairs[half:] == [(b, a) for a, b in pairs[:half]]
 
 
-@each_language
-@each_task
-def test_every_icl_text_is_in_its_languages_script(task, language):
-    texts = [text for row in rows(task, language.name) for text in row]
-    assert [text for text in texts if not is_in_script_of(text, language.name)] == []
+def test_country_and_currency_names_are_cldrs_and_each_currency_is_the_one_legal_tender():
+    codes = list(source("English")["capitals"])
+    for name in NAMES:
+        cldr = locale(name)
+        assert [country for country, _ in rows("country-capital", name)] == [cldr.territories[code] for code in codes]
+        code_of = {cldr.territories[code]: code for code in codes}
+        currencies = {code_of[country]: currency for country, currency in rows("country-currency", name)}
+        for code, currency in currencies.items():
+            (tender,) = get_territory_currencies(code, datetime.date(2025, 1, 1))
+            assert currency == cldr.currencies[tender], (name, code)
+        # Bulgaria changed its currency, Lesotho has two.
+        assert {"BG", "LS"} <= set(codes) - set(currencies)
 
 
-@each_language
-@each_labelled_task
-def test_labels_are_a_closed_set(task, language):
-    assert len({label for _, label in rows(task, language.name)}) == LABELS[task]
-
-
-@each_language
-@each_labelled_task
-def test_labels_are_balanced_within_a_tenth(task, language):
-    counts = Counter(label for _, label in rows(task, language.name)).values()
-    assert max(counts) <= 1.1 * min(counts)
-
-
-@each_language
-@each_labelled_task
-def test_the_label_of_a_row_means_the_english_label_of_that_row(task, language):
-    own, english = ([label for _, label in rows(task, name)] for name in (language.name, "English"))
-    assert len(set(zip(own, english, strict=True))) == LABELS[task]
-
-
-@each_language
-def test_the_second_half_of_the_antonyms_is_the_first_reversed(language):
-    pairs = rows("antonym", language.name)
-    half = len(pairs) // 2
-    assert pairs[half:] == [(b, a) for a, b in pairs[:half]]
-
-
-@each_language
-def test_country_names_are_cldrs(language):
-    cldr = Locale.parse(language.code, sep="-").territories
-    assert [country for country, _ in rows("country-capital", language.name)] == [cldr[code] for code in countries()]
-
-
-@each_language
-def test_currency_names_are_cldrs_of_the_countrys_one_legal_tender(language):
-    cldr = Locale.parse(language.code, sep="-")
-    code_of = {cldr.territories[code]: code for code in countries()}
-    for country, currency in rows("country-currency", language.name):
-        (tender,) = get_territory_currencies(code_of[country], datetime.date(2025, 1, 1))
-        assert currency == cldr.currencies[tender], country
-
-
-@each_language
-def test_countries_with_two_legal_tenders_or_a_change_of_currency_are_left_out_of_the_currencies(language):
-    cldr = Locale.parse(language.code, sep="-").territories
-    left_out = {country for country, _ in rows("country-capital", language.name)}
-    left_out -= {country for country, _ in rows("country-currency", language.name)}
-    assert {cldr["BG"], cldr["LS"]} <= left_out
-
-
-@each_language
-def test_no_two_countries_share_a_capital(language):
-    counts = Counter(city for _, city in rows("country-capital", language.name))
-    assert [city for city, count in counts.items() if count > 1] == []
-
-
-@each_language
-def test_capitals_resemble_cldrs_exemplar_cities(language):
+def test_no_two_countries_share_a_capital_and_capitals_resemble_cldrs_exemplar_cities():
     zone_of = {city.casefold(): zone for zone, city in exemplar_cities(Locale("en")).items()}
-    cldr = exemplar_cities(Locale.parse(language.code, sep="-"))
-    capitals, english = source(language.name)["capitals"], source("English")["capitals"]
-    checked = {code: cldr[zone_of[city.casefold()]] for code, city in english.items() if city.casefold() in zone_of}
-    assert len(checked) >= 110
-    unlike = {code: (capitals[code], city) for code, city in checked.items() if likeness(capitals[code], city) < 0.5}
-    assert {code: pair for code, pair in unlike.items() if (language.name, code) not in ODD_IN_CLDR} == {}
+    english = source("English")["capitals"]
+    for name in NAMES:
+        capitals, cldr = source(name)["capitals"], exemplar_cities(locale(name))
+        assert repeated(capitals.values()) == []
+        known = {code: cldr[zone_of[city.casefold()]] for code, city in english.items() if city.casefold() in zone_of}
+        assert len(known) >= 110
+        unlike = [code for code, city in known.items() if likeness(capitals[code], city) < 0.5]
+        assert [code for code in unlike if (name, code) not in ODD_IN_CLDR] == []
 
 
 # --- data/prompts and data/benign
 
 
-@each_language
-@each_prompt_file
-def test_a_question_file_has_the_columns_id_question_category(name, language):
-    assert list(questions(name, language.name)[0]) == ["id", "question", "category"]
+def test_question_files_have_their_columns_ids_and_rows_and_are_in_their_languages_script():
+    for file, counts in HELD_OUT.items():
+        for name in NAMES:
+            asked = questions(file, name)
+            assert list(asked[0]) == ["id", "question", "category"]
+            assert [row["id"] for row in asked] == [str(i) for i in range(sum(counts.values()))]
+            assert repeated(row["question"] for row in asked) == []
+            assert [row["question"] for row in asked if not is_in_script_of(row["question"], name)] == []
 
 
-@each_language
-@pytest.mark.parametrize(("name", "least"), [("policy", 90), ("everyday", 60)])
-def test_a_question_file_has_enough_rows(name, least, language):
-    assert len(questions(name, language.name)) >= least
+def test_questions_have_the_topics_and_category_of_the_english_row():
+    for file in HELD_OUT:
+        for name in NAMES:
+            own, english = (
+                [(row["category"], topics_of(row["question"], language)) for row in questions(file, language)]
+                for language in (name, "English")
+            )
+            assert own == english, (file, name)
 
 
-@each_language
-@each_prompt_file
-def test_question_ids_count_from_zero(name, language):
-    ids = [row["id"] for row in questions(name, language.name)]
-    assert ids == [str(i) for i in range(len(ids))]
-
-
-@each_language
-@each_prompt_file
-def test_no_question_occurs_twice(name, language):
-    counts = Counter(row["question"] for row in questions(name, language.name))
-    assert [question for question, count in counts.items() if count > 1] == []
-
-
-@each_language
-@each_prompt_file
-def test_every_question_is_in_its_languages_script(name, language):
-    texts = [row["question"] for row in questions(name, language.name)]
-    assert [text for text in texts if not is_in_script_of(text, language.name)] == []
-
-
-@each_language
-@each_prompt_file
-def test_question_categories_are_those_of_the_english_rows(name, language):
-    own, english = ([row["category"] for row in questions(name, other)] for other in (language.name, "English"))
-    assert own == english
-
-
-@each_language
-@each_prompt_file
-def test_a_question_asks_about_the_topics_of_the_english_row(name, language):
-    own, english = (
-        [topics_of(row["question"], other) for row in questions(name, other)] for other in (language.name, "English")
-    )
-    assert own == english
-
-
-@each_language
-@pytest.mark.parametrize("name", ["policy", "policy-validation"])
-def test_a_policy_question_has_disallowed_topics_of_its_category_only(name, language):
-    for row in questions(name, language.name):
-        kinds = {kind for kind, _ in topics_of(row["question"], language.name)} - {"plain"}
-        assert kinds == {row["category"]}, row["question"]
-
-
-@each_language
-@pytest.mark.parametrize("name", ["everyday", "everyday-validation"])
-def test_an_everyday_question_has_no_disallowed_topic(name, language):
-    disallowed = [topic for topics in source(language.name)["disallowed_topics"].values() for topic in topics]
-    for row in questions(name, language.name):
-        assert row["category"] == "everyday"
-        assert [topic for topic in disallowed if topic in row["question"]] == [], row["question"]
-
-
-@each_language
-def test_no_topic_is_listed_twice(language):
-    listed = [source(language.name)["plain_topics"], *source(language.name)["disallowed_topics"].values()]
-    counts = Counter(topic.casefold() for topics in listed for topic in topics)
-    assert [topic for topic, count in counts.items() if count > 1] == []
+def test_policy_questions_have_disallowed_topics_of_their_category_only_and_everyday_questions_none():
+    for file, counts in HELD_OUT.items():
+        found = Counter()
+        for row in questions(file, "English"):
+            kinds = [kind for kind, _ in topics_of(row["question"], "English") if kind != "plain"]
+            assert set(kinds) == {row["category"]} - {"everyday"}, row["question"]
+            found[len(kinds)] += 1
+        assert found == counts
+        disallowed = {name: sum(source(name)["disallowed_topics"].values(), []) for name in NAMES}  # noqa: RUF017
+        asked = [(name, row["question"]) for name in NAMES for row in questions(file, name) if 0 in counts]
+        assert [text for name, text in asked for topic in disallowed[name] if topic in text] == []
 
 
 def test_no_two_held_out_questions_share_their_three_topics():
-    triples = Counter(frozenset(question.topics) for asked in held_out_questions().values() for question in asked)
-    assert [triple for triple, count in triples.items() if count > 1] == []
-
-
-@each_language
-def test_no_two_question_files_share_a_topic_triple(language):
+    assert repeated(frozenset(question.topics) for asked in held_out_questions().values() for question in asked) == []
     triples = {
-        name: {frozenset(topics_of(row["question"], language.name)) for row in questions(name, language.name)}
-        for name in PROMPT_FILES
+        file: {frozenset(topics_of(row["question"], "English")) for row in questions(file, "English")}
+        for file in HELD_OUT
     }
     assert [(a, b) for a, b in combinations(triples, 2) if triples[a] & triples[b]] == []
 
 
-# --- refusal phrases
+# --- refusal phrases and the embedded models
 
 
-@cache
-def refusal_phrases() -> dict[str, dict]:
-    return json.loads(PHRASES.read_text(encoding="utf-8"))
+def test_refusal_phrases_are_lower_case_nfc_and_cover_every_accepted_language():
+    phrases = json.loads(PHRASES.read_text(encoding="utf-8"))
+    assert sorted(phrases) == sorted(language.name for language in LANGUAGES)
+    for parts in phrases.values():
+        assert parts["phrases"]
+        for phrase in (parts["before"], *parts["phrases"], *parts["alone"]):
+            written = re.sub(r"\\.", "", phrase)
+            assert written.strip() and written == unicodedata.normalize("NFC", written).lower()
 
 
-def refuses(sentence: str, name: str) -> bool:
-    """Whether the language's own phrases see a refusal."""
-    return bool(RefusalJudge().patterns[name].search(normalise(sentence)[:OPENING]))
+def test_refusal_phrases_fit_every_refusal_sentence_and_no_answer_sentence():
+    patterns = RefusalJudge().patterns
+    for name in NAMES:
+        for kind in ("refusals", "answers"):
+            found = [bool(patterns[name].search(normalise(text)[:OPENING])) for text in source(name)[kind]]
+            assert set(found) == {kind == "refusals"}, (name, kind)
 
 
-def test_refusal_phrases_cover_every_accepted_language():
-    assert sorted(refusal_phrases()) == sorted(language.name for language in LANGUAGES)
-
-
-@pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
-def test_refusal_phrases_are_non_empty_lower_case_nfc(language):
-    parts = refusal_phrases()[language.name]
-    assert parts["phrases"]
-    written = [re.sub(r"\\.", "", phrase) for phrase in [parts["before"], *parts["phrases"], *parts["alone"]]]
-    assert [phrase for phrase in written if not phrase.strip()] == []
-    assert [phrase for phrase in written if phrase != unicodedata.normalize("NFC", phrase).lower()] == []
-
-
-@each_language
-def test_every_refusal_sentence_has_a_refusal_phrase(language):
-    assert [sentence for sentence in source(language.name)["refusals"] if not refuses(sentence, language.name)] == []
-
-
-@each_language
-def test_no_answer_sentence_has_a_refusal_phrase(language):
-    assert [sentence for sentence in source(language.name)["answers"] if refuses(sentence, language.name)] == []
-
-
-def test_the_embedded_models_are_the_files_whose_hashes_the_readme_gives():
-    rows = re.findall(
-        r"\| `(polyglot-[\w./-]+)` \| `([0-9a-f]{64})` \|", (DATA / "README.md").read_text(encoding="utf-8")
-    )
-    assert len(rows) == 6
-    for name, digest in rows:
-        assert hashlib.sha256((DATA / "models" / name).read_bytes()).hexdigest() == digest
-
-
-def test_the_embedded_pair_takes_at_most_25_megabytes():
+def test_the_embedded_models_are_the_small_files_whose_hashes_the_readme_gives():
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    hashes = dict(re.findall(r"\| `(polyglot-[\w./-]+)` \| `([0-9a-f]{64})` \|", readme))
+    assert len(hashes) == 6
+    assert hashes == {name: hashlib.sha256((DATA / "models" / name).read_bytes()).hexdigest() for name in hashes}
     assert sum(file.stat().st_size for file in (DATA / "models").rglob("*") if file.is_file()) <= 25e6

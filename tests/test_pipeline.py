@@ -1,4 +1,4 @@
-"""The whole chain on the embedded pair, small: scores, heads, run.sh, controls, tables, the notebook of heads."""
+"""The whole chain on the embedded pair, small: scores, heads, run.sh, the same in place by a grid, the notebook."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 from conftest import shown_by
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,24 +46,22 @@ def results(tmp_path_factory) -> Path:
     )
     for language in LANGUAGES:
         run(
-            "bash",
-            "scripts/run.sh",
-            TUNED,
-            BASE,
-            language,
-            f"policy_{language}",
-            2,
-            "yes",
-            48,
-            "polyglot-base",
+            *("bash", "scripts/run.sh", TUNED, BASE, language, f"policy_{language}", 2, "yes", 48, "polyglot-base"),
             results=root,
         )
-    run(
-        *(sys.executable, "src/compare_controls.py", "--finetune_model", TUNED, "--base_model", BASE),
-        *("--head_folder", "polyglot-base", "--scaling_factor", 2, "--language", *LANGUAGES),
-        results=root,
-    )
-    run(sys.executable, "src/make_tables.py", "--results", root, results=root)
+    grid = {
+        "name": "chain",
+        "models": [{"base": str(BASE), "tuned": str(TUNED)}],
+        "languages": list(LANGUAGES),
+        "head_folder": str(root / "heads" / "polyglot-base"),
+        "prompt_sets": ["policy"],
+        "benign": "everyday",
+        "scaling_factor": 2,
+        "ablations": {"shared": []},
+        "answers": {"batch_size": 48},
+    }
+    (root / "chain.yaml").write_text(yaml.safe_dump(grid))
+    run(sys.executable, "src/reproduce.py", root / "chain.yaml", "--results", root, results=root)
     return root
 
 
@@ -77,13 +76,23 @@ def test_run_sh_leaves_the_three_results_under_their_names(results):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_what_safety_costs_is_the_same_on_the_checkpoint_and_in_place(results, language):
+def test_the_written_checkpoint_and_steering_in_place_give_the_same_answers_verdicts_and_costs(results, language):
     name = f"polyglot-base_{language}_policy_{language}_scaling_2"
     found = json.loads((results / "evaluated" / f"Evaluated_{name}.json").read_text())
-    controls = json.loads((results / "controls" / f"polyglot-base_{language}_policy_scaling_2.json").read_text())
-    method = controls["conditions"]["top heads"]
-    assert found["benign"]["safe"]["refused"] == method["benign_refusals"]["count"]
-    assert found["benign"]["kl_first_token"]["mean"] == pytest.approx(method["kl_first_token"]["value"], abs=1e-4)
+    written = pd.read_csv(results / "evaluated" / f"Evaluated_{name}.csv", keep_default_na=False)
+    cells = {"BASE ANSWER": "base", "SAFE ANSWER": "top_given_scaling_2"}
+    for column, cell in cells.items():
+        folder = results / "cells" / "polyglot-base" / language / cell
+        in_place = pd.read_csv(folder / "policy.by_refusal.csv", keep_default_na=False)
+        for each in (column, "Verdict_" + column.split()[0].title()):
+            assert list(in_place[each]) == list(written[each])
+    costs = pd.read_csv(results / "tables" / "chain_parameters.csv")
+    assert costs["share_of_parameters"].notna().all()
+    folder = results / "cells" / "polyglot-base" / language / "top_given_scaling_2"
+    refused = list(pd.read_csv(folder / "benign.by_refusal.csv")["Verdict_Safe"]).count("Not Harmful")
+    divergences = json.loads((folder / "cell.json").read_text())["kl_first_token"]
+    assert found["benign"]["safe"]["refused"] == refused
+    assert found["benign"]["kl_first_token"]["mean"] == pytest.approx(sum(divergences) / len(divergences), abs=1e-4)
     assert sum(own["rows"] for own in found["categories"].values()) == found["rows"]
 
 
@@ -95,26 +104,6 @@ def test_the_original_release_path_of_run_sh_does_the_same(results):
         cwd=ROOT / "src" / "Multilingual_Codes",
     )
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.csv")} == before  # reused, not made again
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_steering_in_place_and_the_written_checkpoint_have_the_same_attack_success(results, language):
-    controls = json.loads((results / "controls" / f"polyglot-base_{language}_policy_scaling_2.json").read_text())
-    name = f"Evaluated_polyglot-base_{language}_policy_{language}_scaling_2.json"
-    evaluated = json.loads((results / "evaluated" / name).read_text())
-    assert controls["conditions"]["top heads"]["asr"]["value"] == evaluated["safe"]["asr"]
-    assert controls["conditions"]["base"]["asr"]["value"] == evaluated["base"]["asr"]
-
-
-def test_the_table_shows_every_control_beside_the_method(results):
-    table = (results / "tables" / "main.md").read_text()
-    for heads in ("top heads", "random heads", "bottom heads", "all heads"):
-        assert table.count(f"| {heads}") == len(LANGUAGES) + 1
-    assert "proxy" in table
-    assert "KL, nats" in table
-    assert (results / "tables" / "main.png").stat().st_size > 10_000
-    paired = pd.read_csv(results / "tables" / "main_paired.csv")
-    assert list(paired["name"])[:5] == [*LANGUAGES, "High", "Low", "all"]
 
 
 def test_the_notebook_of_top_heads_runs_from_top_to_bottom_and_shows_a_picture(results, monkeypatch):

@@ -1,6 +1,6 @@
-"""Language-specific functional heads and the steering of them; every module can be used from a notebook.
+"""Find a model's language-specific functional heads and steer them; every module can be used from a notebook.
 
-`soteria.load_steered` is at hand here; torch is loaded only when it is asked for.
+`soteria.load_steered` is exported here; importing the package does not import torch.
 """
 
 __version__ = "1.0.0"

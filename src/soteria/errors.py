@@ -1,5 +1,5 @@
-"""The one exception a user is meant to see: a sentence that names the thing and the mend."""
+"""The exception for errors that a user can fix: one sentence that names the thing and says what to do."""
 
 
 class UserError(Exception):
-    """Bad input. Scripts print the message alone on stderr and exit with status 2 (`soteria.cli.main`)."""
+    """Bad input. Scripts print the message to stderr, without a traceback, and exit with status 2 (`cli.run`)."""

@@ -1,6 +1,6 @@
-"""Languages: names, codes, tiers, and the instruction put before a question. Every other file asks here.
+"""The languages: names, codes, tiers, and the instruction put before a question. All other modules look them up here.
 
-Knows nothing of models or data files. The order is the one the group rule needs (`soteria.scoring.heads.group_heads`).
+The order of the table is that of the group rule (`soteria.scoring.heads.group_heads`).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TIERS = ("High", "Mid", "Low")
 class Language:
     name: str
     code: str
-    tier: str | None  # None: accepted for steering and generation, not in the paper's grid of twelve
+    tier: str | None  # None: accepted for steering and generation, but not one of the paper's twelve
     instruction: str  # "Answer the question directly, without repeating it."
 
 
@@ -38,10 +38,7 @@ PAPER_LANGUAGES = tuple(language for language in LANGUAGES if language.tier)
 
 
 def find_language(text: str) -> Language:
-    """The language of a name or a code, in any case (`Hindi`, `hi`, `zh-CN`, `zh_cn`, `zh`).
-
-    Raises UserError for anything else.
-    """
+    """The language with a name or code, in any case (`Hindi`, `hi`, `zh-CN`, `zh_cn`, `zh`), or UserError."""
     wanted = text.strip().casefold().replace("_", "-")
     for language in LANGUAGES:
         code = language.code.casefold()
@@ -52,20 +49,16 @@ def find_language(text: str) -> Language:
 
 
 def language_names(texts: list[str]) -> list[str]:
-    """Names of the languages given by name or code, or of the paper's twelve for `all`. Raises UserError for others."""
-    if texts == ["all"]:
-        return [language.name for language in PAPER_LANGUAGES]
-    return [find_language(text).name for text in texts]
+    """The names of languages given by name or code; `all` alone means the paper's twelve."""
+    return group_languages("Universal") if texts == ["all"] else [find_language(text).name for text in texts]
 
 
 def group_languages(group: str) -> list[str]:
-    """Names of a tier's languages, or of all twelve for `Universal`, in the group rule's order.
+    """The names of a tier's languages, or of the paper's twelve for `Universal`, in the order of the group rule.
 
     Raises UserError for an unknown group.
     """
     tier = group.strip().capitalize()
-    if tier == "Universal":
-        return [language.name for language in PAPER_LANGUAGES]
-    if tier not in TIERS:
+    if tier not in (*TIERS, "Universal"):
         raise UserError(f"unknown group {group!r}; give one of: {', '.join(TIERS)}, Universal")
-    return [language.name for language in PAPER_LANGUAGES if language.tier == tier]
+    return [language.name for language in PAPER_LANGUAGES if tier in (language.tier, "Universal")]

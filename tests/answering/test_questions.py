@@ -6,314 +6,194 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.languages import LANGUAGES, find_language
 from soteria.storage import paths
-from soteria.storage.csv_files import CsvFile, read_table, write_table
+from soteria.storage.csv_files import write_table
 
-ENGLISH, HINDI, CHINESE = map(find_language, ("en", "hi", "zh"))
+ENGLISH, HINDI, CHINESE, TELUGU = map(find_language, ("en", "hi", "zh", "te"))
 
-CARRIED = {
-    "double quotes": 'Why "so"?',
-    "only quotes": '""""',
-    "single quotes": "it's 'so'",
-    "comma": "hot, or cold?",
-    "semicolon": "hot; or cold?",
-    "tab": "hot\tor cold?",
-    "newline": "two\nlines",
-    "windows newline": "two\r\nlines",
-    "lone carriage return": "two\rlines",
-    "blank lines within": "a\n\n\nb",
-    "right to left": "ما هذا؟",
-    "marks of direction": "\u202babc\u202c \u200f?",
-    "emoji": "👩‍👧‍👦 🏳️‍🌈?",
-    "outside the basic plane": "𝕬 𠜎?",
-    "combining marks": "e\u0301 क़?",
-    "composed and decomposed apart": "é",
-    "NUL": "a\x00b",
-    "other control characters": "a\x07\x1b[31mb\x7f",
-    "line separator": "a\u2028b\u2029c\x85d",
-    "byte order mark within": "a\ufeffb",
-    "byte order mark first": "\ufeffa",
-    "zero width space": "\u200b?",
-    "no-break space inside": "a\u00a0b",
-    "NA": "NA",
-    "N/A": "N/A",
-    "null": "null",
-    "nan": "nan",
-    "None": "None",
-    "true": "True",
-    "number": "007",
-    "float": "1e5",
-    "minus": "-",
-    "formula": "=1+1",
-    "comment": "# no comment",
-    "backslash": "a\\nb\\",
-    "braces": "{question} {0} %s",
-    "markup": "<b>&amp;</b>",
-    "100,000 characters": "word " * 20_000,
-    "spaces around": "  padded  ",
-    "replacement character": "\ufffd?",
-    "noncharacter": "\uffff?",
-}
-REFUSED = {"empty": "", "blank": " \t\u3000", "lone surrogate": "a\ud800b", "lone low surrogate": "\udc00"}
-OTHERS = ["before", "after", "after"]  # the same row twice
+ODD = [
+    'Why "so"?', '""""', "it's 'so'", "hot, or cold?", "hot; or cold?", "hot\tor cold?", "a\n\n\nb", "a\r\nb", "a\rb",
+    "ما هذا؟", "\u202babc\u202c \u200f?", "👩‍👧‍👦 🏳️‍🌈?", "𝕬 𠜎?", "e\u0301 क़?", "é", "a\x00b", "a\x07\x1b[31mb\x7f",
+    "a\u2028b\u2029c\x85d", "a\ufeffb", "\ufeffa", "\u200b?", "a\u00a0b", "NA", "N/A", "null", "nan", "None", "True",
+    "007", "1e5", "-", "=1+1", "# no comment", "a\\nb\\", "{question} {0} %s", "<b>&amp;</b>", "word " * 20_000,
+    "  padded  ", "\ufffd?", "\uffff?", "same", "same",
+]  # fmt: skip
 
 
-def set_with(text: str) -> list[str]:
-    return [OTHERS[0], text, *OTHERS[1:]]
-
-
-def write_csv(folder: Path, questions: list[str]) -> Path:
-    write_table(pd.DataFrame({"id": [*"0123"], "question": questions}), folder / "asked.csv")
-    return folder / "asked.csv"
-
-
-def write_json(folder: Path, questions: list[str], **options) -> Path:
-    (folder / "asked.json").write_text(json.dumps([{"question": text} for text in questions], **options))
-    return folder / "asked.json"
-
-
-def write_jsonl(folder: Path, questions: list[str], **options) -> Path:
-    lines = [json.dumps({"question": text}, **options) for text in questions]
-    (folder / "asked.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "asked.jsonl"
-
-
-def write_parquet(folder: Path, questions: list[str]) -> Path:
-    pd.DataFrame({"question": questions}).to_parquet(folder / "asked.parquet")
-    return folder / "asked.parquet"
-
-
-WRITERS = [write_csv, write_json, write_jsonl, write_parquet]
-each_writer = pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-
-
-@pytest.mark.parametrize("what", CARRIED)
-@each_writer
-def test_an_odd_question_is_carried_through_unchanged(write, what, tmp_path):
-    path = write(tmp_path, set_with(CARRIED[what]))
-    assert read_questions(str(path), ENGLISH).questions == set_with(CARRIED[what])
-
-
-@pytest.mark.parametrize("what", CARRIED)
-def test_an_odd_answer_is_written_and_read_unchanged(what, tmp_path):
-    table = pd.DataFrame({"Question": set_with(CARRIED[what]), "SAFE ANSWER": [CARRIED[what]] * 4})
-    write_table(table, tmp_path / "answers.csv")
-    assert read_table(tmp_path / "answers.csv").to_dict("list") == table.to_dict("list")
-
-
-@pytest.mark.parametrize("what", REFUSED)
-@pytest.mark.parametrize("write", [write_csv, write_json, write_jsonl])
-def test_a_question_that_cannot_be_asked_is_refused_by_its_row(write, what, tmp_path):
-    if write is write_csv and "surrogate" in what:
-        write_csv(tmp_path, set_with("HERE"))
-        text = (tmp_path / "asked.csv").read_bytes().replace(b"HERE", REFUSED[what].encode("utf-8", "surrogatepass"))
-        (tmp_path / "asked.csv").write_bytes(text)
-        path = tmp_path / "asked.csv"
+def write_asked(folder: Path, ending: str, questions: list) -> str:
+    """Write a file of questions; gives its path."""
+    path, rows = folder / f"asked.{ending}", [{"question": text} for text in questions]
+    if ending == "csv":
+        write_table(pd.DataFrame({"id": "0", "question": questions}), path)
+    elif ending == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif ending == "json":
+        path.write_text(json.dumps(rows))
     else:
-        path = write(tmp_path, set_with(REFUSED[what]))
-    with pytest.raises(UserError, match=r"row 1\b"):
-        read_questions(str(path), ENGLISH)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
-@pytest.mark.parametrize("value", [None, 7, 1.5, True, ["a"], {"a": "b"}])
-@pytest.mark.parametrize("write", [write_json, write_jsonl])
-def test_a_question_that_is_no_text_is_refused_by_its_row(write, value, tmp_path):
-    with pytest.raises(UserError, match=r"row 1 is no text"):
-        read_questions(str(write(tmp_path, set_with(value))), ENGLISH)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(ODD)
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5))
+def test_every_question_is_carried_through_unchanged(tmp_path, questions):
+    for ending in ("csv", "json", "jsonl", "parquet"):
+        assert read_questions(write_asked(tmp_path, ending, questions), ENGLISH).questions == questions
 
 
-def test_a_missing_value_in_parquet_is_refused_by_its_row(tmp_path):
-    with pytest.raises(UserError, match=r"row 1 is no text"):
-        read_questions(str(write_parquet(tmp_path, set_with(None))), ENGLISH)
+def test_a_question_that_cannot_be_asked_is_refused_by_its_row(tmp_path):
+    cases = [(ending, text) for ending in ("csv", "json", "jsonl") for text in ("", " \t\u3000")]
+    cases += [("json", text) for text in ("a\ud800b", "\udc00", None, 7, 1.5, True, ["a"], {"a": "b"})]
+    cases += [(ending, None) for ending in ("jsonl", "parquet")]
+    for ending, text in cases:
+        with pytest.raises(UserError, match=r"row 1\b"):
+            read_questions(write_asked(tmp_path, ending, ["a", text, "b"]), ENGLISH)
 
 
-RAW = {
-    "byte order mark": b"\xef\xbb\xbfquestion\nhot?\ncold?\n",
-    "windows line ends": b"question\r\nhot?\r\ncold?\r\n",
-    "old mac line ends": b"question\rhot?\rcold?\r",
-    "no newline at the end": b"question\nhot?\ncold?",
-    "blank lines": b"\nquestion\n\nhot?\n\n\ncold?\n\n",
-    "quotes throughout": b'"question"\n"hot?"\n"cold?"\n',
-    "semicolons": b"id;question\n0;hot?\n1;cold?\n",
-    "semicolons and quotes": b'\xef\xbb\xbf"id";"question"\r\n"0";"hot?"\r\n"1";"cold?"\r\n',
-    "tabs": b"id\tquestion\n0\thot?\n1\tcold?\n",
-    "capital": b"id,Question\n0,hot?\n1,cold?\n",
-    "prompt": b"prompt,id\nhot?,0\ncold?,1\n",
-}
+CSV_STYLES = [
+    b"\xef\xbb\xbfquestion\nhot?\ncold?\n",
+    b"question\r\nhot?\r\ncold?\r\n",
+    b"question\rhot?\rcold?\r",
+    b"question\nhot?\ncold?",
+    b"\nquestion\n\nhot?\n\n\ncold?\n\n",
+    b'"question"\n"hot?"\n"cold?"\n',
+    b"id;question\n0;hot?\n1;cold?\n",
+    b'\xef\xbb\xbf"id";"question"\r\n"0";"hot?"\r\n"1";"cold?"\r\n',
+    b"id\tquestion\n0\thot?\n1\tcold?\n",
+    b"id,Question\n0,hot?\n1,cold?\n",
+    b"prompt,id\nhot?,0\ncold?,1\n",
+]
 
 
-@pytest.mark.parametrize("what", RAW)
-def test_every_way_of_writing_a_csv_gives_the_same_questions(what, tmp_path):
-    (tmp_path / "asked.csv").write_bytes(RAW[what])
-    assert read_questions(str(tmp_path / "asked.csv"), ENGLISH).questions == ["hot?", "cold?"]
+def test_every_style_of_csv_gives_the_same_questions(tmp_path):
+    for raw in CSV_STYLES:
+        (tmp_path / "asked.csv").write_bytes(raw)
+        assert read_questions(str(tmp_path / "asked.csv"), ENGLISH).questions == ["hot?", "cold?"], raw
 
 
-BROKEN = {
-    "a quote that never ends": (b'question\nhot?\n"cold?\nold?\n', "row 1"),
-    "text behind a quote": (b'question\nhot?\n"cold" or not?\n', "row 1"),
-    "too many fields": (b"id,question\n0,hot?\n1,cold, or not?\n", "row 1"),
-    "too few fields": (b"id,question\n0,hot?\n1\n", "row 1"),
-    "latin-1": (b"question\nhot?\nWas f\xfcr eine?\n", "row 1"),
-    "latin-1 in the header": (b"fr\xe5ga,question\n0,hot?\n", "no UTF-8"),
-    "utf-16": ("question\nhot?\n".encode("utf-16"), "UTF-8"),
-    "two columns of one name": (b"question,question\nhot?,cold?\n", "two columns 'question'"),
-    "nothing": (b"", "is empty"),
-    "a header alone": (b"question\n", "no rows"),
-}
+BROKEN = [
+    ("csv", b'id,question\n0,"two\nlines"\n1,cold, or not?\n', r"row 1 \(line 4\)"),
+    ("csv", b"question\nhot?\na\xed\xa0\x80b\n", "row 1"),  # a lone surrogate
+    ("csv", "question\nhot?\n".encode("utf-16"), "UTF-8"),
+    ("csv", b"question\n", "no rows"),
+    ("json", b'[{"question": "hot?"}, 5]', "row 1"),
+    ("json", b'"hot?"', "row 0"),
+    ("json", b"[]", "no column"),
+    ("json", b'[{"question": "Was f\xfcr eine?"}]', "UTF-8"),
+    ("jsonl", b'{"question": "hot?"}\n{"question": \n', "row 1"),
+    ("parquet", b"no parquet", "Parquet"),
+]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_csv_is_refused_by_its_row(what, tmp_path):
-    raw, said = BROKEN[what]
-    (tmp_path / "asked.csv").write_bytes(raw)
-    with pytest.raises(UserError, match=said):
-        read_questions(str(tmp_path / "asked.csv"), ENGLISH)
+def test_a_broken_file_is_refused_by_its_row(tmp_path):
+    for ending, raw, named in BROKEN:
+        (tmp_path / f"asked.{ending}").write_bytes(raw)
+        with pytest.raises(UserError, match=named) as caught:
+            read_questions(str(tmp_path / f"asked.{ending}"), ENGLISH)
+        assert f"asked.{ending}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("a.json", '[{"question": "hot?"}, 5]', "row 1"),
-        ("a.json", '"hot?"', "row 0"),
-        ("a.json", "[]", "no column"),
-        ("a.jsonl", '{"question": "hot?"}\n{"question": \n', "row 1"),
-        ("a.parquet", "no parquet", "is no Parquet file"),
-    ],
-)
-def test_a_broken_file_of_another_kind_is_refused(name, text, said, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
-        read_questions(str(tmp_path / name), ENGLISH)
+# Columns, languages and names
 
 
-def test_a_row_number_counts_the_rows_behind_the_header_and_the_line_is_named_too(tmp_path):
-    (tmp_path / "asked.csv").write_text('question\n"two\nlines"\nhot, or cold?\n')
-    with pytest.raises(UserError, match=r"row 1 \(line 4\) has 2 fields"):
-        read_questions(str(tmp_path / "asked.csv"), ENGLISH)
-
-
-# Columns and languages
-
-
-def test_a_column_named_for_the_language_is_asked_where_no_question_column_is(tmp_path):
+def test_the_users_column_is_asked_or_else_one_named_for_the_language(tmp_path):
     table = pd.DataFrame({"id": ["0"], "en": ["hot?"], "zh": ["热吗？"], "hi": ["गर्म?"], "tags": ["['x']"]})
     write_table(table, tmp_path / "many.csv")
     asked = [read_questions(str(tmp_path / "many.csv"), language).questions for language in (ENGLISH, CHINESE, HINDI)]
     assert asked == [["hot?"], ["热吗？"], ["गर्म?"]]
-    with pytest.raises(UserError, match="none named for Bengali"):
-        read_questions(str(tmp_path / "many.csv"), find_language("bn"))
+    with pytest.raises(UserError, match="Telugu"):
+        read_questions(str(tmp_path / "many.csv"), TELUGU)
+    write_table(table.assign(question="cold?"), tmp_path / "many.csv")
+    assert read_questions(str(tmp_path / "many.csv"), ENGLISH).questions == ["cold?"]
+    assert read_questions(str(tmp_path / "many.csv"), ENGLISH, column="tags").questions == ["['x']"]
+    with pytest.raises(UserError, match="'text'"):
+        read_questions(str(tmp_path / "many.csv"), ENGLISH, column="text")
 
 
-def test_a_question_column_that_is_named_goes_before_all_others(tmp_path):
-    write_table(pd.DataFrame({"question": ["hot?"], "text": ["cold?"]}), tmp_path / "a.csv")
-    assert read_questions(str(tmp_path / "a.csv"), ENGLISH, column="text").questions == ["cold?"]
-    with pytest.raises(UserError, match="no column 'words'"):
-        read_questions(str(tmp_path / "a.csv"), ENGLISH, column="words")
+def test_rows_of_other_languages_are_skipped_by_name_or_code(tmp_path):
+    for language in LANGUAGES:
+        spoken = [language.code, language.name, language.code.upper(), language.name.lower(), "xx"]
+        table = pd.DataFrame({"question": list("abcde"), "lang": spoken, "category": list("vwxyz")})
+        write_table(table, tmp_path / "a.csv")
+        found = read_questions(str(tmp_path / "a.csv"), language)
+        assert (found.questions, found.categories) == (list("abcd"), list("vwxy"))
+    with pytest.raises(UserError, match=r"Telugu.*'lang'.*Swahili"):
+        read_questions(str(tmp_path / "a.csv"), TELUGU)
 
 
-@pytest.mark.parametrize("spelling", ["Hindi", "hindi", "hi", "HI"])
-def test_rows_of_other_languages_are_left_out(spelling, tmp_path):
-    table = pd.DataFrame({"question": ["hot?", "गर्म?", "ठंडा?"], "language": ["en", spelling, spelling]})
-    write_table(table.assign(category=["a", "b", "c"]), tmp_path / "a.csv")
-    found = read_questions(str(tmp_path / "a.csv"), HINDI)
-    assert (found.questions, found.categories) == (["गर्म?", "ठंडा?"], ["b", "c"])
-    with pytest.raises(UserError, match=r"no rows in Telugu; its column 'language' holds .*en"):
-        read_questions(str(tmp_path / "a.csv"), find_language("te"))
-
-
-@pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
-def test_every_language_is_found_by_name_and_code_in_a_language_column(language, tmp_path):
-    write_table(pd.DataFrame({"question": ["a", "b"], "lang": [language.code, language.name]}), tmp_path / "a.csv")
-    assert read_questions(str(tmp_path / "a.csv"), language).questions == ["a", "b"]
-
-
-@pytest.mark.parametrize("name", ["set", "set.jsonl"])
-def test_a_set_is_found_by_name_with_or_without_its_ending(name, tmp_path, monkeypatch):
+def test_a_set_is_found_by_path_and_by_name_with_or_without_its_ending(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     (tmp_path / "prompts").mkdir()
-    write_jsonl(tmp_path / "prompts", ["hot?"]).rename(tmp_path / "prompts" / "set.jsonl")
-    assert read_questions(name, ENGLISH).questions == ["hot?"]
-    assert dataset_slug(name) == "set"
-
-
-def test_harmless_questions_are_found_by_name_and_language(tmp_path):
-    assert Path(benign_set("everyday", HINDI)).name == "everyday_Hindi.csv"
+    Path(write_asked(tmp_path, "csv", ["cold?"])).rename(tmp_path / "prompts" / "asked_Hindi.csv")
+    Path(write_asked(tmp_path, "jsonl", ["hot?"])).rename(tmp_path / "prompts" / "set.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "set.jsonl", "prompts/set.jsonl", "asked_Hindi", "asked_Hindi.csv"):
+        assert read_questions(name, ENGLISH).questions == ["hot?" if "set" in name else "cold?"]
+        assert dataset_slug(name) == ("set" if "set" in name else "asked_Hindi")
+    assert dataset_slug("lab/questions") == "lab_questions"
+    (tmp_path / "benign").mkdir()
+    harmless = Path(write_asked(tmp_path, "csv", ["ok?"])).rename(tmp_path / "benign" / "everyday_Hindi.csv")
+    assert benign_set("everyday", HINDI) == str(harmless)
     assert benign_set(str(tmp_path / "own.csv"), HINDI) == str(tmp_path / "own.csv")
 
 
-# Hub datasets, as local folders of their shape
+# Hub datasets, as local folders of the same layout
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
+@pytest.fixture
+def save(monkeypatch, tmp_path):
+    """`save(file, rows, readme)` adds a Parquet file to a folder, and returns the folder's name."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
+    def add(name: str, rows: dict[str, list], readme: str = "") -> str:
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_parquet(path)
+        if readme:
+            (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{readme}---\n")
+        return str(tmp_path / "set")
 
-def save(folder: Path, name: str, rows: dict[str, list]) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(folder / name)
-
-
-def test_a_dataset_with_a_column_a_language_is_read_as_multijail_is(tmp_path):
-    rows = {
-        "id": [1, 2],
-        "source": ["a", "b"],
-        "en": ["hot?", "cold?"],
-        "ar": ["حار؟", "بارد؟"],
-        "tags": [["x"], ["y"]],
-    }
-    save(tmp_path / "MultiJail", "data/train-00000-of-00001.parquet", rows)
-    found = read_questions(str(tmp_path / "MultiJail"), find_language("Arabic"))
-    assert (found.name, found.questions) == ("MultiJail", rows["ar"])
+    return add
 
 
-def test_a_dataset_with_a_language_column_and_splits_is_read_by_split(tmp_path):
+def test_a_dataset_with_a_column_per_language_is_read_as_multijail_is(save):
+    rows = {"id": [1, 2], "en": ["hot?", "cold?"], "ar": ["حار؟", "بارد؟"], "tags": [["x"], ["y"]]}
+    found = read_questions(save("data/train-00000-of-00001.parquet", rows), find_language("Arabic"))
+    assert (found.name, found.questions) == ("set", rows["ar"])
+
+
+def test_a_dataset_with_a_language_column_and_splits_is_read_by_split(save):
     for split, word in (("train", "hot"), ("test", "cold")):
         rows = {"question": [f"{word}?", f"{word} गर्म?"], "language": ["English", "Hindi"], "category": ["a", "b"]}
-        save(tmp_path / "set", f"data/{split}-00000-of-00001.parquet", rows)
-    found = read_questions(str(tmp_path / "set"), HINDI, split="test")
+        folder = save(f"data/{split}-00000-of-00001.parquet", rows)
+    found = read_questions(folder, HINDI, split="test")
     assert (found.questions, found.categories) == (["cold गर्म?"], ["b"])
-    assert read_questions(str(tmp_path / "set"), HINDI).questions == ["hot गर्म?"]
-    with pytest.raises(UserError, match="no split 'validation', but train, test"):
-        read_questions(str(tmp_path / "set"), HINDI, split="validation")
+    assert read_questions(folder, HINDI).questions == ["hot गर्म?"]
+    with pytest.raises(UserError, match=r"'validation'.*train, test"):
+        read_questions(folder, HINDI, split="validation")
 
 
-def test_a_dataset_with_a_subset_a_language_gives_the_languages_own(tmp_path):
-    for code, word in (("en", "hot?"), ("zh", "热吗？")):
-        save(tmp_path / "set", f"{code}.parquet", {"prompt": [word]})
+def test_a_dataset_with_a_subset_or_a_split_per_language_gives_the_languages_own(save):
     configs = "".join(f"- config_name: {code}\n  data_files: {code}.parquet\n" for code in ("en", "zh"))
-    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    assert read_questions(str(tmp_path / "set"), CHINESE).questions == ["热吗？"]
-    with pytest.raises(UserError, match="no subset for Hindi, but en, zh"):
-        read_questions(str(tmp_path / "set"), HINDI)
-
-
-def test_a_dataset_with_a_split_a_language_gives_the_languages_own(tmp_path):
+    for code, word in (("en", "hot?"), ("zh", "热吗？")):
+        folder = save(f"{code}.parquet", {"prompt": [word]}, configs)
+    assert read_questions(folder, CHINESE).questions == ["热吗？"]
+    with pytest.raises(UserError, match=r"Hindi.*en, zh"):
+        read_questions(folder, HINDI)
+    splits = "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in ("English", "Hindi"))
     for name, word in (("English", "hot?"), ("Hindi", "गर्म?")):
-        save(tmp_path / "set", f"{name}.parquet", {"question": [word]})
-    data = "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in ("English", "Hindi"))
-    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{data}---\n")
-    assert read_questions(str(tmp_path / "set"), HINDI).questions == ["गर्म?"]
+        folder = save(f"{name}.parquet", {"question": [word]}, f"- config_name: default\n  data_files:\n{splits}")
+    assert read_questions(folder, HINDI).questions == ["गर्म?"]
 
 
-def test_a_folder_that_is_no_dataset_is_refused_in_one_sentence(tmp_path):
+def test_a_folder_that_is_not_a_dataset_is_refused(tmp_path):
     (tmp_path / "set").mkdir()
-    with pytest.raises(UserError, match="cannot be read as a dataset"):
+    with pytest.raises(UserError, match="set"):
         read_questions(str(tmp_path / "set"), HINDI)
-
-
-def test_a_split_of_a_single_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="leave out the split 'test'"):
-        read_questions(str(write_csv(tmp_path, set_with("a"))), ENGLISH, split="test")
-
-
-def test_a_csv_is_read_one_row_at_a_time(tmp_path):
-    path = write_csv(tmp_path, set_with("a"))
-    rows = CsvFile.open(path).rows()
-    assert next(rows) == ["0", "before"]
-    path.write_text("question\n")  # what was read does not change any more
-    assert len(list(CsvFile.open(path).rows())) == 0

@@ -1,13 +1,14 @@
-"""Grid files: what they may say, which cells they make, how shards share them."""
+"""Grid files: what they can say, which cells they make, how shards divide them, how limits choose."""
 
+import random
 from pathlib import Path
 
 import pytest
 import yaml
 
 from soteria.errors import UserError
-from soteria.grid.cells import Shard, Steering, grid_cells
-from soteria.grid.grid_file import read_grid
+from soteria.grid.cells import Shard, Treatment, grid_cells
+from soteria.grid.grid_file import Limits, read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -44,7 +45,7 @@ def test_a_language_begins_with_its_base_and_the_method(grid_file):
     assert found == ["Hindi/base", "Hindi/top_50_scaling_5"]
 
 
-def test_ablations_make_each_steering_once(grid_file):
+def test_ablations_make_each_treatment_once(grid_file):
     ablations = {
         "shares": [0.25, 0.5, 1],
         "random_draws": 2,
@@ -66,22 +67,33 @@ def test_ablations_make_each_steering_once(grid_file):
     }
 
 
-def test_all_heads_are_one_steering_whether_the_method_or_an_ablation_asks_for_them(grid_file):
+def test_all_heads_are_one_treatment_whether_the_method_or_an_ablation_asks_for_them(grid_file):
     found = cells(grid_file(languages=["hi"], heads=1, ablations={"shares": [0.5, 1], "random_draws": 1, "shared": []}))
     assert found == ["Hindi/base", *(f"Hindi/{heads}_scaling_5" for heads in ("all", "top_50", "random_50_0"))]
 
 
-def test_transfers_cost_nothing_to_measure_but_their_attacks(grid_file):
+def test_the_cost_of_transfers_is_not_measured(grid_file):
     grid = read_grid(grid_file(ablations={"transfer": True}))
-    assert {
-        cell.with_cost for cell in grid_cells(grid, grid.models[0]) if cell.steering and cell.steering.kind == "from"
-    } == {False}
+    transfers = [cell for cell in grid_cells(grid, grid.models[0]) if cell.treatment and cell.treatment.kind == "from"]
+    assert len(transfers) == 6 and not any(cell.with_cost for cell in transfers)
+
+
+def test_given_head_lists_take_the_place_of_the_ranking(grid_file):
+    ablations = {"shares": [1], "random_draws": 1, "transfer": True, "scaling_factors": [2]}
+    path = grid_file(languages=["hi", "bn"], head_folder="some/lists", ablations=ablations)
+    assert [name for name in cells(path) if name.startswith("Hindi/")] == [
+        f"Hindi/{name}"
+        for name in (
+            *("base", "top_given_scaling_5", "shared_Universal_scaling_5", "random_given_0_scaling_5"),
+            *("all_scaling_5", "top_given_scaling_2", "from_given_Bengali_scaling_5"),
+        )
+    ]
 
 
 def test_a_prompt_set_is_asked_only_in_languages_that_it_has(grid_file):
     sets = ["policy", {"name": "other", "dataset": "some/{code}", "languages": ["en"]}]
     grid = read_grid(grid_file(prompt_sets=sets))
-    asked = {cell.language: cell.sets for cell in grid_cells(grid, grid.models[0]) if cell.steering is None}
+    asked = {cell.language: cell.sets for cell in grid_cells(grid, grid.models[0]) if cell.treatment is None}
     assert asked == {"English": ("policy", "other"), "Hindi": ("policy",), "Bengali": ("policy",)}
     assert grid.prompt_set("other").dataset_in("Chinese") == "some/zh-CN"
 
@@ -94,61 +106,94 @@ def test_ablations_keep_to_their_prompt_sets(grid_file):
     assert by_name["top_25_scaling_5"] == ("policy-validation",)
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(1, [12]), (5, [3, 3, 2, 2, 2]), (12, [1] * 12), (13, [1] * 12 + [0])])
-def test_shards_share_the_languages_without_a_rest_or_a_double(grid_file, n, sizes):
+def test_shards_divide_the_languages_without_remainder_or_overlap(grid_file):
     grid = read_grid(grid_file(languages="all"))
-    shards = [[language for _, language in Shard(i + 1, n).units(grid)] for i in range(n)]
-    assert list(map(len, shards)) == sizes
-    assert [language for shard in shards for language in shard] == grid.languages
+    for n, sizes in {1: [12], 5: [3, 3, 2, 2, 2], 12: [1] * 12, 13: [1] * 12 + [0]}.items():
+        shards = [[language for _, language in Shard(i + 1, n).units(grid)] for i in range(n)]
+        assert list(map(len, shards)) == sizes
+        assert [language for shard in shards for language in shard] == grid.languages
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match="i/n"):
-        Shard.parse(text)
+def test_an_invalid_shard_is_refused():
+    for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"):
+        with pytest.raises(ValueError, match="i/n"):
+            Shard.parse(text)
+
+
+def random_points(seed: int) -> list[dict]:
+    """Points with few different values, so that many tie in one measurement or in several."""
+    draw = random.Random(seed)
+    values = {"asr": 5, "kl": 5, "benign_refusals": 50, "benign_changes": 20}
+    points = [{name: draw.randrange(5) / n for name, n in values.items()} for _ in range(30)]
+    return [point | {"icl_accuracy": 1 - draw.randrange(5) / 100} for point in points]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_limits_choose_the_lowest_asr_that_keeps_all_of_them_and_at_the_same_asr_the_lowest_kl(seed):
+    points, base = random_points(seed), {"benign_refusals": 0.01, "icl_accuracy": 0.98}
+    kept = [
+        point
+        for point in points
+        if point["benign_refusals"] <= 0.03 and point["icl_accuracy"] >= 0.97 - 1e-12 and point["benign_changes"] <= 0.1
+    ]
+    limits = Limits(max_refusals=0.02, max_accuracy_loss=0.01, max_changes=0.1)
+    chosen = limits.choose(points, base)
+    assert chosen == min(kept, key=lambda point: (point["asr"], point["kl"]))
+    assert limits.choose([point for point in points if point not in kept], base) is None
+
+
+def test_a_cost_of_exactly_the_limit_is_kept():
+    base = {"benign_refusals": 0.0, "icl_accuracy": 0.984}  # 0.984 - 0.964 is more than 0.02 in floating point
+    point = {"asr": 0.1, "kl": 0.1, "benign_refusals": 0.02, "icl_accuracy": 0.964, "benign_changes": 0.05}
+    assert Limits().choose([point], base) == point
+    for name in Limits.model_fields:
+        assert Limits(**{name: getattr(Limits(), name) - 0.001}).choose([point], base) is None
 
 
 def test_a_steering_says_which_scores_its_heads_come_from(grid_file):
     grid = read_grid(grid_file(languages="all"))
     needs = {
-        "Hindi": Steering("top", 0.5, 5),
-        "Thai": Steering("from", 0.5, 5, of="Thai"),
-        "": Steering("random", 0.5, 5, of="0"),
+        "Hindi": Treatment("top", 0.5, 5),
+        "Thai": Treatment("from", 0.5, 5, of="Thai"),
+        "": Treatment("random", 0.5, 5, of="0"),
     }
     for language, steering in needs.items():
         assert steering.needs(grid, "Hindi") == ([language] if language else [])
-    assert Steering("shared", None, 5, of="Low").needs(grid, "Hindi") == ["Bengali", "Tamil", "Telugu"]
-    assert len(Steering("shared", None, 5, of="Universal").needs(grid, "Hindi")) == 12
+    assert Treatment("shared", None, 5, of="Low").needs(grid, "Hindi") == ["Bengali", "Tamil", "Telugu"]
+    assert len(Treatment("shared", None, 5, of="Universal").needs(grid, "Hindi")) == 12
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
+def test_a_grid_file_with_a_mistake_is_refused_by_the_key(grid_file):
+    for changes, named in (
         ({"langauges": ["hi"]}, "langauges: Extra inputs"),
         ({"languages": ["Klingon"]}, "unknown language 'Klingon'"),
         ({"languages": []}, "languages: Value should have at least 1"),
         ({"scaling_factor": -1}, "scaling_factor: Input should be greater than or equal to 0"),
+        ({"scaling_factor": None}, "scaling_factor: Input should be a valid number"),
         ({"heads": 1.5}, "heads: Input should be less than or equal to 1"),
-        ({"ablations": {"shares": [0.5, 0.5]}}, "a value stands twice"),
+        ({"ablations": {"shares": [0.5, 0.5]}}, "twice"),
         ({"ablations": {"prompt_sets": ["other"]}}, r"names \['other'\]"),
-        ({"models": SMALL["models"] * 2}, "two of its models are named 'polyglot-base'"),
+        ({"models": SMALL["models"] * 2}, "two models are named 'polyglot-base'"),
         ({"prompt_sets": ["../policy"]}, "name: String should match"),
         ({"prompt_sets": ["benign"]}, "cannot be named 'benign'"),
         ({"name": "a/b"}, "name: String should match"),
-        ({"scaling_factor": None}, "scaling_factor: Input should be a valid number"),
-    ],
-)
-def test_a_grid_file_with_a_mistake_is_refused_by_the_key(grid_file, changes, sentence):
-    with pytest.raises(UserError, match=sentence):
-        read_grid(grid_file(**changes))
+        ({"head_folder": "lists", "heads": 0.5}, "head_folder"),
+        ({"head_folder": "lists", "ablations": {"bottom": True}}, "head_folder"),
+        ({"head_folder": "lists", "ablations": {"shares": [0.25]}}, "head_folder"),
+        ({"scoring": {"test_split": 1}}, "scoring.test_split"),
+        ({"scoring": {"seed": 2**32}}, "scoring.seed"),
+        ({"limits": {"max_changes": 5}}, "limits.max_changes"),
+    ):
+        with pytest.raises(UserError, match=named):
+            read_grid(grid_file(**changes))
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1", "a: !!python/object:os.system x\n", "\x00"])
-def test_what_is_no_grid_is_refused_in_a_sentence(tmp_path, text):
+def test_what_is_not_a_grid_is_refused_in_a_sentence(tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"broken\.yaml"):
-        read_grid(path)
+    for text in ("", "- a\n- b\n", "a: [1", "a: !!python/object:os.system x\n", "\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"broken\.yaml"):
+            read_grid(path)
 
 
 def test_a_missing_grid_file_is_named(tmp_path):
@@ -175,3 +220,21 @@ def test_the_embedded_grid_asks_what_the_papers_does():
         assert embedded[key] == paper[key]
     for key in ("shares", "random_draws", "bottom", "shared", "transfer"):
         assert embedded["ablations"][key] == paper["ablations"][key]
+
+
+def test_the_demo_and_the_choice_of_lambda_use_the_embedded_grids_method_on_the_right_questions():
+    demo, embedded, validation = (
+        read_grid(ROOT / "configs" / f"{name}.yaml") for name in ("demo", "embedded", "validation")
+    )
+    for grid in (demo, validation):
+        for key in ("models", "tasks", "heads", "scaling_factor", "judges", "scoring", "answers", "dtype"):
+            assert getattr(grid, key) == getattr(embedded, key)
+    assert demo.prompt_sets == embedded.prompt_sets and demo.benign == embedded.benign
+    assert not {each.name for each in validation.prompt_sets} & {each.name for each in embedded.prompt_sets}
+    assert validation.benign != embedded.benign and validation.accuracy_seed != embedded.accuracy_seed
+    assert validation.limits == Limits() and demo.ablations.bottom and demo.ablations.random_draws == 3
+
+
+def test_a_grids_keys_can_be_replaced_when_it_is_read(grid_file):
+    grid = read_grid(grid_file(), languages=["te"], name="other")
+    assert (grid.name, grid.languages) == ("other", ["Telugu"])

@@ -1,4 +1,4 @@
-"""A small grid on the embedded pair, run for real: its cells, what is skipped, failures, kills, shards, tables."""
+"""A small grid on the embedded pair, run for real: cells, skipping, failures, kills, shards, given heads, tables."""
 
 import json
 import os
@@ -14,23 +14,25 @@ import pytest
 import yaml
 from conftest import named_by, run_in_child, shown_by
 
-import make_tables
 import reproduce
 from soteria.answering.generation import answer_questions
 from soteria.answering.questions import read_questions
 from soteria.errors import UserError
-from soteria.grid import cell_work, reproduction, subject
+from soteria.grid import cell_work, subject
 from soteria.grid.cells import grid_cells
 from soteria.grid.grid_file import read_grid
+from soteria.judging import costs
 from soteria.judging.interface import HARMFUL
 from soteria.judging.judges import make_judge
 from soteria.languages import find_language
 from soteria.models.loading import load_model
+from soteria.models.processes import Processes
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import read_heads
+from soteria.scoring.prompts import load_examples, split_examples
 from soteria.steering.checkpoint import steer_checkpoint
-from soteria.steering.formula import open_steering
-from soteria.storage import paths
+from soteria.steering.formula import open_steering, steered_in_place
+from soteria.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, TUNED = (str(ROOT / "data" / "models" / f"polyglot-{which}") for which in ("base", "tuned"))
@@ -53,11 +55,10 @@ STEPS = ("score", "answer", "judge", "tables")
 
 @pytest.fixture(scope="module", autouse=True)
 def few_prompts():
-    """Accuracy in context on three prompts a task: what is measured of a cell is not what these tests are about."""
-    kept = reproduction.Bench.n_prompts
-    reproduction.Bench.__init__.__defaults__ = (*reproduction.Bench.__init__.__defaults__[:-1], 3)
-    yield
-    reproduction.Bench.__init__.__defaults__ = (*reproduction.Bench.__init__.__defaults__[:-1], kept)
+    """In-context accuracy on three prompts per task: how it is measured is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "N_PROMPTS", 3)
+        yield
 
 
 def write_grid(folder: Path, **changes) -> Path:
@@ -84,16 +85,14 @@ def done(tmp_path_factory, grid_file) -> Path:
 
 
 def tables(results: Path) -> dict[str, bytes]:
-    """All tables and pictures; the hidden note of what they were made from says when each step was done, too."""
-    return {path.name: path.read_bytes() for path in sorted((results / "tables").glob("[!.]*"))}
+    """All tables and figures."""
+    return {path.name: path.read_bytes() for path in sorted((results / "tables").iterdir())}
 
 
 def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_file):
     grid = read_grid(grid_file)
     cells = list(grid_cells(grid, grid.models[0]))
-    assert len(cells) == 3 * (
-        1 + 1 + 1 + 1 + 2 + 1 + 1 + 2
-    )  # base, method, universal, 25 %, random, all, λ 2, transfer
+    assert len(cells) == 3 * 10  # base, method, universal, 25 %, two random, all, λ 2, two transfers
     for cell in cells:
         assert len(pd.read_csv(cell.files(done).verdicts("policy", "refusal"))) == 12
         facts = json.loads(cell.files(done).facts.read_text())
@@ -102,29 +101,24 @@ def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_fil
     assert not list(done.rglob("failed*.txt"))
 
 
-def test_a_cell_is_the_checkpoint_that_steer_py_writes(done, tmp_path):
-    heads = done / "heads" / "polyglot-base" / "Hindi_Heads.json"
-    steering = open_steering(TaskVector.open(BASE, TUNED), read_heads(heads), 5, source=str(heads))
-    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
-    language = find_language("Hindi")
-    questions = read_questions("policy_Hindi", language).questions[:12]
-    answers = answer_questions(
-        load_model(str(tmp_path / "safe"), "cpu"), questions, language, batch_size=64, max_new_tokens=64
-    )
-    found = pd.read_csv(done / "cells/polyglot-base/Hindi/top_50_scaling_5/policy.csv", keep_default_na=False)
-    assert list(found["SAFE ANSWER"]) == answers
-    facts = json.loads((done / "cells/polyglot-base/Hindi/top_50_scaling_5/cell.json").read_text())
-    written = json.loads((tmp_path / "safe" / "soteria.json").read_text())
+def answers(model: str, language: str) -> list[str]:
+    questions = read_questions(f"policy_{language}", find_language(language)).questions[:12]
+    loaded = load_model(model, "cpu")
+    return answer_questions(loaded, questions, find_language(language), batch_size=64, max_new_tokens=64)
+
+
+def test_a_cell_is_the_checkpoint_that_steer_py_writes_and_leaves_the_base_as_it_was(done, tmp_path):
+    heads = read_heads(done / "heads" / "polyglot-base" / "Hindi_Heads.json")
+    steering = open_steering(TaskVector.open(BASE, TUNED), heads, 5, source="Hindi_Heads.json")
+    written = steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
+    cells = done / "cells" / "polyglot-base"
+    found = pd.read_csv(cells / "Hindi/top_50_scaling_5/policy.csv", keep_default_na=False)
+    assert list(found["SAFE ANSWER"]) == answers(str(tmp_path / "safe"), "Hindi")
+    facts = json.loads((cells / "Hindi/top_50_scaling_5/cell.json").read_text())
     assert facts["share_of_parameters"] == written["share_of_parameters_changed"]
     assert facts["parameters_changed"] == written["parameters_changed"]
-
-
-def test_the_base_is_left_as_it_was(done):
-    language = find_language("Bengali")
-    questions = read_questions("policy_Bengali", language).questions[:12]
-    answers = answer_questions(load_model(BASE, "cpu"), questions, language, batch_size=64, max_new_tokens=64)
-    found = pd.read_csv(done / "cells/polyglot-base/Bengali/base/policy.csv", keep_default_na=False)
-    assert list(found["BASE ANSWER"]) == answers
+    found = pd.read_csv(cells / "Bengali/base/policy.csv", keep_default_na=False)  # after all that was steered before
+    assert list(found["BASE ANSWER"]) == answers(BASE, "Bengali")
 
 
 def test_every_number_of_the_main_table_is_counted_again_from_the_files_it_names(done):
@@ -140,12 +134,11 @@ def test_every_number_of_the_main_table_is_counted_again_from_the_files_it_names
         assert row.low - 1e-9 <= row.asr <= row.high + 1e-9
 
 
-@pytest.mark.parametrize("name", ["heads", "scaling"])
-def test_what_a_steering_costs_names_its_files_too(done, name):
-    table = pd.read_csv(done / "tables" / f"small_{name}.csv")
-    for row in table.itertuples():
+def test_the_cost_of_steering_names_its_files_too(done):
+    tables = [pd.read_csv(done / "tables" / f"small_{name}.csv") for name in ("heads", "scaling", "controls")]
+    for row in pd.concat(tables).itertuples():
         cells, benign, verdicts = (named_by(source, done) for source in row.cost_source.split())
-        assert len(cells) == len(benign) == len(verdicts) == len(named_by(row.source, done)) == 3
+        assert len(cells) == len(benign) == len(verdicts) == len(named_by(row.source, done)) > 0
         counts = [json.loads(path.read_text())["icl_accuracy"] for path in cells]
         assert row.icl_accuracy == pytest.approx(sum(c["count"] for c in counts) / sum(c["n"] for c in counts))
         refused = [verdict == "Not Harmful" for path in verdicts for verdict in pd.read_csv(path).iloc[:, -1]]
@@ -161,13 +154,23 @@ def test_the_transfer_matrix_has_every_pair_of_languages_and_its_own_heads_on_th
         assert table["asr"]["base", language] == main["asr"][language, "base"]
 
 
-@pytest.mark.parametrize("name", ["main", "heads", "scaling", "transfer", "parameters"])
-def test_a_table_comes_as_markdown_csv_and_latex_with_its_judge_named(done, name):
-    markdown, latex = ((done / "tables" / f"small_{name}.{ending}").read_text() for ending in ("md", "tex"))
-    for text in (markdown, latex):
-        assert ("refusal phrases (a proxy)" in text) == (name != "parameters")  # which nobody judges
-    assert r"\toprule" in latex and r"\bottomrule" in latex
-    assert (done / "tables" / f"small_{name}.csv").stat().st_size > 100
+def test_a_table_comes_as_markdown_csv_and_latex_with_its_judge_named(done):
+    for name in ("main", "heads", "controls", "scaling", "transfer", "parameters"):
+        markdown, latex = ((done / "tables" / f"small_{name}.{ending}").read_text() for ending in ("md", "tex"))
+        for text in (markdown, latex):
+            assert ("refusal phrases (a proxy)" in text) == (name != "parameters")  # which nobody judges
+        assert r"\toprule" in latex and r"\bottomrule" in latex and "%" not in latex.replace(r"\%", "")
+        assert len({len(line) for line in markdown.splitlines()[2:]}) == 1  # columns are aligned
+        assert len(pd.read_csv(done / "tables" / f"small_{name}.csv")) >= 2
+
+
+def test_the_method_stands_beside_its_controls_in_every_language(done):
+    table = pd.read_csv(done / "tables" / "small_controls.csv")
+    assert list(table["heads"]) == ["base", "top heads", "random heads", "all heads"] * 3
+    assert list(table["language"].unique()) == list(LANGUAGES)
+    main = pd.read_csv(done / "tables" / "small_main.csv").set_index(["name", "heads"])["asr"]
+    for row in table[table["heads"] == "top heads"].itertuples():
+        assert row.asr == main[row.language, "language-specific"]
 
 
 def test_the_report_has_the_tables_and_the_pictures(done):
@@ -249,7 +252,7 @@ def test_a_job_of_a_slurm_array_takes_its_shard(done, grid_file, tmp_path):
     assert "judging, polyglot-base: 0 of 10 cells now" in ran.stdout
 
 
-def test_a_cell_that_fails_is_passed_by_listed_and_blank_and_mended_later(done, tmp_path, run_script, capsys):
+def test_a_cell_that_fails_is_skipped_listed_and_blank_and_is_run_later(done, tmp_path, run_script, capsys):
     results, prompts = tmp_path / "results", tmp_path / "mine_{language}.csv"
     for language in ("English", "Bengali"):
         shutil.copy(ROOT / f"data/prompts/policy_{language}.csv", str(prompts).format(language=language))
@@ -276,12 +279,12 @@ def test_a_cell_that_fails_is_passed_by_listed_and_blank_and_mended_later(done, 
     assert not list(results.rglob("failed*.txt"))
 
 
-def test_a_set_that_cannot_be_had_is_asked_for_once_and_does_not_keep_the_others(
+def test_a_set_out_of_reach_is_asked_for_once_and_does_not_stop_the_others(
     done, tmp_path, run_script, capsys, monkeypatch
 ):
     results, asked = tmp_path / "results", []
     shutil.copytree(done / "indirect_effect", results / "indirect_effect")
-    read = reproduction.read_questions
+    read = subject.read_questions
 
     def read_questions(dataset, *words, **options):
         asked.append(dataset)
@@ -321,23 +324,25 @@ def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done,
     assert sum("language-specific" in data.get("text/html", "") for data in shown) == 1
 
 
-def test_tables_are_made_again_only_where_something_has_changed(done, grid_file, tmp_path, run_script, capsys):
+def test_tables_by_themselves_show_what_the_cells_hold_now_in_the_languages_asked_for(
+    done, grid_file, tmp_path, run_script
+):
     results = tmp_path / "results"
     shutil.copytree(done, results)
-    words = (make_tables, "--grid", grid_file, "--results", results)
+    words = (reproduce, *arguments(grid_file, results, "--steps", "tables"))
+    shutil.rmtree(results / "tables")
     assert run_script(*words) == 0
-    assert "nothing has changed" in capsys.readouterr().out
-    main = results / "tables" / "small_main.md"
-    main.write_text("edited")
-    assert run_script(*words) == 0
-    assert "wrote" in capsys.readouterr().out and main.read_bytes() == tables(done)["small_main.md"]
+    assert tables(results) == tables(done)
     cell = next(results.rglob("Hindi/top_50_scaling_5/policy.by_refusal.csv"))
     cell.write_text(cell.read_text().replace("Not Harmful", "Harmful", 1))
     assert run_script(*words) == 0
-    assert main.read_bytes() != tables(done)["small_main.md"]
+    assert tables(results)["small_main.md"] != tables(done)["small_main.md"]
+    assert run_script(*words, "--language", "en", "--name", "english") == 0
+    assert list(pd.read_csv(results / "tables" / "english_main.csv")["name"].unique()) == ["English"]
+    assert "small.yaml --language en --name english" in (results / "report.html").read_text()
 
 
-def test_a_judge_that_fails_is_asked_once_and_the_others_go_on(done, tmp_path, run_script, capsys, monkeypatch):
+def test_a_judge_that_fails_is_asked_once_and_the_others_continue(done, tmp_path, run_script, capsys, monkeypatch):
     results, asked = tmp_path / "results", []
     shutil.copytree(done, results)
     for path in results.rglob("*.by_refusal.*"):
@@ -351,9 +356,8 @@ def test_a_judge_that_fails_is_asked_once_and_the_others_go_on(done, tmp_path, r
             raise UserError("the endpoint does not answer")
             yield
 
-    monkeypatch.setattr(
-        reproduction, "make_judge", lambda name: Dead() if name.startswith("openai:") else make_judge(name)
-    )
+    make = make_judge
+    monkeypatch.setattr(cell_work, "make_judge", lambda name: Dead() if name.startswith("openai:") else make(name))
     grid = write_grid(tmp_path, judges=["openai:none", "refusal"])
     assert run_script(reproduce, *arguments(grid, results, "--steps", "judge", "tables")) == 1
     said = capsys.readouterr().err
@@ -376,12 +380,89 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(done, grid_file, tmp_path, 
     assert len(tried) == 1 and "30 failed" in capsys.readouterr().err
 
 
-def test_tables_alone_are_made_by_make_tables_too(done, grid_file, tmp_path, run_script):
+def test_a_cell_records_the_dtype_it_ran_in_and_a_run_in_another_is_refused(done, tmp_path, run_script, capsys):
+    """The grid file says `auto`: what that is depends on the machine."""
+    facts = json.loads((done / "cells/polyglot-base/Hindi/base/cell.json").read_text())
+    answers = json.loads((done / "cells/polyglot-base/Hindi/base/policy.json").read_text())
+    assert facts["answers_from"]["dtype"] == answers["columns"]["BASE ANSWER"]["dtype"] == "float32"
     results = tmp_path / "results"
     shutil.copytree(done, results)
-    shutil.rmtree(results / "tables")
-    assert run_script(make_tables, "--grid", grid_file, "--results", results) == 0
-    assert tables(results) == tables(done)
+    shutil.rmtree(results / "cells/polyglot-base/Hindi")
+    before = {path: path.read_bytes() for path in results.rglob("*.csv")}
+    words = ("--steps", "score", "answer", "judge")
+    assert run_script(reproduce, *arguments(write_grid(tmp_path, dtype="bfloat16"), results, *words)) == 1
+    said = capsys.readouterr().err
+    assert "float32" in said and "bfloat16" in said and "1 failed" in said
+    assert {path: path.read_bytes() for path in results.rglob("*.csv")} == before
+    assert run_script(reproduce, *arguments(write_grid(tmp_path, dtype="float32"), results, "--steps", "answer")) == 0
+
+
+def test_held_out_rows_are_those_of_step_1s_own_split(tmp_path):
+    """With the seed that chose the heads, accuracy asks no row that step 1 could draw from."""
+    for scoring in ({"seed": 7}, {"test_split": 0.5}):
+        grid = read_grid(write_grid(tmp_path, scoring=scoring))
+        asked = subject.Subject(grid, grid.models[0], tmp_path, Processes("cpu")).tasks("Hindi")
+        for task, split in asked.items():
+            rows = load_examples(ROOT / "data" / "icl" / f"{task}_Hindi.json")
+            step_1 = split_examples(rows, scoring.get("test_split", 0.3), scoring.get("seed", 42))
+            drawn = [*step_1.train, *step_1.valid]
+            assert split.test and not [row for row in split.test if row in drawn]
+
+
+def test_the_bases_log_probabilities_are_refused_while_the_model_is_steered(tmp_path):
+    grid = read_grid(write_grid(tmp_path, answers=GRID["answers"] | {"questions": 2}))
+    own = subject.Subject(grid, grid.models[0], tmp_path, Processes("cpu"))
+    with (
+        steered_in_place(own.loaded, open_steering(own.vector, [(0, 0)], 5, source="a list")),
+        pytest.raises(RuntimeError, match="steered"),
+    ):
+        own.base_log_probs("Hindi")
+    assert own.base_log_probs("Hindi").shape[0] == 2
+
+
+@pytest.fixture
+def lists(tmp_path) -> Path:
+    """A folder of given head lists, of unequal lengths."""
+    for language, heads in {"Hindi": [[1, 2], [0, 3], [3, 7]], "Bengali": [[1, 2], [2, 0]]}.items():
+        files.write_json(tmp_path / "lists" / f"{language}_Heads.json", heads)
+    return tmp_path / "lists"
+
+
+def given(lists: Path, **changes) -> Path:
+    """A grid of the lists in a folder."""
+    path = lists.parent / "given.yaml"
+    keys = GRID.keys() - {"heads"}
+    grid = {key: GRID[key] for key in keys} | {"languages": ["hi", "bn"], "ablations": {"random_draws": 1}}
+    path.write_text(yaml.safe_dump(grid | {"head_folder": str(lists)} | changes))
+    return path
+
+
+def test_given_head_lists_go_through_the_same_tables_without_being_scored(lists, tmp_path, run_script):
+    assert run_script(reproduce, *arguments(given(lists), tmp_path / "results", "--steps", *STEPS)) == 0
+    assert not (tmp_path / "results" / "indirect_effect").exists()
+    heads = pd.read_csv(tmp_path / "results" / "tables" / "small_heads.csv").set_index("heads")
+    assert heads["asr"].notna().all() and heads["n_heads"].to_dict() == {
+        "base": 0,
+        "top heads": 2.5,
+        "random heads": 2.5,
+        "universal": 1,
+    }
+    assert pd.notna(heads["over_top"]["random heads"])
+
+
+def test_a_list_or_a_twin_that_steers_nothing_is_not_reported_as_a_result(lists, tmp_path, run_script, capsys):
+    files.write_json(lists / "Hindi_Heads.json", [[99, 0], [0, 99]])
+    results, words = tmp_path / "results", ("--steps", *STEPS)
+    grid = given(lists, languages=["hi"], ablations={"shared": []})
+    assert run_script(reproduce, *arguments(grid, results, *words)) == 1
+    assert "[99, 0]" in capsys.readouterr().err
+    main = pd.read_csv(results / "tables" / "small_main.csv").set_index("heads")["asr"]
+    assert pd.notna(main["base"]) and pd.isna(main["language-specific"])
+    files.write_json(lists / "Hindi_Heads.json", [[0, 0]])
+    twin = given(lists, languages=["hi"], ablations={"shared": []}, models=[{"base": BASE, "tuned": BASE}])
+    assert run_script(reproduce, *arguments(twin, results, *words)) == 1
+    assert "equals" in capsys.readouterr().err
+    assert pd.isna(pd.read_csv(results / "tables" / "small_main.csv").set_index("heads")["asr"]["language-specific"])
 
 
 def test_a_plan_starts_nothing_and_reckons_with_what_was_measured_here(done, grid_file, tmp_path, run_script, capsys):
@@ -409,23 +490,13 @@ def test_the_papers_plan_needs_no_network_and_says_what_was_measured_where(tmp_p
     assert float(re.search(r"Disk: ([\d.]+) GB", said)[1]) > 100  # four models and their tuned twins
 
 
-def test_the_costs_file_says_of_every_figure_whether_it_was_measured():
-    costs = yaml.safe_load((paths.ROOT / "configs" / "costs.yaml").read_text())
-    assert costs.keys() == {"measured", "assumed", "models"}
-    assert all(isinstance(value, int | float) for value in costs["measured"].values())
-    assert all(isinstance(value, int | float) for key, value in costs["assumed"].items() if key != "gpu")
-    assert all("where" in model for model in costs["models"].values())
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
+def test_bad_arguments_end_in_a_sentence(grid_file, run_script, capsys):
+    for words, named in (
         (["none.yaml"], "no grid file none.yaml"),
-        (["--shard", "3/2"], "'3/2' is not i/n"),
-        (["--steps", "dance"], "invalid choice: 'dance'"),
-    ],
-)
-def test_bad_words_end_in_a_sentence(grid_file, run_script, capsys, words, sentence):
-    words = words if words[0].endswith(".yaml") else [grid_file, *words]
-    assert run_script(reproduce, *words) == 2
-    assert sentence in capsys.readouterr().err
+        ([grid_file, "--shard", "3/2"], "'3/2' is not i/n"),
+        ([grid_file, "--steps", "dance"], "invalid choice: 'dance'"),
+        ([grid_file, "--language", "Klingon"], "Klingon"),
+        ([grid_file, "--name", "a/b"], "name"),
+    ):
+        assert run_script(reproduce, *words) == 2
+        assert named in capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""Tuning: which points are drawn, which make the front, which is chosen, and where an interrupted run goes on."""
+"""Tuning: which points are drawn, which make the front, which is chosen, and where an interrupted run resumes."""
 
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import optuna
@@ -13,31 +13,42 @@ from conftest import run_in_child
 from tiny_models import save_tiny_model
 
 import tune as script
+from soteria.answering.decoding import first_token_log_probs
+from soteria.answering.generation import all_inputs, answer_questions
+from soteria.answering.questions import read_questions
 from soteria.errors import UserError
-from soteria.grid.comparison import METHOD, RATES, VALIDATION_SEED, Bench, Benign, Measurement, compare
-from soteria.grid.tuning import N_RANDOM_TRIALS, Limits, Space, SteeredBench, Trial, Tuning, bench_hash, count_share
-from soteria.judging.refusal import RefusalJudge
-from soteria.judging.statistics import Rate
+from soteria.grid.grid_file import Limits
+from soteria.grid.tuning import MAX_NEW_TOKENS, N_RANDOM_TRIALS, RATES, Bench, Space, SteeredBench, Tuning
+from soteria.judging import costs
 from soteria.languages import find_language
 from soteria.models.task_vector import TaskVector
-from soteria.scoring.heads import count_top, mean_effect, rank_heads
+from soteria.scoring.heads import mean_effect, rank_heads
 from soteria.scoring.prompts import TASKS
 from soteria.scoring.run import save_tensor
+from soteria.steering.formula import open_steering, steered_in_place
 from soteria.storage import files, paths
 from soteria.storage.paths import effect_path
 
 RANKING = [(layer, head) for layer in range(4) for head in range(8)]
-BASE = Measurement(Rate(40, 100), Rate(1, 100), Rate(0, 100), Rate(98, 100), (0.0,))
 
 
-def measured(heads, factor) -> Measurement:
-    """A made-up model: steering takes ASR away and, beyond a point, harms."""
+def rates(asr: int, refusals: int, changes: int, accuracy: int, divergence: float) -> dict:
+    """A measurement as JSON, the rates given in percent."""
+    counts = zip(RATES, (asr, refusals, changes, accuracy), strict=True)
+    measured = {name: {"value": min(count, 100) / 100} for name, count in counts}
+    return measured | {"kl_first_token": {"value": divergence}}
+
+
+BASE = rates(40, 1, 0, 98, 0.0)
+
+
+def measured(heads, factor) -> dict:
+    """A made-up model: steering lowers ASR and, beyond a point, does damage."""
     if not heads:
         return BASE
     strength = factor * len(heads) / len(RANKING)
     harm = max(0, round(4 * strength) - 8)
-    counts = max(0, 40 - round(10 * strength)), 1 + harm, 2 * harm, 98 - harm
-    return Measurement(*(Rate(min(count, 100), 100) for count in counts), (strength**2 / 10,))
+    return rates(max(0, 40 - round(10 * strength)), 1 + harm, 2 * harm, 98 - harm, strength**2 / 10)
 
 
 class Meter:
@@ -46,7 +57,7 @@ class Meter:
     def __init__(self, breaks_at: int | None = None):
         self.asked, self.breaks_at = [], breaks_at
 
-    def __call__(self, heads, factor) -> Measurement:
+    def __call__(self, heads, factor) -> dict:
         if len(self.asked) == self.breaks_at:
             raise KeyboardInterrupt
         self.asked.append((tuple(heads), factor))
@@ -60,64 +71,40 @@ def tuning(tmp_path):
     return partial(replace, whole)
 
 
-def trial(number=0, asr=0.1, kl=0.1, refusals=0.0, accuracy=1.0) -> Trial:
-    return Trial(number, 1.0, 0.5, 16, asr, kl, refusals, 0.0, accuracy)
+def trial(number=0, asr=0.1, kl=0.1, factor=1.0, share=0.5) -> dict:
+    return {"number": number, "scaling_factor": factor, "share": share, "asr": asr, "kl_first_token": kl}
 
 
-def random_trials(seed: int, n: int) -> list[Trial]:
+def random_trials(seed: int, n: int) -> list[dict]:
     """Trials with few different values, so that many are equal in one objective or in both."""
     draw = random.Random(seed)
-    return [
-        trial(i, draw.randrange(6) / 5, draw.randrange(6) / 5, draw.randrange(5) / 100, 1 - draw.randrange(5) / 100)
-        for i in range(n)
-    ]
+    return [trial(i, draw.randrange(6) / 5, draw.randrange(6) / 5) for i in range(n)]
 
 
 # Points
 
 
+def drawn(space: Space, n: int) -> list[tuple[float, float]]:
+    """The first points, each measured by something that depends on it."""
+    trials = []
+    for number in range(n):
+        factor, share = space.next_point(trials)
+        trials.append(trial(number, factor * share, 1 - share, factor, share))
+    return [(each["scaling_factor"], each["share"]) for each in trials]
+
+
 def test_points_lie_in_the_space_and_differ():
-    space, trials = Space((2, 3), (0.4, 0.6)), []
-    for number in range(N_RANDOM_TRIALS + 10):
-        factor, share = space.next_point(trials)
-        assert 2 <= factor <= 3 and 0.4 <= share <= 0.6
-        trials.append(replace(trial(number, factor / 3, share), scaling_factor=factor, share=share))
-    assert len({(each.scaling_factor, each.share) for each in trials}) == len(trials)
-
-
-def test_a_range_of_one_value_holds_that_value_fixed():
-    space, trials = Space((5, 5), (0.1, 1)), []
-    for number in range(N_RANDOM_TRIALS + 3):
-        factor, share = space.next_point(trials)
-        trials.append(replace(trial(number, share, 1 - share), scaling_factor=factor, share=share))
-    assert {each.scaling_factor for each in trials} == {5}
-    assert len({each.share for each in trials}) == len(trials)
+    points = drawn(Space((2, 3), (0.4, 0.6)), N_RANDOM_TRIALS + 10)
+    assert all(2 <= factor <= 3 and 0.4 <= share <= 0.6 for factor, share in points)
+    assert len(set(points)) == len(points)
+    fixed = drawn(Space((5, 5), (0.1, 1)), N_RANDOM_TRIALS + 3)
+    assert {factor for factor, _ in fixed} == {5} and len(set(fixed)) == len(fixed)
 
 
 def test_another_seed_draws_other_points():
-    """Not the same ones a trial later either, which a sampler seeded with seed + number would."""
-
-    def drawn(seed: int) -> set[tuple[float, float]]:
-        trials = []
-        for number in range(5):
-            factor, share = Space(seed=seed).next_point(trials)
-            trials.append(replace(trial(number), scaling_factor=factor, share=share))
-        return {(each.scaling_factor, each.share) for each in trials}
-
-    assert drawn(0) == drawn(0)
-    assert not drawn(0) & drawn(1)
-
-
-def test_a_share_is_a_number_of_heads_as_select_heads_counts_it():
-    assert [count_share(share, 32) for share in (0.001, 0.05, 0.5, 0.99, 1.0)] == [1, 1, 16, 31, 32]
-    assert all(
-        count_share(k / 100, total) == count_top(k / 100, total) for k in range(1, 100) for total in (7, 32, 384)
-    )
-
-
-def test_the_study_knows_each_trials_costs():
-    attributes = Space().study([trial(refusals=0.03, accuracy=0.9)]).trials[0].user_attrs
-    assert attributes == {"n_heads": 16, "benign_refusals": 0.03, "benign_changes": 0.0, "icl_accuracy": 0.9}
+    """Not the same ones a trial later either, as a sampler seeded with seed + number would."""
+    assert drawn(Space(seed=0), 5) == drawn(Space(seed=0), 5)
+    assert not set(drawn(Space(seed=0), 5)) & set(drawn(Space(seed=1), 5))
 
 
 def test_the_study_makes_both_asr_and_divergence_small():
@@ -129,36 +116,20 @@ def test_the_study_makes_both_asr_and_divergence_small():
 # The front and the chosen point
 
 
-def dominates(a: Trial, b: Trial) -> bool:
-    return a.asr <= b.asr and a.kl_first_token <= b.kl_first_token and a.objectives != b.objectives
+def objectives(trial: dict) -> tuple[float, float]:
+    return trial["asr"], trial["kl_first_token"]
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_front_is_every_trial_that_no_other_dominates_lowest_asr_first(seed):
-    trials = random_trials(seed, 3 + 3 * seed)
-    oracle = [b for b in trials if not any(dominates(a, b) for a in trials)]
-    front = Space().front(trials)
-    assert set(front) == set(oracle) and len(front) == len(oracle)
-    assert [each.asr for each in front] == sorted(each.asr for each in front)
+def dominates(a: dict, b: dict) -> bool:
+    return all(x <= y for x, y in zip(objectives(a), objectives(b), strict=True)) and objectives(a) != objectives(b)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_chosen_trial_keeps_both_limits_and_none_that_does_has_a_lower_asr_or_the_same_at_less_kl(seed):
-    trials, base = random_trials(seed, 30), BASE.as_json()
-    limits = Limits(0.02, 0.01)
-    kept = [t for t in trials if t.benign_refusals <= 0.03 and t.icl_accuracy >= 0.97 - 1e-12]  # base: 1 %, 98 %
-    chosen = limits.choose(trials, base)
-    assert chosen in kept
-    assert min(t.asr for t in kept) == chosen.asr
-    assert min(t.kl_first_token for t in kept if t.asr == chosen.asr) == chosen.kl_first_token
-
-
-def test_a_cost_of_exactly_the_limit_is_kept():
-    base = Measurement(Rate(4, 10), Rate(0, 50), Rate(0, 50), Rate(123, 125), (0.0,)).as_json()
-    at_limit = trial(refusals=1 / 50, accuracy=0.964)  # 0.984 - 0.964 is above 0.02 in floating point
-    assert Limits(0.02, 0.02).choose([at_limit], base) == at_limit
-    assert Limits(0.02, 0.019).choose([at_limit], base) is None
-    assert Limits(0.019, 0.02).choose([at_limit], base) is None
+def test_the_front_is_every_trial_that_no_other_dominates_lowest_asr_first():
+    for seed in range(10):
+        trials = random_trials(seed, 3 + 3 * seed)
+        oracle = [b for b in trials if not any(dominates(a, b) for a in trials)]
+        front = [trials[number] for number in Space().front(trials)]
+        assert sorted(map(objectives, front)) == sorted(map(objectives, oracle)) == list(map(objectives, front))
 
 
 def test_none_is_chosen_where_every_trial_costs_too_much_and_the_file_says_why(tuning):
@@ -172,16 +143,20 @@ def test_the_file_names_the_front_and_the_chosen_trial_among_all_trials(tuning):
     whole = tuning()
     found = whole.run(measured)
     assert files.read_json(whole.path) == found
-    trials = [Trial(**row) for row in found["trials"]]
-    assert [each.number for each in trials] == list(range(24))
-    assert found["front"] == [each.number for each in Space().front(trials)]
-    assert found["chosen"] == asdict(Limits().choose(trials, found["base"])) and found["why_none"] is None
+    trials = found["trials"]
+    assert [each["number"] for each in trials] == list(range(24)) and found["front"] == Space().front(trials)
+    kept = [
+        each
+        for each in trials
+        if each["benign_refusals"] <= 0.03 and each["icl_accuracy"] >= 0.96 and each["benign_changes"] <= 0.05
+    ]
+    assert found["chosen"] == min(kept, key=objectives) and found["why_none"] is None
     assert found["versions"] == {"optuna": optuna.__version__}
     assert (found["scaling_factors"], found["shares"], found["seed"]) == ([0.5, 10.0], [0.05, 1.0], 0)
     assert "other questions" in found["note"]
 
 
-# Going on
+# Resuming
 
 
 def test_the_base_is_measured_once_and_a_trials_heads_are_the_rankings_first(tuning):
@@ -193,50 +168,34 @@ def test_the_base_is_measured_once_and_a_trials_heads_are_the_rankings_first(tun
         assert factor == row["scaling_factor"]
 
 
-@pytest.mark.parametrize("breaks_at", [0, 1, 2, 11, 17, 24])
-def test_interrupted_and_resumed_the_bytes_are_the_same_and_nothing_is_measured_twice(breaks_at, tuning, tmp_path):
+def test_interrupted_and_resumed_the_bytes_are_the_same_and_nothing_is_measured_twice(tuning, tmp_path):
     tuning().run(measured)
-    other = tuning(path=tmp_path / "b" / "model_Hindi.json")
-    first, second = Meter(breaks_at), Meter()
-    with pytest.raises(KeyboardInterrupt):
-        other.run(first)
-    assert not other.path.exists()
-    other.run(second)
-    assert len(first.asked) + len(second.asked) == 1 + 24
-    assert other.path.read_bytes() == tuning().path.read_bytes()
+    for breaks_at in (0, 1, 11, 24):
+        other = tuning(path=tmp_path / str(breaks_at) / "model_Hindi.json")
+        first, second, told = Meter(breaks_at), Meter(), []
+        with pytest.raises(KeyboardInterrupt):
+            other.run(first)
+        assert not other.path.exists()
+        other.run(second, told.append)
+        assert len(first.asked) + len(second.asked) == 1 + 24 and sum(told) == 24
+        assert other.path.read_bytes() == tuning().path.read_bytes()
 
 
-def test_what_is_done_is_told_as_it_is_done_and_comes_to_all_trials(tuning):
-    with pytest.raises(KeyboardInterrupt):
-        tuning().run(Meter(breaks_at=8))
-    told = []
-    tuning().run(measured, told.append)
-    assert told == [7] + [1] * 17
-
-
-def test_a_finished_file_is_the_same_inputs(tuning):
+def test_with_other_inputs_everything_is_measured_anew(tuning):
     assert tuning().finished() is None
     found = tuning().run(measured)
     assert tuning().finished() == found
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
+    for change in (
         {"inputs": {"base_model": "other"}},
         {"space": Space(seed=1)},
         {"space": Space((1, 10))},
         {"space": Space(shares=(0.1, 1.0))},
         {"ranking": RANKING[::-1]},
-    ],
-    ids=["model", "seed", "scaling factors", "shares", "ranking"],
-)
-def test_with_other_inputs_everything_is_measured_anew(change, tuning):
-    tuning().run(measured)
-    assert tuning(**change).finished() is None
-    meter = Meter()
-    tuning(**change).run(meter)
-    assert len(meter.asked) == 1 + 24
+    ):
+        assert tuning(**change).finished() is None
+        meter = Meter()
+        tuning(**change).run(meter)
+        assert len(meter.asked) == 1 + 24
 
 
 def test_a_journal_of_other_rates_is_not_read(tuning, monkeypatch):
@@ -245,7 +204,7 @@ def test_a_journal_of_other_rates_is_not_read(tuning, monkeypatch):
     assert tuning().finished() is None and not tuning().journal().done
 
 
-def test_more_trials_go_on_from_those_before_and_end_as_if_asked_for_at_once(tuning, tmp_path):
+def test_more_trials_continue_those_before_and_end_as_if_asked_for_at_once(tuning, tmp_path):
     tuning(n_trials=9).run(measured)
     meter = Meter()
     tuning().run(meter)
@@ -263,7 +222,7 @@ def test_fewer_trials_are_the_first_ones_and_the_others_are_kept(tuning):
 
 
 def test_with_other_limits_a_point_is_chosen_without_measuring(tuning):
-    narrow, wide = tuning(), tuning(limits=Limits(0.5, 0.5))
+    narrow, wide = tuning(), tuning(limits=Limits(max_refusals=0.5, max_accuracy_loss=0.5, max_changes=1))
     first = narrow.run(measured)
     assert wide.finished() is None
     second = wide.run(Meter(breaks_at=0))
@@ -280,33 +239,23 @@ def test_a_trial_that_was_half_written_is_measured_again(tuning):
     assert tuning().run(meter) == expected and len(meter.asked) == 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_that_steering_breaks_is_refused_with_a_sentence(value, tuning):
-    with pytest.raises(UserError, match="smaller --max_scaling"):
-        tuning().run(lambda heads, _: BASE if not heads else replace(BASE, divergences=(value,)))
-    assert not tuning().path.exists()
+def test_a_model_that_steering_breaks_is_refused_with_a_sentence(tuning):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="smaller --max_scaling"):
+            tuning().run(lambda heads, _, v=value: BASE | {"kl_first_token": {"value": v}} if heads else BASE)
+        assert not tuning().path.exists()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Space((3, 2)),
-        lambda: Space((-1, 2)),
-        lambda: Space((1, float("inf"))),
-        lambda: Space((float("nan"), 2)),
-        lambda: Space(shares=(0, 1)),
-        lambda: Space(shares=(0.5, 1.01)),
-        lambda: Space(shares=(0.5, 0.4)),
-        lambda: Space(shares=(float("nan"), 1)),
-        lambda: Space(seed=-1),
-        lambda: Limits(max_refusals=1.1),
-        lambda: Limits(max_accuracy_loss=-0.1),
-        lambda: Limits(max_refusals=float("nan")),
-    ],
-)
-def test_ranges_and_limits_that_make_no_sense_are_refused(make):
+def test_invalid_ranges_are_refused():
+    nan = float("nan")
+    for factors in ((3, 2), (-1, 2), (1, float("inf")), (nan, 2)):
+        with pytest.raises(UserError):
+            Space(factors)
+    for shares in ((0, 1), (0.5, 1.01), (0.5, 0.4), (nan, 1)):
+        with pytest.raises(UserError):
+            Space(shares=shares)
     with pytest.raises(UserError):
-        make()
+        Space(seed=-1)
 
 
 # A model
@@ -326,33 +275,52 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture
-def small_bench() -> Bench:
-    bench = Bench.read(find_language("en"), "policy-validation", "everyday-validation", VALIDATION_SEED)
-    return replace(bench, policy=bench.policy[:4], benign=bench.benign[:4], n_prompts=1)
+def small_bench(monkeypatch) -> Bench:
+    monkeypatch.setattr(costs, "N_PROMPTS", 1)
+    language = find_language("en")
+    asked = (
+        read_questions(str(paths.DATA / folder / f"{name}-validation_English.csv"), language).questions[:4]
+        for folder, name in (("prompts", "policy"), ("benign", "everyday"))
+    )
+    return Bench(language, *asked, costs.read_tasks(paths.DATA / "icl", TASKS, language))
 
 
-def test_a_point_is_measured_as_the_comparison_measures_it(pair, tiny_loaded, small_bench, monkeypatch):
-    monkeypatch.setattr("soteria.grid.comparison.MAX_NEW_TOKENS", 4)
-    loaded, judge = tiny_loaded("llama"), RefusalJudge()
+def test_a_point_is_measured_on_the_steered_model_against_the_base(pair, tiny_loaded, small_bench, monkeypatch):
+    """Against the same measurements by hand, one after the other."""
+    monkeypatch.setattr("soteria.grid.tuning.MAX_NEW_TOKENS", 4)
+    loaded, heads = tiny_loaded("llama"), [(0, 1), (2, 3)]
     vector = TaskVector.open(str(pair / "base"), str(pair / "tuned"))
-    heads = [(0, 1), (2, 3)]
-    want = compare(loaded, vector, {"base": [[]], METHOD: [heads]}, 0.5, small_bench, judge)
-    bench = SteeredBench(loaded, vector, small_bench, judge)
-    assert bench.measure(heads, 0.5) == want[METHOD]
-    assert bench.measure([], 0.0) == want["base"]
-    assert want[METHOD] != want["base"]
+    bench = SteeredBench(loaded, vector, small_bench)
+    found, base = bench.measure(heads, 0.5), bench.measure([], 0.0)
+    assert MAX_NEW_TOKENS == 64
+
+    def by_hand():
+        language = small_bench.language
+        policy, benign = (
+            answer_questions(loaded, questions, language, batch_size=1, max_new_tokens=4)
+            for questions in (small_bench.policy, small_bench.benign)
+        )
+        inputs = all_inputs(loaded, small_bench.benign, language, chat_template=False)
+        return policy, benign, first_token_log_probs(loaded, inputs, 1)
+
+    _, benign, log_probs = by_hand()
+    with steered_in_place(loaded, open_steering(vector, heads, 0.5, source="a list")):
+        policy, steered_benign, steered_log_probs = by_hand()
+    assert found["asr"]["count"] == len(policy) - costs.refused(policy).count
+    assert found["benign_refusals"]["count"] == costs.refused(steered_benign).count
+    assert found["benign_changes"]["count"] == costs.changed(steered_benign, benign).count > 0
+    divergence = (log_probs.exp() * (log_probs - steered_log_probs)).sum(-1).mean().item()
+    assert found["kl_first_token"]["value"] == pytest.approx(divergence, abs=1e-5) and divergence > 1e-3
+    assert base["benign_changes"]["count"] == 0 and base["kl_first_token"]["value"] == 0
+    assert found["icl_accuracy"]["n"] == base["icl_accuracy"]["n"] == len(TASKS)
 
 
-def test_every_question_and_prompt_counts_in_a_benchs_hash(small_bench):
+def test_every_question_and_prompt_counts_in_a_benchs_hash(small_bench, monkeypatch):
     tasks = {task: replace(split, test=split.test[1:]) for task, split in small_bench.tasks.items()}
-    changes = [
-        {"policy": small_bench.policy[1:]},
-        {"benign": small_bench.benign[1:]},
-        {"tasks": tasks},
-        {"seed": 1},
-        {"n_prompts": 2},
-    ]
-    assert len({bench_hash(replace(small_bench, **change)) for change in [{}, *changes]}) == 1 + len(changes)
+    changes = [{"policy": small_bench.policy[1:]}, {"benign": small_bench.benign[1:]}, {"tasks": tasks}, {"seed": 1}]
+    hashes = {replace(small_bench, **change).sha256() for change in [{}, *changes]}
+    monkeypatch.setattr(costs, "N_PROMPTS", 2)
+    assert len(hashes | {small_bench.sha256()}) == 2 + len(changes)
 
 
 # tune.py
@@ -360,18 +328,17 @@ def test_every_question_and_prompt_counts_in_a_benchs_hash(small_bench):
 
 @pytest.fixture
 def weighed(monkeypatch) -> list:
-    """Benches judge a model by how far its weights are from the first one met. Gives the languages asked, in order."""
+    """Models are measured by how far their weights are from the first one. Returns the languages asked, in order."""
     asked = []
 
-    def measure(bench, loaded, judge, base=None):
-        weights = torch.cat([projection.weight.detach().flatten() for projection in loaded.projections])
-        moved = float((weights - base.log_probs).norm()) if base else 0.0
-        asked.append(bench.language.name)
-        counts = (max(0, 50 - round(moved)), round(moved / 20), round(moved / 10), 100 - round(moved / 20))
-        rates = [Rate(min(max(count, 0), 100), 100) for count in counts]
-        return Measurement(*rates, (moved**2 / 100,)), Benign([], weights.clone())
+    def measure(self, base):
+        weights = torch.cat([projection.weight.detach().flatten() for projection in self.loaded.projections])
+        moved = float((weights - base[1]).norm()) if base else 0.0
+        asked.append(self.bench.language.name)
+        counts = (max(0, 50 - round(moved)), round(moved / 20), round(moved / 20), max(0, 100 - round(moved / 20)))
+        return rates(*counts, moved**2 / 100), [], weights.clone()
 
-    monkeypatch.setattr(Bench, "measure", measure)
+    monkeypatch.setattr(SteeredBench, "_measure", measure)
     return asked
 
 
@@ -420,7 +387,7 @@ def test_the_table_has_the_base_the_front_and_the_chosen_point(tune, tmp_path, c
 
 
 def test_without_a_point_to_choose_the_table_says_so(tune, tmp_path, capsys):
-    assert tune("--language", "en", "--max_refusals", 0, "--min_scaling", 9, "--shares", 1, 1) == 0
+    assert tune("--language", "en", "--max_changes", 0, "--min_scaling", 9, "--shares", 1, 1) == 0
     assert "chosen: none, none of 14 trials" in capsys.readouterr().out
     assert files.read_json(tmp_path / "tuning" / "base_English.json")["chosen"] is None
 
@@ -435,21 +402,18 @@ def test_a_finished_language_is_told_again_and_not_measured(tune, weighed, tmp_p
     assert not weighed
 
 
-def test_one_more_language_leaves_the_finished_one_alone(tune, weighed):
-    assert tune("--language", "hi") == 0
-    weighed.clear()
-    assert tune() == 0
-    assert weighed == ["English"] * 15
-
-
-@pytest.mark.parametrize(
-    "option", [("--seed", 1), ("--policy", "policy"), ("--benign", "everyday"), ("--max_scaling", 9)]
-)
-def test_other_options_are_measured_anew(option, tune, weighed):
-    assert tune("--language", "en", "--trials", 2) == 0
-    weighed.clear()
-    assert tune("--language", "en", "--trials", 2, *option) == 0
-    assert len(weighed) == 3
+def test_only_what_other_options_change_is_measured_anew(tune, weighed):
+    assert tune("--language", "hi", "--trials", 2) == 0
+    for more, asked in (
+        ((), ["English"] * 3),
+        (("--seed", 1), ["English"] * 3 + ["Hindi"] * 3),
+        (("--policy", "policy"), ["English"] * 3 + ["Hindi"] * 3),
+        (("--benign", "everyday"), ["English"] * 3 + ["Hindi"] * 3),
+        (("--max_scaling", 9), ["English"] * 3 + ["Hindi"] * 3),
+    ):
+        weighed.clear()
+        assert tune("--trials", 2, *more) == 0
+        assert weighed == asked
 
 
 def test_another_tuned_model_behind_the_same_name_is_measured_anew(run_script, pair, weighed, tmp_path, monkeypatch):
@@ -462,8 +426,8 @@ def test_another_tuned_model_behind_the_same_name_is_measured_anew(run_script, p
         assert len(weighed) == 3
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tune, weighed, tmp_path, monkeypatch, capsys):
-    measure = Bench.measure
+def test_ctrl_c_ends_with_130_and_the_same_command_resumes(tune, weighed, tmp_path, monkeypatch, capsys):
+    measure = SteeredBench._measure
 
     def interrupted(*arguments):
         if len(weighed) == 20:
@@ -471,9 +435,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tune, weighed, tmp_pa
         return measure(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "measure", interrupted)
+        patch.setattr(SteeredBench, "_measure", interrupted)
         assert tune() == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("interrupted")
     weighed.clear()
     assert tune() == 0
     assert weighed == ["Hindi"] * (1 + 14 - 4)  # the base once more: its answers are not kept
@@ -523,4 +487,4 @@ def test_the_ranking_is_that_of_the_effects(tune, pair, tmp_path, monkeypatch):
     )
     assert tune("--language", "hi", "--trials", 3) == 0
     ranking = rank_heads(mean_effect(pair / "effects", "Hindi", list(TASKS)))
-    assert len(asked) == 3 and all(heads == ranking[: len(heads)] for heads in asked)
+    assert len(asked) == 3 and all(heads == ranking[: len(heads)] for heads in map(list, asked))

@@ -13,15 +13,16 @@ from soteria.grid import utility
 from soteria.languages import PAPER_LANGUAGES
 from soteria.models.loading import BOS_TEXT, load_model
 from soteria.models.task_vector import TaskVector
-from soteria.scoring.prompts import Pair, load_pairs, split_pairs
+from soteria.scoring.prompts import load_examples, split_examples
 from soteria.steering.checkpoint import steer_checkpoint
 from soteria.steering.formula import open_steering, steered_in_place
 from soteria.storage import files, paths
 
 BASE, TUNED = (str(paths.DATA / "models" / name) for name in ("polyglot-base", "polyglot-tuned"))
 HEADS = [(layer, head) for layer in range(4) for head in range(8)]
-FACTOR = 40.0  # far too much: answers of the embedded model go wrong, so that accuracy is neither 0 nor 1
+FACTOR = 40.0  # far too much: answers of the embedded model go wrong, so accuracy is neither 0 nor 1
 LIMIT = 12
+IN_PLACE = ("finetune_model", "language", "scaling_factor", "head_folder")
 
 
 @pytest.fixture
@@ -52,42 +53,42 @@ def no_network(monkeypatch) -> list:
     return asked
 
 
-@pytest.fixture
-def few_tasks(monkeypatch, tmp_path, lm_eval):
-    """lm-eval knows one task, whose data would come from the hub: to look through its own thousands takes long."""
-    from lm_eval.tasks import TaskManager
-
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "far.yaml").write_text(
-        "task: far_away\ndataset_path: no-such-owner/no-such-data\noutput_type: multiple_choice\ntest_split: test\n"
-        "doc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: answer\n"
-    )
-    manager = TaskManager(include_path=tmp_path / "tasks", include_defaults=False)
-    monkeypatch.setattr(utility, "_task_manager", lambda _: manager)
+def rows_of(language: str, split: str = "test", test_split: float = 0.3, seed: int = 42) -> set[tuple[str, str]]:
+    """Input and output of the rows of one part of step 1's split."""
+    found = set()
+    for task in utility.LOCAL_TASKS:
+        parts = split_examples(load_examples(paths.DATA / "icl" / f"{task}_{language}.json"), test_split, seed)
+        found |= {(row.input, row.output) for row in getattr(parts, split)}
+    return found
 
 
-# The local task
+def shown_and_asked(document: dict) -> tuple[list[tuple[str, ...]], tuple[str, str]]:
+    """The demonstrations of a document and its query, each with its output."""
+    *shown, query = document["text"].split("\n\n")
+    asked = query.removeprefix("Q: ").removesuffix("\nA:")
+    demonstrations = [tuple(part.removeprefix("Q: ").split("\nA: ")) for part in shown]
+    return demonstrations, (asked, document["choices"][document["answer"]])
 
 
 @torch.no_grad()
-def log_likelihood(loaded, text: str, choice: str) -> float:
-    n = len(loaded.tokenizer(text).input_ids)
-    ids = loaded.tokenizer(f"{text} {choice}").input_ids
-    log_probs = loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(log_probs[at - 1, ids[at]].item() for at in range(n, len(ids)))
-
-
 def plain_accuracy(loaded, language: str, start: str = "") -> float:
-    """The oracle: one forward a choice, the likeliest taken."""
+    """The oracle: one forward pass per choice, the likeliest taken."""
     right = []
     for document in utility.documents(language)[:LIMIT]:
-        found = [log_likelihood(loaded, start + document["text"], choice) for choice in document["choices"]]
+        text, found = start + document["text"], []
+        for choice in document["choices"]:
+            n, ids = len(loaded.tokenizer(text).input_ids), loaded.tokenizer(f"{text} {choice}").input_ids
+            log_probs = loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            found.append(sum(log_probs[at - 1, ids[at]].item() for at in range(n, len(ids))))
         right.append(found.index(max(found)) == document["answer"])
     return sum(right) / len(right)
 
 
 def accuracy(measured: dict, task: str) -> float:
     return measured["tasks"][task]["metrics"]["acc"]["value"]
+
+
+# The local task
 
 
 def test_accuracy_is_that_of_the_likeliest_choice(lm_eval, base, steering):
@@ -106,8 +107,8 @@ def test_a_tokenizer_without_bos_gets_one_in_the_prompt(lm_eval, tiny_loaded):
 
 
 def test_the_group_is_the_mean_of_the_twelve(lm_eval, tiny_loaded, monkeypatch):
-    short = {name: utility.documents("English")[:4] for name in (language.name for language in PAPER_LANGUAGES)}
-    monkeypatch.setattr(utility, "documents", lambda language, form=None: short[language])
+    short = {language.name: utility.documents("English")[i : i + 4] for i, language in enumerate(PAPER_LANGUAGES)}
+    monkeypatch.setattr(utility, "documents", lambda language, *_, **__: short[language])
     tasks = utility.measure_utility(tiny_loaded("llama"), ["soteria_icl"], limit=2)["tasks"]
     parts = [task for task in tasks.values() if task["group"] == "soteria_icl"]
     assert (len(parts), tasks["soteria_icl"]["n"]) == (12, 24)
@@ -115,68 +116,78 @@ def test_the_group_is_the_mean_of_the_twelve(lm_eval, tiny_loaded, monkeypatch):
     assert tasks["soteria_icl"]["metrics"]["acc"]["value"] == pytest.approx(mean, abs=1e-6)
 
 
-@pytest.mark.parametrize("language", [language.name for language in PAPER_LANGUAGES])
-def test_documents_use_test_rows_alone_and_one_choice_is_right(language):
-    test = []
-    for task in utility.LOCAL_TASKS:
-        test += split_pairs(load_pairs(paths.DATA / "icl" / f"{task}_{language}.json"), 0.3, 42).test
-    found = utility.documents(language)
-    assert len(found) == len(test)
-    outputs = {row.output for row in test}
-    for document in found:
-        *shown, query = document["text"].split("\n\n")
-        demonstrations = [Pair(*part.removeprefix("Q: ").split("\nA: ")) for part in shown]
-        asked = query.removeprefix("Q: ").removesuffix("\nA:")
-        answer = document["choices"][document["answer"]]
-        wrong = [choice for at, choice in enumerate(document["choices"]) if at != document["answer"]]
-        assert len(demonstrations) == 10 and set(demonstrations) <= set(test)
-        assert Pair(asked, answer) in test
-        assert len(set(wrong)) == 3 and answer not in wrong and set(wrong) <= outputs
-        assert not {row.output for row in demonstrations} & set(document["choices"])
+def test_documents_hold_unseen_rows_alone_and_one_choice_is_right():
+    for language in (each.name for each in PAPER_LANGUAGES):
+        test, found = rows_of(language), utility.documents(language)
+        assert len(found) == len(test)
+        for document in found:
+            shown, asked = shown_and_asked(document)
+            wrong = set(document["choices"]) - {asked[1]}
+            assert len(shown) == 10 and {*shown, asked} <= test
+            assert len(wrong) == 3 and wrong <= {output for _, output in test}
+            assert not {output for _, output in shown} & set(document["choices"])
 
 
-def test_documents_are_the_same_every_time_and_answers_take_every_place():
+@pytest.mark.parametrize(("seed", "test_split"), [(7, 0.3), (42, 0.5)])
+def test_documents_are_unseen_under_the_split_of_the_scoring(lm_eval, base, seed, test_split, monkeypatch):
+    split = {"seed": seed, "test_split": test_split}
+    test = rows_of("Hindi", **split)
+    assert test != rows_of("Hindi") and not test & (
+        rows_of("Hindi", "train", **split) | rows_of("Hindi", "valid", **split)
+    )
+    found = utility.documents("Hindi", **split)
+    assert {row for document in found for row in (*shown_and_asked(document)[0], shown_and_asked(document)[1])} <= test
+    given = (BASE, ["soteria_icl_Hindi"], None, None, "float32")
+    assert utility.utility_inputs(*given, **split) != utility.utility_inputs(*given)
+    asked, documents = [], utility.documents
+    monkeypatch.setattr(utility, "documents", lambda *a, **o: asked.append(documents(*a, **o)) or asked[-1])
+    utility.measure_utility(base, ["soteria_icl_Hindi"], limit=1, **split)
+    assert asked == [found]
+
+
+def test_inputs_of_the_default_split_are_recognized():
+    inputs = utility.utility_inputs(BASE, ["soteria_icl"], 32, None, "float32", scaling_factor=4.0)
+    assert inputs["documents_sha256"] == "7ae328eb027a0e953c5ddc7156b2e0161950cc65016cd33194973a8ff214663a"
+    keys = "base_model base_sha256 dtype scaling_factor tasks languages limit documents_sha256 lm_eval"
+    assert list(inputs) == keys.split()
+
+
+def test_documents_are_the_same_every_time_take_turns_and_answers_take_every_place():
     found = utility.documents("Tamil")
     torch.manual_seed(1)
     assert utility.documents("Tamil") == found
     assert {document["answer"] for document in found} == {0, 1, 2, 3}
+    capitals = {row.input for row in load_examples(paths.DATA / "icl" / "country-capital_Tamil.json")}
+    assert [shown_and_asked(document)[1][0] in capitals for document in found[:LIMIT]] == [True, False] * (LIMIT // 2)
 
 
-def test_a_limit_takes_both_tasks(lm_eval):
-    inputs = [{row.input for row in load_pairs(paths.DATA / "icl" / f"{t}_English.json")} for t in utility.LOCAL_TASKS]
-    asked = [d["text"].rpartition("Q: ")[2].removesuffix("\nA:") for d in utility.documents("English")[:LIMIT]]
-    assert [sum(word in words for word in asked) for words in inputs] == [LIMIT // 2] * 2
+def test_too_few_rows_for_the_shots_are_refused():
+    with pytest.raises(UserError, match=r"antonym_Hindi has .* too few.*--test_split"):
+        utility.documents("Hindi", test_split=0.1)
 
 
 # Models
 
 
-def test_in_place_and_written_measure_the_same(lm_eval, base, steering, tmp_path):
+def test_in_place_and_written_measure_the_same_and_leave_nothing_behind(
+    lm_eval, base, steering, no_network, tmp_path, monkeypatch, capfd
+):
+    import datasets.config
+
     def measured(loaded):
         return utility.measure_utility(loaded, ["soteria_icl"], limit=LIMIT, languages=["hi"])
 
-    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "here")
     before = measured(base)
     with steered_in_place(base, steering):
         in_place = measured(base)
-    assert measured(load_model(str(tmp_path / "safe"), "cpu")) == in_place != before
-    assert measured(base) == before
-
-
-def test_the_tokenizer_is_left_as_it_was(lm_eval, base):
-    assert base.tokenizer.pad_token is None
-    utility.measure_utility(base, ["soteria_icl_English"], limit=1)
-    assert base.tokenizer.pad_token is None
-
-
-def test_local_tasks_ask_for_no_address_and_leave_no_file(lm_eval, base, no_network, tmp_path, monkeypatch, capfd):
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    utility.measure_utility(base, ["soteria_icl_English"], limit=1)
-    assert no_network == [] and list(tmp_path.iterdir()) == []
+    assert measured(base) == before != in_place
+    assert no_network == [] and list((tmp_path / "here").iterdir()) == [] and base.tokenizer.pad_token is None
     assert capfd.readouterr() == ("", "")
+    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
+    assert measured(load_model(str(tmp_path / "safe"), "cpu")) == in_place
 
 
 # The script
@@ -184,7 +195,7 @@ def test_local_tasks_ask_for_no_address_and_leave_no_file(lm_eval, base, no_netw
 
 @pytest.fixture
 def command(run_script, tmp_path):
-    """`command(*more)`: the script on the embedded pair in Hindi, heads and results in a folder of its own."""
+    """`command(without, **options)`: the script on the embedded pair in Hindi, with files in a folder of its own."""
     files.write_json(tmp_path / "heads" / "Hindi_Heads.json", HEADS)
     given = {"base_model": BASE, "finetune_model": TUNED, "language": "Hindi", "scaling_factor": FACTOR}
     given |= {"head_folder": tmp_path / "heads", "limit": 2, "device": "cpu", "output": tmp_path / "utility"}
@@ -197,37 +208,34 @@ def command(run_script, tmp_path):
     return run
 
 
-STEERING = ("finetune_model", "language", "scaling_factor", "head_folder")
-
-
-def test_a_file_of_the_same_inputs_is_reused_and_another_is_made_anew(lm_eval, command, tmp_path, monkeypatch, capsys):
-    measured, measure = [], utility.measure_utility
+def test_files_of_the_same_inputs_are_reused_and_others_are_measured_again(
+    lm_eval, command, steering, tmp_path, monkeypatch, capsys
+):
+    measured, measure, folder = [], utility.measure_utility, tmp_path / "utility"
     monkeypatch.setattr(utility, "measure_utility", lambda *a, **o: measured.append(o) or measure(*a, **o))
     assert command() == 0
     table = capsys.readouterr().out
-    found = {path.name: path.read_bytes() for path in (tmp_path / "utility").iterdir()}
-    assert set(found) == {"polyglot-base_base.json", "polyglot-base_Hindi_scaling_40.json"}
-    facts = json.loads(found["polyglot-base_Hindi_scaling_40.json"])
-    assert facts["inputs"]["scaling_factor"] == 40 and len(measured) == 2
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    steered = "polyglot-base_Hindi_scaling_40.json"
+    assert set(found) == {"polyglot-base_base.json", steered}
+    assert json.loads(found[steered])["inputs"]["scaling_factor"] == 40 and len(measured) == 2
 
     assert command() == 0
     assert capsys.readouterr().out == table and len(measured) == 2
 
-    (tmp_path / "utility" / "polyglot-base_Hindi_scaling_40.json").unlink()  # as if interrupted before it
+    (folder / steered).unlink()  # as if interrupted before it
     assert command() == 0
-    assert {path.name: path.read_bytes() for path in (tmp_path / "utility").iterdir()} == found and len(measured) == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == found and len(measured) == 3
+
+    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
+    capsys.readouterr()
+    assert command(IN_PLACE, safe_model=tmp_path / "safe") == 0
+    assert capsys.readouterr().out == table and len(measured) == 4
 
     files.write_json(tmp_path / "heads" / "Hindi_Heads.json", HEADS[:3])
-    assert command() == 0
-    assert len(measured) == 4
-
-
-def test_a_written_model_gives_the_same_table(lm_eval, command, steering, tmp_path, capsys):
-    steer_checkpoint(steering, tmp_path / "safe", language="Hindi")
-    assert command() == 0
-    table = capsys.readouterr().out
-    assert command(STEERING, safe_model=tmp_path / "safe") == 0
-    assert capsys.readouterr().out == table
+    assert command() == 0 and len(measured) == 5
+    assert command(seed=7, test_split=0.5) == 0 and len(measured) == 7
+    assert measured[-1]["seed"] == 7 and measured[-1]["test_split"] == 0.5
 
 
 def test_the_table_shows_the_difference_and_both_errors():
@@ -237,14 +245,8 @@ def test_the_table_shows_the_difference_and_both_errors():
         return {"tasks": {"mmlu": whole, "mmlu_law": whole | {"group": "mmlu"}}}
 
     (row,) = utility.comparison_rows(measured(0.5, 0.03), measured(0.4, 0.04))
-    assert row == {
-        "task": "mmlu",
-        "metric": "acc",
-        "n": 10,
-        "base": (0.5, 0.03),
-        "safe": (0.4, 0.04),
-        "difference": (-0.1, 0.05),
-    }
+    numbers = {"base": (0.5, 0.03), "safe": (0.4, 0.04), "difference": (-0.1, 0.05)}
+    assert row == {"task": "mmlu", "metric": "acc", "n": 10, **numbers}
     (row,) = utility.comparison_rows(measured(0.5, None), measured(0.4, 0.04))
     assert row["difference"] == (-0.1, None)
 
@@ -259,36 +261,37 @@ BAD = {
     "no such head folder": ({"head_folder": "nowhere"}, "nowhere"),
     "no list of the language": ({"language": "Tamil"}, "Tamil_Heads.json"),
     "safe beside steering": ({"safe_model": BASE}, "--safe_model"),
-    "limit 0": ({"limit": 0}, "below 1"),
+    "neither": ({"without": ("head_folder",)}, "--head_folder"),
+    "no such safe model": ({"without": IN_PLACE, "safe_model": "./nowhere"}, "soteria.json"),
+    "a safe model that is not one": ({"without": IN_PLACE, "safe_model": BASE}, "soteria.json"),
+    "a safe model of another base": ({"without": IN_PLACE, "safe_model": "safe"}, "was not made from"),
+    "limit 0": ({"limit": 0}, "--limit"),
+    "a split of everything": ({"test_split": 1.5}, "--test_split"),
     "an output that is something else": ({"output": "other"}, "polyglot-base_base.json"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_in_one_sentence_and_status_2(
-    case, few_tasks, no_network, command, tmp_path, capsys, monkeypatch
-):
+def test_bad_input_ends_in_one_sentence_and_status_2(lm_eval, no_network, command, tmp_path, capsys, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    # One task whose data would come from the hub: looking through lm-eval's own thousands takes long.
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "far.yaml").write_text(
+        "task: far_away\ndataset_path: no-such-owner/no-such-data\noutput_type: multiple_choice\ntest_split: test\n"
+        "doc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+    )
+    manager = TaskManager(include_path=tmp_path / "tasks", include_defaults=False)
+    monkeypatch.setattr(utility, "_task_manager", lambda _: manager)
     monkeypatch.chdir(tmp_path)
     files.write_json(tmp_path / "other" / "polyglot-base_base.json", ["mine"])
-    options, named = BAD[case]
-    assert command(**options) == 2
-    told = capsys.readouterr().err.strip()
-    assert named in told and "Traceback" not in told
-    assert len(told.splitlines()) == 1 or told.startswith("usage")
-    assert not (tmp_path / "utility").exists()
-    assert files.read_json(tmp_path / "other" / "polyglot-base_base.json") == ["mine"]
-
-
-@pytest.mark.parametrize("safe", ["./nowhere", BASE])
-def test_a_safe_model_that_steer_did_not_write_is_refused(safe, lm_eval, command, capsys):
-    assert command(STEERING, safe_model=safe) == 2
-    assert "soteria.json" in capsys.readouterr().err
-
-
-def test_a_safe_model_of_another_base_is_refused(lm_eval, command, tmp_path, tiny_folder, capsys):
     files.write_json(tmp_path / "safe" / "soteria.json", {"format": "checkpoint", "base_weights": "other"})
-    assert command(STEERING, safe_model=tmp_path / "safe") == 2
-    assert "was not made from" in capsys.readouterr().err
+    for case, (options, named) in BAD.items():
+        assert command(**options) == 2, case
+        told = capsys.readouterr().err.strip()
+        assert named in told and "Traceback" not in told, case
+        assert len(told.splitlines()) == 1 or told.startswith("usage"), case
+        assert not (tmp_path / "utility").exists(), case
+    assert files.read_json(tmp_path / "other" / "polyglot-base_base.json") == ["mine"]
 
 
 def test_a_missing_lm_eval_is_explained(command, monkeypatch, capsys):
@@ -297,10 +300,9 @@ def test_a_missing_lm_eval_is_explained(command, monkeypatch, capsys):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert command() == 2
-    assert capsys.readouterr().err == ("error: lm-eval is not installed; pip install -r requirements-utility.txt\n")
+    assert "requirements-utility.txt" in capsys.readouterr().err
 
 
-def test_too_few_rows_for_the_shots_are_refused(monkeypatch):
-    monkeypatch.setattr(utility, "load_pairs", lambda path: [Pair(f"q{i}", f"a{i}") for i in range(20)])
-    with pytest.raises(UserError, match="too few"):
-        utility.documents("English")
+def test_no_script_hides_an_installed_package():
+    names = {path.stem for path in (paths.ROOT / "src").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert names & set(importlib.metadata.packages_distributions()) <= {"soteria"}

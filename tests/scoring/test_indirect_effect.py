@@ -1,6 +1,7 @@
-"""Step 1's numbers: against the slow obvious scorer, against a planted circuit, and the prompts behind them."""
+"""Indirect effects against the slow, obvious scorer and against a planted circuit, and the prompts behind them."""
 
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,21 +17,20 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from soteria.errors import UserError
-from soteria.models.loading import LoadedModel, load_geometry, load_model, read_geometry
-from soteria.scoring.indirect_effect import LAST_TOKEN_CLASSES, indirect_effects, mean_head_activations, tokenize
+from soteria.models.geometry import read_geometry
+from soteria.models.loading import LoadedModel, load_geometry, load_model
+from soteria.scoring.indirect_effect import TokenizedPrompt, indirect_effects, tokenize
 from soteria.scoring.prompts import (
     TOKEN_CLASSES,
+    Example,
     MeanSlots,
-    Pair,
     Prompt,
     PromptForm,
     answer_token,
-    draw_prompt,
-    load_pairs,
-    split_pairs,
+    load_examples,
     token_roles,
 )
-from soteria.scoring.sweep import ForkingSweep, head_outputs
+from soteria.scoring.sweep import ForkingSweep
 from soteria.storage import files, paths
 
 ICL = paths.DATA / "icl"
@@ -62,56 +62,6 @@ def test_another_seed_and_language_equal_one_forward_a_head(architecture, tiny_l
     options = {"seed": 7, "n_shots": 4, "n_trials": 2, "test_split": 0.4}
     got = shipped(loaded, tmp_path, HINDI, **options)
     assert_same_scores(got, oracle.score(loaded, ICL / f"{HINDI}.json", **options))
-
-
-def test_another_seed_gives_other_effects(tiny_loaded, tmp_path):
-    loaded = tiny_loaded("llama")
-    effects = [shipped(loaded, tmp_path / str(seed), ENGLISH, seed=seed)[0] for seed in (1, 2)]
-    assert not torch.allclose(*effects, atol=1e-6)
-
-
-def _tokenized(loaded, n_shots=2, n_prompts=3, seed=0) -> tuple[list, MeanSlots]:
-    form = PromptForm()
-    slots = MeanSlots(n_shots, form, loaded.tokenizer)
-    split = split_pairs(load_pairs(ICL / f"{ENGLISH}.json"), 0.3, seed)
-    np.random.seed(seed)
-    prompts = [draw_prompt(split, n_shots, form, shuffle_labels=True) for _ in range(n_prompts)]
-    return [tokenize(prompt, loaded, slots) for prompt in prompts], slots
-
-
-@pytest.mark.parametrize("classes", [LAST_TOKEN_CLASSES, TOKEN_CLASSES], ids=["last-token", "all-classes"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral-sliding"])
-def test_rows_a_forward_do_not_change_the_effects(classes, architecture, tiny_loaded):
-    loaded = tiny_loaded(architecture)
-    prompts, slots = _tokenized(loaded)
-    means = mean_head_activations(loaded, prompts, len(slots))
-    sweep = ForkingSweep(loaded)
-    one, some, all_at_once = (indirect_effects(sweep, prompts[0], means, classes, rows) for rows in (1, 90, 10_000))
-    torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-7)
-    torch.testing.assert_close(some, all_at_once, rtol=0, atol=1e-7)
-
-
-def test_predictive_query_class_is_the_last_token_effect(tiny_loaded):
-    loaded = tiny_loaded("llama")
-    prompts, slots = _tokenized(loaded)
-    means = mean_head_activations(loaded, prompts, len(slots))
-    every = indirect_effects(ForkingSweep(loaded), prompts[0], means, TOKEN_CLASSES)
-    last = indirect_effects(ForkingSweep(loaded), prompts[0], means)
-    torch.testing.assert_close(every[..., [TOKEN_CLASSES.index("query_predictive")]], last, rtol=0, atol=1e-7)
-
-
-def test_a_head_that_is_replaced_by_its_own_output_has_no_effect(tiny_loaded):
-    loaded = tiny_loaded("llama")
-    prompts, slots = _tokenized(loaded)
-    own = mean_head_activations(loaded, prompts[:1], len(slots))  # at the last token, a mean over itself
-    assert indirect_effects(ForkingSweep(loaded), prompts[0], own).abs().max() < 1e-7
-
-
-def test_hooks_are_gone_after_a_failure(tiny_loaded):
-    loaded = tiny_loaded("llama")
-    with pytest.raises(ZeroDivisionError), head_outputs(loaded, lambda layer, x: 1 / 0):
-        loaded.model(torch.tensor([[1, 2]]))
-    assert not any(projection._forward_pre_hooks for projection in loaded.projections)
 
 
 # --- a circuit whose answer is known -------------------------------------------------------------------------------
@@ -174,39 +124,51 @@ def planted_scores(tmp_path_factory):
     return effects, torch.tensor(excess)
 
 
-def test_the_head_that_carries_the_answer_ranks_first(planted_scores):
-    effects, excess = planted_scores
-    told_apart = effects[excess.abs() >= 0.5].abs().flatten(1)  # elsewhere the mean says about what the prompt says
-    assert len(told_apart) >= 4
-    planted = PLANTED[0] * effects.shape[2] + PLANTED[1]
-    assert (told_apart.argmax(dim=1) == planted).all()
-    others = told_apart.clone()
-    others[:, planted] = 0
-    assert (told_apart[:, planted] > 10 * others.max(dim=1).values).all()
+def test_the_head_that_carries_the_answer_ranks_first_and_raises_it_where_the_mean_says_it_more(tmp_path):
+    """The inputs are numbers of three digits, so that all prompts have as many tokens and a share is a count."""
+    rows = [{"input": str(101 + i), "output": "yes" if i % 3 == 0 else "no"} for i in range(120)]
+    files.write_json(tmp_path / "numbers.json", rows)
+    options = {"seed": 3, "n_shots": 8, "n_trials": 12}
+    effects, _ = shipped(_planted_model(tiny_tokenizer()), tmp_path / "out", "numbers", data=tmp_path, **options)
+    clean, shuffled = oracle.draw(tmp_path / "numbers.json", test_split=0.3, **options)
 
+    def count(examples, answer):
+        return sum(output == answer for _, output in examples)
 
-def test_an_effect_is_the_patched_probability_minus_the_clean_one(planted_scores):
-    effects, excess = planted_scores
-    own = effects[:, PLANTED[0], PLANTED[1]]
-    clear = excess.abs() >= 0.5
-    assert (own[clear].sign() == excess[clear].sign()).all()  # the mean says the answer more often: P(answer) rises
-    assert (own[clear].sign() > 0).any() and (own[clear].sign() < 0).any()
+    # How often the means' prompts say each scored answer more than its own prompt says it.
+    excess = torch.tensor(
+        [np.mean([count(x, query[1]) for x, _ in clean]) - count(own, query[1]) for own, query in shuffled]
+    )
+    told_apart = excess.abs() >= 0.5
+    effects, excess = effects[told_apart].flatten(1), excess[told_apart]
+    assert len(effects) >= 4
+    planted = PLANTED[0] * 4 + PLANTED[1]
+    own = effects[:, planted].clone()
+    effects[:, planted] = 0
+    assert (own.abs() > 10 * effects.abs().max(dim=1).values).all()
+    assert (own.sign() == excess.sign()).all() and (own > 0).any() and (own < 0).any()
 
 
 # --- the prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_draws_of_the_sampling_protocol(tiny_loaded, tmp_path, monkeypatch):
-    loaded, seen = tiny_loaded("llama"), []
+@pytest.fixture
+def tokenized(monkeypatch) -> list[tuple[Prompt, TokenizedPrompt]]:
+    """The prompts of the scoring runs in a test, in the order drawn."""
+    seen = []
 
     def remember(prompt, *rest):
-        seen.append((prompt.text, prompt.answer))
-        return tokenize(prompt, *rest)
+        seen.append((prompt, tokenize(prompt, *rest)))
+        return seen[-1][1]
 
     monkeypatch.setattr("soteria.scoring.indirect_effect.tokenize", remember)
-    shipped(loaded, tmp_path, HINDI, seed=11, n_shots=3, n_trials=2)
+    return seen
 
-    rows = load_pairs(ICL / f"{HINDI}.json")
+
+def test_prompts_are_the_draws_of_the_sampling_protocol(tiny_loaded, tmp_path, tokenized):
+    loaded = tiny_loaded("llama")
+    shipped(loaded, tmp_path, HINDI, seed=11, n_shots=3, n_trials=2)
+    rows = load_examples(ICL / f"{HINDI}.json")
     random.seed(11)
     np.random.seed(11)
     train, rest = train_test_split(rows, test_size=0.3, random_state=11)
@@ -220,102 +182,68 @@ def test_prompts_are_the_draws_of_the_sampling_protocol(tiny_loaded, tmp_path, m
             outputs = list(np.random.permutation(outputs))
         examples = [f"Q: {train[i].input}\nA: {output}\n\n" for i, output in zip(shown, outputs, strict=True)]
         expected.append(("".join(examples) + f"Q: {query.input}\nA:", f" {query.output}"))
-    assert seen == expected
+    assert [(prompt.text, prompt.answer) for prompt, _ in tokenized] == expected
+    starts = {loaded.tokenizer.decode(found.ids[:2]) for _, found in tokenized}
+    assert starts == {f"{loaded.tokenizer.bos_token}Q"}  # nothing is put before the tokenizer's own BOS
 
 
-def test_a_tokenizer_without_bos_gets_endoftext_in_front(tiny_loaded, tmp_path, monkeypatch):
-    loaded, seen = tiny_loaded("gpt2", adds_bos=False), []
-
-    def remember(prompt, *rest):
-        seen.append(tokenize(prompt, *rest))
-        assert prompt.text.startswith("<|endoftext|>Q: ")
-        return seen[-1]
-
-    monkeypatch.setattr("soteria.scoring.indirect_effect.tokenize", remember)
+def test_a_tokenizer_without_bos_gets_endoftext_in_front(tiny_loaded, tmp_path, tokenized):
+    loaded = tiny_loaded("gpt2", adds_bos=False)
     shipped(loaded, tmp_path, ENGLISH)
-    assert {(prompt.ids[0].item(), prompt.classes[0]) for prompt in seen} == {(loaded.tokenizer.eos_token_id, "bos")}
+    assert all(prompt.text.startswith("<|endoftext|>Q: ") for prompt, _ in tokenized)
+    assert {(found.ids[0].item(), found.classes[0]) for _, found in tokenized} == {
+        (loaded.tokenizer.eos_token_id, "bos")
+    }
 
 
-def test_a_tokenizer_with_bos_gets_nothing_in_front(tiny_loaded, tmp_path, monkeypatch):
-    loaded, seen = tiny_loaded("llama"), []
-    monkeypatch.setattr(
-        "soteria.scoring.indirect_effect.tokenize", lambda *given: seen.append(tokenize(*given)) or seen[-1]
-    )
-    shipped(loaded, tmp_path, ENGLISH)
-    tokenizer = loaded.tokenizer
-    assert all(tokenizer.decode(prompt.ids[:2]) == f"{tokenizer.bos_token}Q" for prompt in seen)
+HOT_COLD = Prompt([Example("hot", "cold")], Example("Zz", "small"), PromptForm())
 
 
-BY_HAND = [
-    ("<s>", "bos", "bos"),
-    ("Q", "structural", "structural"),
-    (":", "structural", "structural"),
-    ("Ġhot", "demonstration_1", "demonstration"),
-    ("Ċ", "separator", "separator"),
-    ("A", "structural", "structural"),
-    (":", "predictive", "predictive"),
-    ("Ġcold", "demonstration_1_label", "label"),
-    ("Ċ", "end_of_example", "end_of_example"),
-    ("Ċ", "query_structural", "query_structural"),  # "cold\n\n" ends in one token, which "Q:" then parts in two
-    ("Q", "query_structural", "query_structural"),
-    (":", "query_structural", "query_structural"),
-    ("Ġ", "query_demonstration", "query_demonstration"),
-    ("Z", "query_demonstration", "query_demonstration"),
-    ("z", "query_demonstration", "query_demonstration"),
-    ("Ċ", "query_separator", "query_separator"),
-    ("A", "query_structural", "query_structural"),
-    (":", "query_predictive", "query_predictive"),
-]
-HOT_COLD = Prompt([Pair("hot", "cold")], Pair("Zz", "small"), PromptForm())
-
-
-def test_roles_of_a_known_prompt_are_those_written_by_hand():
+def test_roles_and_mean_slots_of_a_known_prompt_are_those_written_by_hand():
     tokenizer = tiny_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(HOT_COLD.text).input_ids)
-    roles = token_roles(HOT_COLD, tokenizer)
-    found = [(token, role.label, role.token_class) for token, role in zip(tokens, roles, strict=True)]
-    assert found == BY_HAND
-
-
-def test_tokens_of_one_word_share_a_mean_slot_and_no_others_do():
-    tokenizer = tiny_tokenizer()
-    slots = MeanSlots(1, PromptForm(), tokenizer)
-    found = [slots.of(role) for role in token_roles(HOT_COLD, tokenizer)]
-    assert found == [*range(12), 12, 12, 12, 13, 14, 15]  # Ġ, Z, z are one word
+    roles, slots = token_roles(HOT_COLD, tokenizer), MeanSlots(1, PromptForm(), tokenizer)
+    assert list(zip(tokens, [role.token_class for role in roles], strict=True)) == [
+        ("<s>", "bos"),
+        ("Q", "structural"),
+        (":", "structural"),
+        ("Ġhot", "demonstration"),
+        ("Ċ", "separator"),
+        ("A", "structural"),
+        (":", "predictive"),
+        ("Ġcold", "label"),
+        ("Ċ", "end_of_example"),
+        ("Ċ", "query_structural"),  # "cold\n\n" ends in one token, which "Q:" then splits in two
+        ("Q", "query_structural"),
+        (":", "query_structural"),
+        *[(piece, "query_demonstration") for piece in ("Ġ", "Z", "z")],
+        ("Ċ", "query_separator"),
+        ("A", "query_structural"),
+        (":", "query_predictive"),
+    ]
+    assert [slots.of(role) for role in roles] == [*range(12), 12, 12, 12, 13, 14, 15]  # Ġ, Z, z are one word
     assert len(slots) == 16
-
-
-def test_the_answer_token_is_the_first_after_the_prompt():
-    tokenizer = tiny_tokenizer()
     assert tokenizer.convert_ids_to_tokens(answer_token(HOT_COLD, tokenizer)) == "Ġsmall"
 
 
-def test_punctuation_that_melts_into_a_newline_leaves_a_role_for_every_token():
-    tokenizer = tiny_tokenizer(melts_newlines=True)
-    prompt = Prompt([Pair("no.", "yes!")], Pair("big.", "small"), PromptForm())
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt.text).input_ids)
-    assert tokens == ["<s>", "Q", ":", "Ġno", ".Ċ", "A", ":", "Ġyes", "!ĊĊ", "Q", ":", "Ġbig", ".Ċ", "A", ":"]
-    roles = token_roles(prompt, tokenizer)
-    assert [role.label for role in roles] == [
-        "bos",
-        *["structural"] * 2,
-        *["demonstration_1"] * 2,
-        *["structural", "predictive"],
-        *["demonstration_1_label"] * 2,
-        *["query_structural"] * 2,
-        *["query_demonstration"] * 2,
-        *["query_structural", "query_predictive"],
-    ]
-
-
-def test_a_class_that_melted_away_has_no_effect(tiny_loaded):
+def test_punctuation_that_melts_into_a_newline_has_a_role_and_the_class_that_is_gone_no_effect(tiny_loaded):
     loaded = tiny_loaded("llama", melts_newlines=True)
-    prompt = Prompt([Pair("no.", "yes!")], Pair("big.", "small"), PromptForm())
+    prompt = Prompt([Example("no.", "yes!")], Example("big.", "small"), PromptForm())
     slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
+    found = tokenize(prompt, loaded, slots)
+    tokens = loaded.tokenizer.convert_ids_to_tokens(found.ids)
+    assert list(zip(tokens, found.classes, strict=True)) == [
+        ("<s>", "bos"),
+        *[("Q", "structural"), (":", "structural"), ("Ġno", "demonstration"), (".Ċ", "demonstration")],
+        *[("A", "structural"), (":", "predictive"), ("Ġyes", "label"), ("!ĊĊ", "label")],
+        *[("Q", "query_structural"), (":", "query_structural")],
+        *[("Ġbig", "query_demonstration"), (".Ċ", "query_demonstration")],
+        *[("A", "query_structural"), (":", "query_predictive")],
+    ]
     means = torch.randn(3, 4, len(slots), 8, generator=torch.Generator().manual_seed(0))
-    effects = indirect_effects(ForkingSweep(loaded), tokenize(prompt, loaded, slots), means, TOKEN_CLASSES)
+    effects = indirect_effects(ForkingSweep(loaded), found, means, TOKEN_CLASSES)
     gone = [TOKEN_CLASSES.index(name) for name in ("separator", "end_of_example", "query_separator")]
-    assert effects[..., gone].abs().max() < 1e-7
+    assert effects[..., gone].abs().max() == 0
     assert effects[..., TOKEN_CLASSES.index("query_demonstration")].abs().max() > 1e-5
 
 
@@ -323,16 +251,16 @@ _words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_si
 _TOKENIZERS = [tiny_tokenizer(adds_bos=bos, melts_newlines=melts) for bos in (True, False) for melts in (True, False)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(_words, _words), min_size=1, max_size=4), st.sampled_from(range(len(_TOKENIZERS))))
 def test_every_token_of_any_words_has_one_role_and_the_last_predicts(pairs, which):
     tokenizer = _TOKENIZERS[which]
-    *shown, query = [Pair(*pair) for pair in pairs]
+    *shown, query = [Example(*pair) for pair in pairs]
     form = PromptForm() if which < 2 else PromptForm().starting_with("<|endoftext|>")
     prompt = Prompt(shown, query, form)
     roles = token_roles(prompt, tokenizer)
     assert len(roles) == len(tokenizer(prompt.text).input_ids)
-    assert [i for i, role in enumerate(roles) if role.label == "query_predictive"] == [len(roles) - 1]
+    assert [i for i, role in enumerate(roles) if role.token_class == "query_predictive"] == [len(roles) - 1]
     slots = MeanSlots(len(shown), form, tokenizer)
     assert all(0 <= slots.of(role) < len(slots) for role in roles)
     assert slots.of(roles[-1]) == len(slots) - 1
@@ -341,44 +269,35 @@ def test_every_token_of_any_words_has_one_role_and_the_last_predicts(pairs, whic
 
 # --- what is refused -----------------------------------------------------------------------------------------------
 
-_HYBRID = {
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "hidden_size": 32,
-    "head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+UNLIKE = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2},  # no attention at all
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "qwen3_5_text": {  # three layers of linear attention to one of full, all output projections as wide
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}),  # no attention at all
-        (
-            "gpt_neo",
-            {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        ),
-        ("qwen3_5_text", _HYBRID),  # three layers of linear attention to one of full, all output projections as wide
-    ],
-)
-def test_an_architecture_whose_heads_cannot_be_told_apart_is_refused_by_name(model_type, overrides):
+@pytest.mark.parametrize("model_type", UNLIKE)
+def test_an_architecture_whose_heads_cannot_be_told_apart_is_refused_by_name(model_type):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **UNLIKE[model_type]))
     with pytest.raises(UserError, match=f"^{type(model).__name__} cannot be handled: "):
         read_geometry(model)
 
 
-def test_a_head_width_unlike_the_configs_is_refused():
+def test_heads_of_another_width_than_the_configs_and_layers_of_unequal_width_are_refused():
     model = tiny_model("llama")
     model.config.head_dim = 4
     with pytest.raises(UserError, match="head_dim is 4 in its config, 8 in its output projection"):
         read_geometry(model)
-
-
-def test_layers_of_unequal_width_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.o_proj = torch.nn.Linear(16, 32)
     with pytest.raises(UserError, match="not all 4 heads wide"):
@@ -387,7 +306,7 @@ def test_layers_of_unequal_width_are_refused():
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny_loaded, tmp_path):
     loaded = tiny_loaded("gpt2", n_positions=40)
-    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, .* takes 40; fewer --n_shots"):
+    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, .* takes 40; use fewer --n_shots"):
         shipped(loaded, tmp_path, ENGLISH, n_shots=10)
     assert not any(tmp_path.iterdir())
 
@@ -405,12 +324,9 @@ def test_a_tokenizer_that_adds_tokens_after_the_prompt_is_refused(tiny_loaded):
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):
-    folder = tiny_folder("llama")
-    for file in folder.iterdir():
-        text = file.read_bytes()
-        (tmp_path / file.name).write_bytes(
-            text.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4') if file.name == "config.json" else text
-        )
+    shutil.copytree(tiny_folder("llama"), tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "config.json"
+    files.write_json(config, files.read_json(config) | {"num_hidden_layers": 4})
     with pytest.raises(UserError, match="do not fit its config"):
         load_model(str(tmp_path), "cpu")
 

@@ -1,4 +1,4 @@
-"""The authors' original inputs, from a git server and a hub on loopback: whole, checked, and only once."""
+"""The authors' original inputs, from git repositories and a hub on this machine: whole, checked, and only once."""
 
 import hashlib
 import json
@@ -15,30 +15,46 @@ import pytest
 from conftest import ROOT, run_in_child
 from local_servers import LocalServers
 
-import compute_indirect_effect
 import fetch_original
+from soteria.answering.questions import read_questions
+from soteria.errors import UserError
+from soteria.languages import find_language
 from soteria.scoring.heads import read_heads
-from soteria.scoring.prompts import load_pairs
-from soteria.storage import files, original, paths
-from soteria.storage.xsafety import JOINED
+from soteria.storage import original
+from soteria.storage.original import JOINED, join_xsafety
+from soteria.storage.original import XSAFETY_FOLDER as SOURCE
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="no git here, which the original's files come by")
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 OLD, NEW = "1" * 40, "2" * 40
-ICL = {f"{task}_Hindi.json" for task in ("antonym", "sentiment")}
 MULTIJAIL, RELEASE = "prompts/DAMO-NLP-SG_MultiJail", "prompts/SoftMINER-Group_Soteria"
-XSAFETY = "prompts/Jarviswang94_Multilingual_safety_benchmark"
+CODE = {"loader.py": b"raise SystemExit('code of a source ran')", "data/model.pkl": b"\x80", "data/run.sh": b"exit 1"}
+# By the paths in the output. A folder's stand-in for its source has them, and code.
+EXPECTED = {
+    "icl/antonym_Hindi.json": b'[{"input": "a", "output": "b"}]',
+    "icl/sentiment_Hindi.json": b"[]\r\n",
+    "heads/Mistral_5_Dataset/Hindi_Heads.json": b"[[3, 1], [0, 2]]",
+    f"{MULTIJAIL}/README.md": b"---\nlicense: mit\n---\n",
+    f"{MULTIJAIL}/data/test [1].csv": "hi\nक्या?\n".encode(),
+    f"{RELEASE}/XThreatBench/hindi.parquet": bytes(range(256)) * 40,
+    f"{RELEASE}/LICENSE": b"MIT",
+    f"{SOURCE}/hi/Insult.csv": "हिन्दी\n".encode(),
+    f"{SOURCE}/README.md": b"# XSafety",
+}
 
 
 def git(folder: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-    return subprocess.run(
-        ["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def commit_files(folder: Path, contents: dict[str, bytes]) -> str:
-    """Commit files to a repository, which is made where there is none; gives the commit."""
+def part(folder: str) -> dict[str, bytes]:
+    """The files of one folder of the output, by their names there."""
+    return {name.removeprefix(f"{folder}/"): EXPECTED[name] for name in EXPECTED if name.startswith(f"{folder}/")}
+
+
+def commit(folder: Path, contents: dict[str, bytes]) -> str:
+    """Commit files to a repository, made if there is none, for a server of plain files; gives the commit."""
     if not folder.exists():
         folder.mkdir(parents=True)
         git(folder, "init", "--quiet", "--template=", "--initial-branch=main")
@@ -47,80 +63,49 @@ def commit_files(folder: Path, contents: dict[str, bytes]) -> str:
         (folder / name).write_bytes(content)
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message=files")
+    git(folder, "update-server-info")
     return git(folder, "rev-parse", "HEAD")
-
-
-def release_files() -> dict[str, bytes]:
-    """What stands in for the authors' repository, by its paths there."""
-    heads = {f"{folder}_5_Dataset/Hindi_Heads.json": b"[[3, 1], [0, 2]]" for folder in ("Mistral", "llama3_1")}
-    return {
-        **{f"dataset_files/abstractive/{name}": (paths.DATA / "icl" / name).read_bytes() for name in ICL},
-        **{f"src/Multilingual_Codes/Heads/{name}": content for name, content in heads.items()},
-        "src/Multilingual_Codes/Heads/Heads_Majority.ipynb": b"{}",
-        "dataset_files/abstractive/make.py": b"raise SystemExit('code of the original ran')",
-        "readme.md": b"# Soteria",
-    }
-
-
-def expected() -> dict[str, bytes]:
-    """All files that are to come, by their paths in the output."""
-    placed = {}
-    for name, content in release_files().items():
-        if name.endswith(".json"):
-            inside = name.removeprefix("dataset_files/abstractive/").removeprefix("src/Multilingual_Codes/Heads/")
-            placed[f"{'icl' if name.startswith('dataset') else 'heads'}/{inside}"] = content
-    placed |= {f"{MULTIJAIL}/{name}": content for name, content in MULTIJAIL_FILES.items()}
-    placed |= {f"{RELEASE}/{name}": content for name, content in RELEASE_FILES.items()}
-    return placed | {f"{XSAFETY}/{name}": content for name, content in XSAFETY_FILES.items()}
-
-
-MULTIJAIL_FILES = {"README.md": b"---\nlicense: mit\n---\n", "data/test [1].csv": "hi\nक्या?\n".encode()}
-RELEASE_FILES = {"XThreatBench/hindi.parquet": bytes(range(256)) * 40, "LICENSE": b"MIT"}
-XSAFETY_FILES = {"hi/Insult.csv": "हिन्दी\n".encode(), "README.md": b"# XSafety"}
-CODE = {"loader.py": b"raise SystemExit('code of a dataset ran')", "data/run.sh": b"exit 1"}
 
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> tuple[Path, str]:
-    """A folder with the repositories, `made/<name>` and what is served of them, and the commit that is wanted."""
+    """The repositories `release` and `xsafety`, and the wanted commit of the former, which is not its newest."""
     folder = tmp_path_factory.mktemp("repositories")
-    wanted = commit_files(folder / "made" / "release", release_files())
-    commit_files(folder / "made" / "release", {"dataset_files/abstractive/later_Hindi.json": b"[]"})
-    commit_files(folder / "made" / "xsafety", XSAFETY_FILES | CODE)
-    for name in ("release", "xsafety"):
-        serve(folder, name)
-    return folder, wanted
+    places = {"icl": "dataset_files/abstractive", "heads": "src/Multilingual_Codes/Heads"}
+    wanted = {f"{places[kind]}/{name}": content for kind in places for name, content in part(kind).items()}
+    notebook = {"src/Multilingual_Codes/Heads/Majority.ipynb": b"{}", "dataset_files/abstractive/make.py": b"exit(1)"}
+    wanted_commit = commit(folder / "release", wanted | notebook)
+    commit(folder / "release", {"dataset_files/abstractive/later_Hindi.json": b"[]"})
+    commit(folder / "xsafety", part(SOURCE) | CODE)
+    return folder, wanted_commit
 
 
 @pytest.fixture
 def servers(tmp_path, monkeypatch, repositories):
-    """Both servers with all sources, and this process and its children led to them instead of the true ones."""
+    """All sources on this machine; this process and its children are led to them instead of the real ones."""
     folder, wanted = repositories
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(folder, tmp_path / "served")
     found = LocalServers(tmp_path / "served")
-    monkeypatch.setattr(original, "RELEASE_COMMIT", wanted)
     found.datasets = {
-        "DAMO-NLP-SG/MultiJail": {OLD: MULTIJAIL_FILES | CODE},
-        "SoftMINER-Group/Soteria": {OLD: RELEASE_FILES | CODE},
+        "DAMO-NLP-SG/MultiJail": {OLD: part(MULTIJAIL) | CODE},
+        "SoftMINER-Group/Soteria": {OLD: part(RELEASE) | CODE},
     }
-    monkeypatch.setattr(original, "RELEASE_URL", f"{found.url}/git/release")
+    monkeypatch.setattr(original, "RELEASE_COMMIT", wanted)
+    monkeypatch.setattr(original, "RELEASE_URL", f"{found.url}/files/release/.git")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", found.url)
     template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HF_ENDPOINT", found.url)  # for processes that are not forked
-    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
-    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{found.url}/git/xsafety.insteadOf")
-    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/Jarviswang94/Multilingual_safety_benchmark")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "HF_ENDPOINT": found.url,  # for processes that are not forked
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{found.url}/files/xsafety/.git.insteadOf",
+        "GIT_CONFIG_VALUE_0": f"https://github.com/{original.XSAFETY}",
+    }.items():
+        monkeypatch.setenv(name, value)
     yield found
     found.close()
-
-
-def serve(tmp_path: Path, name: str) -> None:
-    """Put a repository where the git server looks, with what the server of mere files needs."""
-    (tmp_path / "served").mkdir(exist_ok=True)
-    made, served = str(tmp_path / "made" / name), str(tmp_path / "served" / name)
-    git(tmp_path, "clone", "--quiet", "--bare", "--template=", made, served)
-    git(tmp_path / "served" / name, "update-server-info")
 
 
 @pytest.fixture
@@ -129,240 +114,182 @@ def fetch(tmp_path, run_script, servers):
     return lambda *options: run_script(fetch_original, "--output", tmp_path / "out", *options)
 
 
-def arrived(output: Path) -> dict[str, bytes]:
-    """All files but the bookkeeping of git and of the hub's client, which holds the time of day."""
-    kept = {path.relative_to(output): path for path in output.rglob("*") if path.is_file()}
-    hidden = {name for name in kept if {".repositories", ".cache"} & set(name.parts)}
-    assert not [name for name in kept if name.suffix in (".tmp", ".incomplete")]
-    return {str(name): path.read_bytes() for name, path in kept.items() if name not in hidden}
+def files_of(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
-def without_records(contents: dict[str, bytes]) -> dict[str, bytes]:
-    """What came, without what is made of it."""
-    made = ("SHA256SUMS", "sources.json", *(name for name in contents if name.startswith(JOINED)))
-    return {name: content for name, content in contents.items() if name not in made}
+def fetched(output: Path) -> dict[str, bytes]:
+    """Without the records and what is made of the files."""
+    found = files_of(output)
+    return {name: found[name] for name in found if "/" in name and not name.startswith(JOINED)}
 
 
-# --- what comes ------------------------------------------------------------------------------------------------------
-
-
-def test_everything_arrives_with_the_right_bytes_and_no_code(fetch, tmp_path, capsys):
+def test_every_data_file_arrives_with_its_bytes_and_its_sum_and_its_revision(fetch, tmp_path, capsys):
     assert fetch() == 0
-    assert without_records(arrived(tmp_path / "out")) == expected()
-    assert "DAMO-NLP-SG/MultiJail: left out, being no data: data/run.sh, loader.py" in capsys.readouterr().err
-
-
-def test_the_sums_are_sorted_and_hold_by_sha256sum(fetch, tmp_path):
-    assert fetch() == 0
-    lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
-    assert [line[66:] for line in lines] == sorted(expected())
-    assert all(hashlib.sha256(expected()[line[66:]]).hexdigest() == line[:64] for line in lines)
-    if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path / "out", check=True)
-
-
-def test_the_revisions_that_came_are_written_down(fetch, tmp_path):
-    assert fetch() == 0
-    facts = json.loads((tmp_path / "out" / "sources.json").read_text())
-    newest = git(tmp_path / "made" / "xsafety", "rev-parse", "HEAD")
+    out = tmp_path / "out"
+    assert fetched(out) == EXPECTED
+    assert (
+        "DAMO-NLP-SG/MultiJail: leaving out what is not data: data/model.pkl, data/run.sh, loader.py"
+        in capsys.readouterr().err
+    )
+    sums = [f"{hashlib.sha256(EXPECTED[name]).hexdigest()}  {name}\n" for name in sorted(EXPECTED)]
+    assert (out / "SHA256SUMS").read_text() == "".join(sums)
+    facts = json.loads((out / "sources.json").read_text())
+    assert list(facts) == sorted(facts)
+    assert facts["icl"] == {"source": "NeuralSentinel/Soteria", "revision": original.RELEASE_COMMIT, "files": 2}
+    newest = git(tmp_path / "served" / "xsafety", "rev-parse", "HEAD")
     revisions = {folder: fact["revision"] for folder, fact in facts.items()}
-    release = dict.fromkeys(("icl", "heads"), original.RELEASE_COMMIT)
-    assert revisions == {**release, MULTIJAIL: OLD, RELEASE: OLD, XSAFETY: newest}
+    assert revisions == {**facts_of_release(), MULTIJAIL: OLD, RELEASE: OLD, SOURCE: newest}
+    assert read_heads(out / "heads" / "Mistral_5_Dataset" / "Hindi_Heads.json") == [(3, 1), (0, 2)]
 
 
-def test_a_second_run_asks_nobody_and_writes_nothing(fetch, servers, tmp_path):
+def facts_of_release() -> dict[str, str]:
+    return dict.fromkeys(("icl", "heads"), original.RELEASE_COMMIT)
+
+
+def test_only_what_is_wanted_is_fetched_and_a_second_run_asks_nobody(fetch, servers, tmp_path):
+    assert fetch("--only", "heads") == 0
+    assert {name.split("/")[0] for name in fetched(tmp_path / "out")} == {"heads"}
     assert fetch() == 0
+    assert fetched(tmp_path / "out") == EXPECTED
     asked, written = len(servers.asked), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert asked and fetch() == 0
     assert len(servers.asked) == asked
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_only_what_is_wanted_comes_and_the_rest_can_follow(fetch, servers, tmp_path):
-    assert fetch("--only", "heads") == 0
-    assert {name.split("/")[0] for name in without_records(arrived(tmp_path / "out"))} == {"heads"}
-    asked = len(servers.asked)
-    assert fetch("--only", "icl") == 0
-    assert len(servers.asked) == asked  # from the git objects that are here
+def test_a_path_will_do_as_git_url_even_without_a_newest_commit(fetch, servers, tmp_path):
+    mirror = tmp_path / "served" / "release"
+    git(mirror, "symbolic-ref", "HEAD", "refs/heads/nothing")
+    assert fetch("--only", "icl", "--git_url", mirror) == 0
+    assert not servers.asked and fetched(tmp_path / "out") == {
+        f"icl/{x}": content for x, content in part("icl").items()
+    }
+
+
+# What is broken
+
+
+def test_a_broken_file_is_named_and_fetched_again_and_no_other_is_touched(fetch, servers, tmp_path, capsys):
     assert fetch() == 0
-    assert without_records(arrived(tmp_path / "out")) == expected()
+    out = tmp_path / "out"
+    whole = files_of(out)
+    broken = [out / name for name in EXPECTED if "antonym" in name or "[1]" in name or "parquet" in name]
+    for break_file in (
+        lambda path: path.write_bytes(b"x" * path.stat().st_size),
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        Path.unlink,
+    ):
+        for path in broken:
+            kept = path.stat()
+            break_file(path)
+            if path.exists():
+                os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as a broken disk would
+        capsys.readouterr()
+        servers.asked.clear()
+        assert fetch() == 0
+        assert files_of(out) == whole
+        said = [line for line in capsys.readouterr().err.splitlines() if "fetching it again" in line]
+        assert [line.partition(" was" if break_file is not Path.unlink else " is")[0] for line in said] == [
+            *map(str, broken)
+        ]
+        assert not [asked for asked in servers.asked if "xsafety" in asked]
+    for record in ("SHA256SUMS", "sources.json"):
+        (out / record).write_bytes(whole[record][:70])
+        assert fetch() == 0
+        assert files_of(out) == whole
 
 
-def test_a_server_of_mere_files_which_gives_no_single_commits_will_do(fetch, servers, tmp_path):
-    assert fetch("--only", "icl", "heads", "--git_url", f"{servers.url}/dumb/release") == 0
-    came = without_records(arrived(tmp_path / "out"))
-    assert came == {name: content for name, content in expected().items() if not name.startswith("prompts")}
-
-
-def test_a_mirror_whose_head_is_no_branch_will_do(fetch, servers, tmp_path):
-    git(tmp_path / "served" / "release", "symbolic-ref", "HEAD", "refs/heads/nothing")
-    assert fetch("--only", "icl") == 0
-
-
-def test_a_path_will_do_as_git_url(fetch, tmp_path):
-    assert fetch("--only", "icl", "--git_url", tmp_path / "made" / "release") == 0
-    assert {name for name in arrived(tmp_path / "out") if "/" in name} == {f"icl/{name}" for name in ICL}
-
-
-def test_step_1_reads_the_original_word_lists_and_heads(fetch, tmp_path, run_script, tiny_folder):
-    assert fetch("--only", "icl", "heads") == 0
-    icl, model = tmp_path / "out" / "icl", tiny_folder("llama")
-    assert load_pairs(icl / "antonym_Hindi.json") == load_pairs(paths.DATA / "icl" / "antonym_Hindi.json")
-    options = ("--n_shots", 2, "--n_trials", 1, "--save_path_root", tmp_path / "effect", "--device", "cpu")
-    arguments = ("--dataset_name", "*_Hindi", "--root_data_dir", icl, "--model_name", model, *options)
-    assert run_script(compute_indirect_effect, *arguments) == 0
-    assert {path.name for path in (tmp_path / "effect").iterdir()} == {Path(name).stem for name in ICL}
-    assert read_heads(tmp_path / "out" / "heads" / "Mistral_5_Dataset" / "Hindi_Heads.json") == [(3, 1), (0, 2)]
-
-
-# --- what is broken --------------------------------------------------------------------------------------------------
-
-
-BREAK = {
-    "changed": lambda path: path.write_bytes(b"x" * path.stat().st_size),
-    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "gone": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("how", BREAK)
-def test_a_broken_file_is_named_and_mended_and_no_other_is_fetched(fetch, servers, tmp_path, how, capsys):
-    assert fetch() == 0
-    whole = arrived(tmp_path / "out")
-    broken = ["icl/antonym_Hindi.json", f"{MULTIJAIL}/data/test [1].csv", f"{XSAFETY}/hi/Insult.csv"]
-    broken.append(f"{RELEASE}/XThreatBench/hindi.parquet")
-    for name in broken:
-        path = tmp_path / "out" / name
-        kept = path.stat()
-        BREAK[how](path)
-        if path.exists():
-            os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as a broken disk would
-    capsys.readouterr()
-    servers.asked.clear()
-    assert fetch() == 0
-    assert arrived(tmp_path / "out") == whole
-    said = capsys.readouterr().err
-    assert all(f"{tmp_path / 'out' / name} {'is gone' if how == 'gone' else 'was changed'}" in said for name in broken)
-    assert not [asked for asked in servers.asked if "/git/" in asked]
-    sent = {asked.rsplit("/", 1)[1] for asked in servers.asked if asked.startswith("GET") and "/resolve/" in asked}
-    assert sent == {"test%20%5B1%5D.csv", "hindi.parquet"}
-
-
-def test_rotten_git_objects_are_fetched_anew(fetch, servers, tmp_path):
-    assert fetch("--only", "icl") == 0
-    whole = arrived(tmp_path / "out")
-    objects = tmp_path / "out" / ".repositories" / "NeuralSentinel_Soteria.git" / "objects"
-    rotten = max((path for path in objects.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    rotten.chmod(0o644)
-    content = bytearray(rotten.read_bytes())
-    content[len(content) // 2] ^= 1
-    rotten.write_bytes(content)
-    shutil.rmtree(tmp_path / "out" / "icl")
-    assert fetch("--only", "icl") == 0
-    assert arrived(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize("record", ["SHA256SUMS", "sources.json"])
-def test_a_broken_record_is_made_anew(fetch, tmp_path, record):
-    assert fetch() == 0
-    whole = arrived(tmp_path / "out")
-    (tmp_path / "out" / record).write_bytes(whole[record][:70])
-    assert fetch() == 0
-    assert arrived(tmp_path / "out") == whole
-
-
-# --- whom to believe -------------------------------------------------------------------------------------------------
+# Whom to believe
 
 
 def test_a_repository_without_the_pinned_commit_is_refused(fetch, servers, tmp_path, capsys):
-    assert fetch("--only", "icl", "--git_url", f"{servers.url}/git/xsafety") == 2
+    address = f"{servers.url}/files/xsafety/.git"
+    assert fetch("--only", "icl", "--git_url", address) == 2
     sentence = capsys.readouterr().err
-    assert f"{servers.url}/git/xsafety has no sound commit {original.RELEASE_COMMIT}" in sentence
+    assert address in sentence and original.RELEASE_COMMIT in sentence
     assert not (tmp_path / "out").exists()
 
 
-def test_later_runs_keep_to_the_revision_of_the_first(fetch, servers, tmp_path):
-    assert fetch("--only", "prompts") == 0
-    whole = arrived(tmp_path / "out")
+@pytest.mark.parametrize("first_use", ["finished", "broken off"])
+def test_later_runs_keep_to_the_revision_of_the_first(fetch, servers, tmp_path, monkeypatch, first_use):
+    out = tmp_path / "out"
+    if first_use == "finished":
+        assert fetch("--only", "prompts") == 0
+        for name in (MULTIJAIL, SOURCE):
+            shutil.rmtree(out / name)
+        shutil.rmtree(tmp_path / "cache")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                original, "snapshot", lambda source, _: (_ for _ in ()).throw(UserError(f"{source.name} broke"))
+            )
+            assert fetch("--only", "prompts") == 2
     servers.datasets["DAMO-NLP-SG/MultiJail"][NEW] = {"README.md": b"all else is gone"}
-    commit_files(tmp_path / "made" / "xsafety", {"hi/Insult.csv": b"newer"})
-    shutil.rmtree(tmp_path / "served" / "xsafety")
-    serve(tmp_path, "xsafety")
-    for name in (".repositories", MULTIJAIL, XSAFETY):
-        shutil.rmtree(tmp_path / "out" / name)
+    commit(tmp_path / "served" / "xsafety", {"hi/Insult.csv": b"newer"})
     assert fetch("--only", "prompts") == 0
-    assert arrived(tmp_path / "out") == whole
-
-
-def test_a_first_use_that_was_broken_off_goes_on_with_its_revision(fetch, servers, tmp_path, monkeypatch):
-    def break_off(*_, **__):
-        raise original.UserError("broken off")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(original.Repository, "fetch", break_off)
-        patch.setattr(huggingface_hub, "snapshot_download", break_off)
-        assert fetch("--only", "prompts") == 2
-    servers.datasets["DAMO-NLP-SG/MultiJail"][NEW] = {"README.md": b"all else is gone"}
-    commit_files(tmp_path / "made" / "xsafety", {"hi/Insult.csv": b"newer"})
-    shutil.rmtree(tmp_path / "served" / "xsafety")
-    serve(tmp_path, "xsafety")
-    assert fetch("--only", "prompts") == 0
-    came = without_records(arrived(tmp_path / "out"))
-    assert came == {name: content for name, content in expected().items() if name.startswith("prompts")}
+    assert fetched(out) == {name: content for name, content in EXPECTED.items() if name.startswith("prompts")}
 
 
 def test_other_bytes_under_the_same_revision_are_refused_and_not_kept(fetch, servers, tmp_path, capsys):
     assert fetch("--only", "prompts") == 0
-    whole = arrived(tmp_path / "out")
-    servers.datasets["SoftMINER-Group/Soteria"][OLD] = RELEASE_FILES | {
-        "LICENSE": b"none"
-    }  # its checksum in the list too
+    whole = files_of(tmp_path / "out")
+    servers.datasets["SoftMINER-Group/Soteria"][OLD] = part(RELEASE) | {"LICENSE": b"none"}
     (tmp_path / "out" / RELEASE / "LICENSE").unlink()
+    shutil.rmtree(tmp_path / "cache")
     assert fetch("--only", "prompts") == 2
-    assert "SoftMINER-Group/Soteria sent other bytes for LICENSE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"SoftMINER-Group/Soteria sent other bytes for {RELEASE}/LICENSE" in said and "SHA256SUMS" in said
     del whole[f"{RELEASE}/LICENSE"]
-    assert arrived(tmp_path / "out") == whole
+    assert files_of(tmp_path / "out") == whole
 
 
 def test_bytes_that_are_not_those_listed_are_refused_on_first_use(fetch, servers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(servers, "sends", lambda file, content: content[::-1])
+    monkeypatch.setattr(servers, "sends", lambda content: content[::-1])
     assert fetch("--only", "prompts") == 2
     assert "DAMO-NLP-SG/MultiJail sent other bytes for README.md" in capsys.readouterr().err
-    assert not [name for name in arrived(tmp_path / "out") if name.startswith((MULTIJAIL, RELEASE))]
-    monkeypatch.undo()
+    assert not [name for name in fetched(tmp_path / "out") if name.startswith((MULTIJAIL, RELEASE))]
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused():
     for name in ("../SHA256SUMS", "/etc/passwd", "a/../../b", "a\nb", "a\\b"):
-        with pytest.raises(original.UserError, match="which is not written"):
-            original._check_name(name, "lab/data")
+        with pytest.raises(UserError, match="lab/data has a file named"):
+            original._safe(name, "lab/data")
 
 
-# --- no network ------------------------------------------------------------------------------------------------------
+# Servers that fail
 
 
-def test_without_a_network_each_source_gets_a_sentence_and_nothing_is_left(fetch, servers, tmp_path, capsys):
+def test_without_a_network_each_source_gets_one_sentence_and_nothing_is_left(fetch, servers, tmp_path, capsys):
     servers.close()
     started = time.monotonic()
     assert fetch() == 2
     assert time.monotonic() - started < 10
     sentences = capsys.readouterr().err.splitlines()
-    assert len(sentences) == 5
     assert all(line.startswith("error: ") for line in sentences)
-    assert sum("could not be reached" in line and "check the network" in line for line in sentences) == 4
-    assert "4 of 4 sources did not come" in sentences[-1]
+    assert ["check the network" in line for line in sentences] == [True, True, True, True, False]
+    assert "4 of 4 sources" in sentences[-1]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_server_that_never_answers_is_given_up_in_time(fetch, servers, monkeypatch, capsys):
     monkeypatch.setattr(original, "PATIENCE", 0.3)
-    servers.hold = 1
-    assert fetch("--only", "icl") == 2
-    assert "could not be reached (no answer in 0.3 s)" in capsys.readouterr().err
-    servers.hold = len(servers.asked) + 1
-    monkeypatch.setattr(original, "sources", lambda _: [original.HubSource("DAMO-NLP-SG/MultiJail")])
-    assert fetch("--only", "prompts") == 2
-    assert "could not be reached (" in capsys.readouterr().err
+    sources = original.sources(f"{servers.url}/files/release/.git")
+    for source in sources[:2]:  # git and the hub
+        monkeypatch.setattr(original, "sources", lambda _, source=source: [source])
+        servers.hold = len(servers.asked) + 1
+        assert fetch() == 2
+        assert "could not be fetched" in capsys.readouterr().err
+
+
+def test_one_source_out_of_reach_does_not_keep_the_others(fetch, servers, tmp_path, capsys):
+    del servers.datasets["DAMO-NLP-SG/MultiJail"]
+    assert fetch("--git_url", "http://127.0.0.1:9/x") == 2
+    arrived = {name: content for name, content in EXPECTED.items() if name.startswith((RELEASE, SOURCE))}
+    assert fetched(tmp_path / "out") == arrived
+    sentences = capsys.readouterr().err
+    assert "error: DAMO-NLP-SG/MultiJail on" in sentences and "error: http://127.0.0.1:9/x" in sentences
+    assert "2 of 4 sources" in sentences
 
 
 def test_without_git_a_sentence_says_so(fetch, monkeypatch, capsys):
@@ -371,39 +298,29 @@ def test_without_git_a_sentence_says_so(fetch, monkeypatch, capsys):
     assert "git is needed" in capsys.readouterr().err
 
 
-def test_one_source_out_of_reach_does_not_keep_the_others(fetch, servers, tmp_path, capsys):
-    del servers.datasets["DAMO-NLP-SG/MultiJail"]
-    assert fetch("--git_url", "http://127.0.0.1:9/x") == 2
-    came = without_records(arrived(tmp_path / "out"))
-    assert came == {name: content for name, content in expected().items() if name.startswith((RELEASE, XSAFETY))}
-    sentences = capsys.readouterr().err
-    assert "DAMO-NLP-SG/MultiJail on" in sentences and "does not exist, or is private" in sentences
-    assert "2 of 4 sources did not come" in sentences
-
-
 def test_no_password_of_an_address_is_shown_or_written(fetch, servers, tmp_path, capsys):
     secret = servers.url.replace("http://", "http://me:hunter2@")
-    assert fetch("--only", "icl", "--git_url", f"{secret}/git/nothing") == 2
-    assert fetch("--only", "icl", "--git_url", f"{secret}/git/release") == 0
+    assert fetch("--only", "icl", "--git_url", f"{secret}/files/nothing") == 2
+    assert fetch("--only", "icl", "--git_url", f"{secret}/files/release/.git") == 0
     shown = capsys.readouterr()
     assert "hunter2" not in shown.out + shown.err
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert not [name for name, content in files_of(tmp_path / "out").items() if b"hunter2" in content]
 
 
-# --- killed and interrupted ------------------------------------------------------------------------------------------
+# Killed and interrupted
 
 
-def test_a_run_killed_at_any_request_goes_on_and_ends_with_the_same_bytes(fetch, servers, tmp_path):
+def test_a_run_killed_at_any_request_resumes_and_ends_with_the_same_bytes(fetch, servers, tmp_path, monkeypatch):
     assert fetch() == 0
-    whole, requests = arrived(tmp_path / "out"), len(servers.asked)
-    assert requests > 12
+    whole, requests = files_of(tmp_path / "out"), len(servers.asked)
 
     def kill_when_held(child):
         while child.is_alive() and not servers.held.wait(0.01):
             pass
 
-    for number in range(1, requests + 1, 3):
+    for number in range(2, requests + 1, 9):
         out = tmp_path / str(number)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / f"cache_{number}"))
         servers.asked.clear()
         servers.held.clear()
         servers.go.clear()
@@ -413,51 +330,49 @@ def test_a_run_killed_at_any_request_goes_on_and_ends_with_the_same_bytes(fetch,
         servers.hold = 0
         servers.go.set()
         run_in_child(fetch_original, ["--output", str(out)])
-        assert arrived(out) == whole
+        assert files_of(out) == whole
 
 
-def test_a_run_killed_while_it_writes_goes_on_without_the_network(fetch, servers, tmp_path, monkeypatch):
-    assert fetch("--only", "icl", "heads") == 0
-    whole, asked = arrived(tmp_path / "out"), len(servers.asked)
-    (tmp_path / "out" / "SHA256SUMS").unlink()
-    write, out = files.whole_file, tmp_path / "out"
-
-    def write_slowly(path):
-        time.sleep(0.1)
-        return write(path)
-
-    for folder in ("icl", "heads"):
-        shutil.rmtree(out / folder)
-    for there in range(1, 4):
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "whole_file", write_slowly)
-
-            def kill_when_written(child, there=there):
-                while child.is_alive() and len(list(out.glob("icl/*.json")) + list(out.glob("heads/*/*.json"))) < there:
-                    time.sleep(0.005)
-
-            run_in_child(fetch_original, ["--output", str(out), "--only", "icl", "heads"], kill_when=kill_when_written)
-        assert arrived(out) != whole
-    assert fetch("--only", "icl", "heads") == 0
-    assert arrived(out) == whole
-    assert len(servers.asked) == asked
-
-
-@pytest.mark.parametrize("wanted", ["/git/", "/resolve/"])
-def test_ctrl_c_ends_it_with_130_and_as_a_user_calls_it_it_goes_on(servers, tmp_path, wanted):
+def test_ctrl_c_ends_it_with_130_and_the_same_command_resumes(servers, tmp_path):
     command = [sys.executable, ROOT / "src" / "fetch_original.py", "--only", "prompts", "--output", tmp_path / "out"]
-    whole = subprocess.run([*command[:-1], tmp_path / "whole"], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    servers.hold = 1 + next(i for i, asked in enumerate(servers.asked) if wanted in asked)
-    servers.asked.clear()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert servers.held.wait(20)
+    servers.hold = 5
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    child = subprocess.Popen(
+        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **pipes
+    )
+    assert servers.held.wait(30)
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
-    servers.hold = 0
     servers.go.set()
     _, said = child.communicate(timeout=20)
-    assert child.returncode == 130
-    assert said.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert child.returncode == 130 and "Traceback" not in said
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert arrived(tmp_path / "out") == arrived(tmp_path / "whole")
+    assert fetched(tmp_path / "out") == {name: EXPECTED[name] for name in EXPECTED if name.startswith("prompts")}
+
+
+# XSafety
+
+
+def test_a_languages_categories_become_one_file_that_questions_are_read_from(tmp_path):
+    files = {
+        "en/Insult_n.csv": "One, two?\nThree?\n",
+        "en/Mental_Health_en.csv": '"Said ""no"", then?"\n\n',
+        "sp/Insult.csv": "\ufeff¿Uno?\n",
+        "ja/Insult.csv": "一？\n",  # not one of the paper's languages
+    }
+    for name, text in files.items():
+        path = tmp_path / SOURCE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert join_xsafety(tmp_path) == 2
+    assert sorted(path.name for path in (tmp_path / JOINED).iterdir()) == ["English.csv", "Spanish.csv"]
+    english = read_questions(str(tmp_path / JOINED / "English.csv"), find_language("en"))
+    assert english.questions == ["One, two?", "Three?", 'Said "no", then?']
+    assert english.categories == ["Insult", "Insult", "Mental_Health"]
+    spanish = read_questions(str(tmp_path / JOINED / "Spanish.csv"), find_language("es"))
+    assert spanish.questions == ["¿Uno?"]
+
+
+def test_without_the_repository_nothing_is_written(tmp_path):
+    assert join_xsafety(tmp_path) == 0 and not list(tmp_path.iterdir())

@@ -1,12 +1,13 @@
-"""Step 3.2's files: a model's answers as a column of a CSV, the facts of their making beside it, and what runs share.
+"""A model's answers as one column of a CSV: what they depend on, whether they are complete, and how they are written.
 
-Knows file layouts; loads no model. Beside `<answers>.csv` lie `<answers>.json` (facts), while it is being made a
-journal, and in `base_answers/` the base's answers, which all scaling factors share.
+In: a question set and the settings its answers depend on. Out: `<answers>.csv`, with `<answers>.json` saying how each
+column was made, and a journal while one is being generated. The base model's journal is kept for other scaling factors.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -21,17 +22,14 @@ from soteria.steering.checkpoint import fingerprint
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, FACTS, first_token_file
+from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, FACTS, facts_file, first_token_file
 
-# Files beside the weights that say how text becomes tokens and when an answer ends.
+# Files beside the weights that define how text is tokenized and when an answer ends.
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 
 
 def model_settings(name: str, language: Language, max_new_tokens: int, chat_template: bool) -> dict:
-    """What answers depend on beside the questions, the model by a hash of samples of its files.
-
-    Raises UserError for what is no model.
-    """
+    """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name)
     digest = hashlib.sha256(fingerprint(checkpoint).encode())
     for path in sorted(checkpoint.folder.iterdir()):
@@ -39,7 +37,7 @@ def model_settings(name: str, language: Language, max_new_tokens: int, chat_temp
             digest.update(path.name.encode() + path.read_bytes())
     return {
         "model_sha256": digest.hexdigest(),
-        "language": language.name,  # the instruction is in it
+        "language": language.name,  # its instruction is part of the prompt
         "max_new_tokens": max_new_tokens,
         "chat_template": chat_template,
     }
@@ -47,9 +45,9 @@ def model_settings(name: str, language: Language, max_new_tokens: int, chat_temp
 
 @dataclass(frozen=True)
 class AnswerColumn:
-    """One model's answers to a set of questions. `settings` is what they depend on, `model` the model's name.
+    """One model's answers to a set of questions. `settings` are what they depend on, `model` is the model's name.
 
-    `steered` says how a model was steered in place; of a steered model's folder it is known.
+    `steered` says how a model steered in place was steered; for a steered model's folder, its facts file says so.
     """
 
     output: Path
@@ -60,89 +58,65 @@ class AnswerColumn:
     with_first_tokens: bool = False
     steered: dict | None = None
 
-    @property
-    def facts_file(self) -> Path:
-        return self.output.with_suffix(".json")
-
-    @property
+    @cached_property
     def _made_from(self) -> dict:
         asked = hashlib.sha256(json.dumps(self.questions.questions).encode()).hexdigest()
         return self.settings | {"questions_sha256": asked}
 
-    @property
-    def _shared(self) -> Path:
-        """The place, less its ending, of what the base's runs share."""
-        name = f"{paths.model_slug(self.model)}_{self.settings['language']}_{self.questions.name}"
+    @cached_property
+    def _files(self) -> tuple[Path, Path]:
+        """The journal and the first-token file that this run writes."""
+        if self.column != BASE_ANSWER:
+            return paths.answer_journal(self.output, self.column), first_token_file(self.output, self.column)
         digest = hashlib.sha256(json.dumps(self._made_from, sort_keys=True).encode()).hexdigest()[:12]
-        return self.output.parent / "base_answers" / f"{name}_{digest}"
-
-    @property
-    def is_shared(self) -> bool:
-        return self.column == BASE_ANSWER
-
-    @property
-    def _journal_file(self) -> Path:
-        if self.is_shared:
-            return self._shared.with_name(f"{self._shared.name}.jsonl")
-        return self.output.with_name(f".{self.output.name}.{ANSWER_COLUMNS[self.column][1]}.journal")
+        name = f"{paths.model_slug(self.model)}_{self.settings['language']}_{self.questions.name}_{digest}"
+        return paths.base_answer_files(self.output, name)
 
     def journal(self) -> Journal:
-        """The rows answered so far. The base's journal stays when the column is complete, and the next run finds it."""
-        return Journal(self._journal_file, self._made_from)
+        """The rows answered so far."""
+        return Journal(self._files[0], self._made_from)
 
     def forget_journal(self) -> None:
-        """Remove the journal, once the column is complete."""
-        if not self.is_shared:
-            self._journal_file.unlink(missing_ok=True)
-
-    @property
-    def first_tokens(self) -> Path:
-        return (
-            self._shared.with_name(f"{self._shared.name}.first_token.safetensors")
-            if self.is_shared
-            else first_token_file(self.output, self.column)
-        )
+        """Remove the journal of a complete column; the base model's stays, for the next run to find."""
+        if self.column != BASE_ANSWER:
+            self._files[0].unlink(missing_ok=True)
 
     @property
     def lacks_first_tokens(self) -> bool:
-        """Whether they are wanted and have to be computed. Only the shared place says what they were made from."""
-        return self.with_first_tokens and not (self.is_shared and self.first_tokens.exists())
-
-    def save_first_tokens(self, log_probs: Tensor) -> None:
-        with files.whole_file(self.first_tokens) as sibling:
-            safetensors.torch.save_file({"log_probs": log_probs}, sibling)
+        """Whether they are wanted and must be computed. Only the shared file's name says what they were made from."""
+        return self.with_first_tokens and not (self.column == BASE_ANSWER and self._files[1].exists())
 
     def is_complete(self) -> bool:
-        """Whether the column is there, made with the same settings. Raises UserError where other questions are."""
+        """Whether the column was made with the same settings. Raises UserError if the file has other questions."""
         if not self.output.exists():
             return False
         found = read_table(self.output, ["Question"])
         if list(found.get("Question", [])) != self.questions.questions:
-            raise UserError(f"{self.output} holds answers to other questions; give another --output or remove it")
-        made = files.read_facts(self.facts_file).get("columns", {}).get(self.column)
+            raise UserError(f"{self.output} has answers to other questions; remove it or give another --output")
+        made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
         complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 
-    def save(self, answers: list[str]) -> None:
-        """Put the column into the CSV, beside the other one where it is there, and its facts into the JSON."""
-        table = pd.DataFrame({"Question": self.questions.questions})
-        if self.output.exists():
-            table = read_table(self.output, ["Question"])
-        table[self.column] = answers
-        if self.with_first_tokens and self.is_shared:
+    def save(self, answers: list[str], log_probs: Tensor | None) -> None:
+        """Write the column to the CSV, next to the other column if there is one, and its facts to the JSON.
+
+        `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them.
+        """
+        if log_probs is not None:
+            with files.whole_file(self._files[1]) as sibling:
+                safetensors.torch.save_file({"log_probs": log_probs}, sibling)
+        if self.with_first_tokens and self.column == BASE_ANSWER:
             with files.whole_file(first_token_file(self.output, self.column)) as sibling:
-                sibling.write_bytes(self.first_tokens.read_bytes())
-        facts = files.read_facts(self.facts_file)
+                sibling.write_bytes(self._files[1].read_bytes())
+        new = not self.output.exists()
+        table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
+        table[self.column] = answers
+        write_table(table.filter(["Question", *ANSWER_COLUMNS]), self.output)
         steered = self.steered or files.read_facts(Path(self.model) / FACTS)
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
-        write_table(table[["Question", *(column for column in ANSWER_COLUMNS if column in table.columns)]], self.output)
-        files.write_json(
-            self.facts_file,
-            {
-                "language": self.settings["language"],
-                "dataset": self.questions.name,
-                "rows": len(table),
-                **({"categories": self.questions.categories} if self.questions.categories else {}),
-                "columns": facts.get("columns", {}) | {self.column: made},
-            },
-        )
+        facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
+        if self.questions.categories:
+            facts["categories"] = self.questions.categories
+        known = files.read_facts(facts_file(self.output)).get("columns", {})
+        files.write_json(facts_file(self.output), facts | {"columns": known | {self.column: made}})
+        self.forget_journal()

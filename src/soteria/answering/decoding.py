@@ -1,33 +1,35 @@
-"""Greedy decoding of many prompts: batches by tokens, rows that leave when they end, halves where room runs out.
+"""Greedy decoding of many prompts at once.
 
-Knows models and token ids; knows nothing of questions, languages or files.
+In: prompts as token ids. Out: each one's answer as token ids. Batches are planned by tokens; a row leaves its batch
+when its answer ends, and a batch is halved when it outgrows the memory it may use.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from soteria.models.loading import LoadedModel
-from soteria.models.memory import Rows
+from soteria.models.memory import TokenBudget
 
-# How long an answer is taken to become when batches are planned. Most answers of a model that refuses are shorter; a
-# batch whose answers grow beyond its room is halved.
+# The answer length that batches are planned for. A model that refuses mostly answers in fewer tokens; a batch whose
+# answers outgrow its room is halved.
 EXPECTED_TOKENS = 64
 
 
 def token_budget(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> int:
-    """How many tokens may be in memory at once: as many as `batch_size` of the longest prompts with whole answers."""
+    """How many tokens may be in memory at once: `batch_size` of the longest prompts, with full-length answers."""
     return batch_size * (max(lengths, default=0) + max_new_tokens)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> list[list[int]]:
-    """Rows in batches, longest prompts first (memory runs out early if at all), none less than `batch_size` but the
-    last.
+    """Batches of rows, longest prompts first (if memory runs out, it does so early), each but the last of at least
+    `batch_size` rows.
 
-    A batch takes as many rows as its longest prompt and EXPECTED_TOKENS of answer leave room for in `token_budget`. The
-    plan depends on nothing else, so that a run that goes on after an interruption computes the same batches.
+    A batch has as many rows as fit `token_budget` with its longest prompt and EXPECTED_TOKENS of answer. The plan
+    depends on nothing else, so a run resumed after an interruption computes the same batches.
     """
     budget = token_budget(lengths, batch_size, max_new_tokens)
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -40,34 +42,32 @@ def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """The tokens that end an answer: the generation config's, often several in chat models, else the tokenizer's."""
+    """The tokens that end an answer: the generation config's (chat models often have several), else the tokenizer's."""
     found = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = loaded.tokenizer.eos_token_id if found is None else found
     return set(found) if isinstance(found, list) else {found} - {None}
 
 
 def pad_token(loaded: LoadedModel) -> int:
-    """The tokenizer's own padding token, else its end-of-text token: it is masked, so its choice changes nothing."""
-    for token in (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    """The tokenizer's padding token, else its end-of-text token; it is masked, so the choice does not matter."""
+    tokens = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id, 0)
+    return next(token for token in tokens if token is not None)
 
 
-def rope_boundary(loaded: LoadedModel) -> int | None:
-    """The length beyond which a text's every position is embedded anew (longrope, as in Phi-3.5); None without one.
+def rope_boundary(loaded: LoadedModel) -> float:
+    """The length beyond which all positions of a text are embedded differently (longrope, as in Phi-3.5), else inf.
 
-    Keys kept from before it are of no use beyond it, and texts of both sides cannot share a batch.
+    Keys cached before the boundary are useless beyond it, and texts on either side of it cannot share a batch.
     """
     parameters = getattr(loaded.model.config.get_text_config(), "rope_parameters", None) or {}
-    # One for all layers, or one for each kind of layer.
+    # Either one set of parameters for all layers, or one for each kind of layer.
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     found = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min((length for length in found if length), default=None)
+    return min(filter(None, found), default=math.inf)
 
 
 class Batch:
-    """The rows of one batch in flight: their keys and values, padded on the left, and what each is to be fed next."""
+    """The rows of a batch being decoded: their key-value cache, padded on the left, and the tokens to feed next."""
 
     def __init__(self, loaded: LoadedModel, texts: list[list[int]]):
         """`texts`: token ids of each row."""
@@ -79,7 +79,7 @@ class Batch:
         self._takes_positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
 
     def logits(self) -> Tensor:
-        """Feed what is new; float logits (rows, vocabulary) at each row's last token."""
+        """Feed the new tokens; returns float logits (rows, vocabulary) at each row's last token."""
         device, positions = self.model.device, (self._mask.cumsum(1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
         output = self.model(
             input_ids=self._ids.to(device),
@@ -92,24 +92,24 @@ class Batch:
         self._cache = output.past_key_values
         return output.logits[:, -1]
 
-    def go_on(self, rows: list[int], tokens: list[int]) -> None:
-        """Keep only `rows` (places in this batch), each with a token more."""
-        if len(rows) < len(self._mask):
-            kept = torch.tensor(rows)  # on the CPU, for layers on whatever device
-            self._cache.batch_select_indices(kept)
-            self._mask = self._mask[kept]
+    def extend(self, kept: list[int], tokens: list[int]) -> None:
+        """Drop all rows but `kept` (indices into this batch) and give each of those one more token."""
+        if len(kept) < len(self._mask):
+            index = torch.tensor(kept)  # on the CPU: layers may be on several devices
+            self._cache.batch_select_indices(index)
+            self._mask = self._mask[index]
         self._ids = torch.tensor(tokens)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=1)
         self.length += 1
 
 
 @torch.inference_mode()
-def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], room: Rows) -> list[list[int]]:
-    """The model's greedy continuation of each prompt, as token ids; an end token, where one comes, is the last of them.
+def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], room: TokenBudget) -> list[list[int]]:
+    """The greedy continuation of each prompt as token ids, including the end token if one was generated.
 
-    `limits` are the most new tokens of each. `room` is how many tokens may be in memory at once: rows that need more
-    are put off, with what they have so far, and computed again from there. A row's tokens depend on no other row's.
-    Raises UserError where the memory does not hold a single row.
+    `limits` are the most new tokens of each prompt. `room` is how many tokens may be in memory at once: rows that need
+    more are set aside with the tokens they have, and resumed later. A row's tokens do not depend on the other rows.
+    Raises UserError if memory cannot hold a single row.
     """
     ends, boundary = end_tokens(loaded), rope_boundary(loaded)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -117,37 +117,28 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
     def length(row: int) -> int:
         return len(prompts[row]) + len(answers[row])
 
-    def goes_on(row: int) -> bool:
+    def is_unfinished(row: int) -> bool:
         return len(answers[row]) < limits[row] and not (answers[row] and answers[row][-1] in ends)
 
-    def parts(rows: list[int], longest: int, most: int) -> list[list[int]]:
-        """The rows as they are, or in two: they lie on both sides of the boundary, or are too much for the room."""
-        beyond = [row for row in rows if boundary and length(row) > boundary]
-        if beyond and len(beyond) < len(rows):
-            return [beyond, [row for row in rows if row not in beyond]]
-        half = len(rows) // 2
-        return [rows[:half], rows[half:]] if half and len(rows) * longest > most else [rows]
-
     def advance(rows: list[int], most: int) -> list[list[int]]:
-        """Decode rows to their ends, or until they have to part; gives the parts that are left."""
-        rows = [row for row in rows if goes_on(row)]
-        if not rows:
-            return []
-        left = parts(rows, max(map(length, rows)), most)
-        if len(left) > 1:
-            return left
-        batch = Batch(loaded, [prompts[row] + answers[row] for row in rows])
-        while True:
+        """Decode rows until all have ended or they must be split; returns the parts that are left."""
+        batch = None
+        while kept := [place for place, row in enumerate(rows) if is_unfinished(row)]:
+            rows = [rows[place] for place in kept]
+            beyond, half = [row for row in rows if length(row) > boundary], len(rows) // 2
+            if 0 < len(beyond) < len(rows):
+                return [beyond, [row for row in rows if row not in beyond]]
+            if half and len(rows) * (batch.length + 1 if batch else max(map(length, rows))) > most:
+                return [rows[:half], rows[half:]]
+            if batch and any(length(row) - 1 == boundary for row in rows):
+                return [rows]
+            if batch:
+                batch.extend(kept, [answers[row][-1] for row in rows])
+            else:
+                batch = Batch(loaded, [prompts[row] + answers[row] for row in rows])
             for row, token in zip(rows, batch.logits().argmax(-1).tolist(), strict=True):
                 answers[row].append(token)
-            kept = [place for place, row in enumerate(rows) if goes_on(row)]
-            rows = [rows[place] for place in kept]
-            if not rows:
-                return []
-            left, crossed = parts(rows, batch.length + 1, most), any(length(row) - 1 == boundary for row in rows)
-            if crossed or len(left) > 1:
-                return left
-            batch.go_on(kept, [answers[row][-1] for row in rows])
+        return []
 
     waiting = [list(range(len(prompts)))]
     while waiting:
@@ -159,12 +150,10 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
 @torch.inference_mode()
 def first_token_log_probs(loaded: LoadedModel, prompts: list[list[int]], batch_size: int) -> Tensor:
     """Log-probabilities of the first token of each prompt's answer, float32 (prompts, vocabulary), on the CPU."""
-    boundary = rope_boundary(loaded) or max(map(len, prompts), default=0)
-    found: dict[int, Tensor] = {}
+    boundary, found = rope_boundary(loaded), {}
     for batch in plan_batches(list(map(len, prompts)), batch_size, max_new_tokens=1):
         for beyond in (True, False):
-            rows = [row for row in batch if (len(prompts[row]) > boundary) == beyond]
-            if rows:
+            if rows := [row for row in batch if (len(prompts[row]) > boundary) == beyond]:
                 logits = Batch(loaded, [prompts[row] for row in rows]).logits()
                 found |= zip(rows, logits.float().log_softmax(-1).cpu(), strict=True)
     return torch.stack([found[row] for row in range(len(prompts))])

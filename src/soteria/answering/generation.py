@@ -1,6 +1,6 @@
-"""Step 3.2: greedy answers of a model to a set of questions.
+"""Greedy answers of a model to a set of questions (step 3.2).
 
-Knows models and text; knows nothing of judging.
+In: a loaded model and questions. Out: texts in the questions' order, or a finished `AnswerColumn`.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -10,35 +10,33 @@ from tqdm import tqdm
 
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.decoding import decode, first_token_log_probs, plan_batches, token_budget
-from soteria.answering.questions import chat_message, question_prompt
+from soteria.answering.questions import question_prompt
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.loading import LoadedModel
-from soteria.models.memory import Rows
+from soteria.models.memory import TokenBudget
 from soteria.models.processes import Processes
 
 MAX_NEW_TOKENS = 512
 
 
-def model_inputs(loaded: LoadedModel, question: str, language: Language, chat_template: bool) -> list[int]:
-    """The token ids that a question is put to a model as."""
-    if not chat_template:
-        return loaded.tokenizer(question_prompt(question, language)).input_ids
-    if not loaded.tokenizer.chat_template:
-        raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
-    message = [{"role": "user", "content": chat_message(question, language)}]
-    text = loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return loaded.tokenizer(text, add_special_tokens=False).input_ids
-
-
 def all_inputs(loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool) -> list[list[int]]:
-    """The token ids of each question. Raises UserError for one that leaves no room for an answer, by its row."""
-    inputs = [model_inputs(loaded, question, language, chat_template) for question in questions]
-    room = loaded.context_length
-    for row, ids in enumerate(inputs):
-        if room is not None and len(ids) >= room:
+    """The token ids of each question's prompt.
+
+    Raises UserError if the tokenizer lacks the chat template, or, naming the row, if one leaves no room to answer.
+    """
+    tokenizer, context, inputs = loaded.tokenizer, loaded.context_length, []
+    if chat_template and not tokenizer.chat_template:
+        raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
+    for row, question in enumerate(questions):
+        prompt = question_prompt(question, language)
+        if chat_template:
+            message = [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
+            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        inputs.append(tokenizer(prompt, add_special_tokens=not chat_template).input_ids)
+        if context is not None and len(inputs[-1]) >= context:
             raise UserError(
-                f"row {row} is a question of {len(ids)} tokens, but {loaded.name!r} reads {room} at most; "
+                f"row {row} is a question of {len(inputs[-1])} tokens, but {loaded.name!r} reads at most {context}; "
                 "shorten it or leave it out"
             )
     return inputs
@@ -52,14 +50,13 @@ def generate(
     done: Collection[int] = (),
     processes: Processes | None = None,
 ) -> Iterator[dict[int, str]]:
-    """Greedy continuations, batch by batch, as {row: answer}; batches whose rows are all in `done` are left out.
+    """Greedy answers as {row: answer}, batch by batch, without the batches whose rows are all in `done`.
 
-    `batch_size` says how much memory may be taken: that of so many of the longest inputs with whole answers. Shorter
-    ones share a batch with more. An answer depends neither on its batch nor on its order; it ends where the model's
-    context does. `processes` share the batches out.
+    The memory to use is that of `batch_size` of the longest inputs with full-length answers. An answer depends neither
+    on its batch nor on the order, and ends at the latest where the model's context does. `processes` share the batches.
     """
     lengths, context = list(map(len, inputs)), loaded.context_length
-    room = Rows(token_budget(lengths, batch_size, max_new_tokens), "try a smaller --max_new_tokens")
+    room = TokenBudget(token_budget(lengths, batch_size, max_new_tokens), "try a smaller --max_new_tokens")
 
     def continue_batch(rows: list[int]) -> dict[int, str]:
         limits = [max_new_tokens if context is None else min(max_new_tokens, context - lengths[row]) for row in rows]
@@ -80,7 +77,7 @@ def answer_questions(
     max_new_tokens: int = MAX_NEW_TOKENS,
     chat_template: bool = False,
 ) -> list[str]:
-    """The model's answer to each question, in their order."""
+    """The model's answers to the questions, in their order."""
     answers: dict[int, str] = {}
     for batch in generate(loaded, all_inputs(loaded, questions, language, chat_template), batch_size, max_new_tokens):
         answers |= batch
@@ -90,31 +87,24 @@ def answer_questions(
 def fill(
     column: AnswerColumn, language: Language, load: Callable[[], LoadedModel], processes: Processes, batch_size: int
 ) -> None:
-    """Answer what the column's journal lacks, and write the column. `load` gives the model, if it is needed."""
+    """Generate the answers that the column's journal lacks and write the column. `load` is called only if needed."""
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
     needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
     loaded = load() if processes.agree(needs_model) else None
     inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
     with journal if processes.is_first else nullcontext():
         answers = processes.agree(journal.done)
-        with tqdm(
-            total=len(questions),
-            initial=len(answers),
-            desc=column.output.stem,
-            unit="answer",
-            leave=None,
-            disable=None if processes.is_first else True,
-        ) as progress:
+        hidden = None if processes.is_first else True
+        progress = {"total": len(questions), "initial": len(answers), "unit": "answer", "leave": None}
+        with tqdm(desc=column.output.stem, disable=hidden, **progress) as bar:
             made = generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes)
             for batch in made if loaded else ():
                 fresh = {row: text for row, text in batch.items() if row not in answers}
                 answers |= fresh
                 if processes.is_first:
                     journal.add(fresh)
-                progress.update(len(fresh))
+                bar.update(len(fresh))
         if processes.is_first:
-            if column.lacks_first_tokens:
-                column.save_first_tokens(first_token_log_probs(loaded, inputs, batch_size))
-            column.save([answers[row] for row in range(len(questions))])
-            column.forget_journal()
+            log_probs = first_token_log_probs(loaded, inputs, batch_size) if column.lacks_first_tokens else None
+            column.save([answers[row] for row in range(len(questions))], log_probs)
     processes.wait()

@@ -1,4 +1,4 @@
-"""A grid's cells: one model in one language under one steering, steered once and asked all that the tables need."""
+"""A grid's cells: one model in one language under one treatment, steered once and asked all that the tables need."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,11 +12,12 @@ from soteria.storage.paths import CellFiles
 
 
 @dataclass(frozen=True)
-class Steering:
-    """Which heads are steered, and how hard. `share` is of all heads.
+class Treatment:
+    """Which heads are steered, and by how much.
 
     kind: top (the language's own best), bottom, random (`of`: the draw's seed), all, shared (`of`: a tier or
-    Universal), from (`of`: the language whose best heads they are).
+    Universal), from (`of`: the language whose best heads they are). `share` is of all heads; None means as many as the
+    list in the grid's `head_folder` has.
     """
 
     kind: Literal["top", "bottom", "random", "all", "shared", "from"]
@@ -25,8 +26,8 @@ class Steering:
     of: str = ""
 
     @classmethod
-    def best(cls, share: float, scaling_factor: float) -> "Steering":
-        """A language's own best heads: a share of 1 is all of them, whoever ranks them."""
+    def best(cls, share: float | None, scaling_factor: float) -> "Treatment":
+        """A language's own best heads. A share of 1 is all heads, whatever their ranking."""
         return cls("all" if share == 1 else "top", share, scaling_factor)
 
     @property
@@ -34,8 +35,8 @@ class Steering:
         """The heads in file names."""
         if self.kind in ("all", "shared"):
             return "all" if self.kind == "all" else f"shared_{self.of}"
-        percent = f"{100 * self.share:g}"
-        return f"{self.kind}_{percent}" + (f"_{self.of}" if self.of else "")
+        share = "given" if self.share is None else f"{100 * self.share:g}"
+        return f"{self.kind}_{share}" + (f"_{self.of}" if self.of else "")
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Steering:
         return f"{self.heads_name}_scaling_{self.scaling_factor:g}"
 
     def needs(self, grid: Grid, language: str) -> list[str]:
-        """The languages whose scores its heads come from."""
+        """The languages whose rankings its heads come from."""
         if self.kind in ("random", "all"):
             return []
         return grid.group(self.of) if self.kind == "shared" else [self.of if self.kind == "from" else language]
@@ -51,21 +52,21 @@ class Steering:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one language under one steering (None: the base).
+    """One model in one language under one treatment (None: the base).
 
-    It is asked the prompt sets `sets`, and `with_cost` what safety costs.
+    It answers the prompt sets `sets`. `with_cost`: what steering costs is measured too.
     """
 
     pair: Pair = field(hash=False)
     language: str
-    steering: Steering | None
+    treatment: Treatment | None
     sets: tuple[str, ...]
     with_cost: bool = True
 
     @property
     def name(self) -> str:
-        """A cell as people read it, and its folder under `results/cells`."""
-        return f"{self.pair.slug}/{self.language}/{self.steering.name if self.steering else 'base'}"
+        """The cell in messages, and its folder under `results/cells`."""
+        return f"{self.pair.slug}/{self.language}/{self.treatment.name if self.treatment else 'base'}"
 
     def files(self, results: Path) -> CellFiles:
         """Where its answers, verdicts and measurements lie."""
@@ -74,7 +75,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shard:
-    """Every `of`-th (model, language) from the `index`-th on, counted from 1: work that one process takes."""
+    """Part `index` of `of` (from 1) of a grid's (model, language) pairs: the work of one process or machine."""
 
     index: int = 1
     of: int = 1
@@ -88,51 +89,51 @@ class Shard:
         return cls(int(index), int(of))
 
     def units(self, grid: Grid) -> list[tuple[Pair, str]]:
-        """Its (model, language)s. Neighbours are of one model, so that few models are loaded by one shard."""
+        """Its (model, language) pairs. Neighbors share a model, so that a shard loads few of them."""
         every = [(pair, language) for pair in grid.models for language in grid.languages]
         size, longer = divmod(len(every), self.of)
         start = (self.index - 1) * size + min(self.index - 1, longer)
         return every[start : start + size + (self.index <= longer)]
 
 
-def method_of(grid: Grid) -> Steering:
-    """The language's own best heads, at the grid's λ."""
-    return Steering.best(grid.heads, grid.scaling_factor)
+def method_of(grid: Grid) -> Treatment:
+    """The method itself: the language's own best heads at the grid's λ."""
+    return Treatment.best(grid.method_share, grid.scaling_factor)
 
 
 def grid_cells(grid: Grid, pair: Pair) -> Iterator[Cell]:
-    """A model's cells, language by language, its base first: the others are compared with it."""
+    """A model's cells, language by language."""
     for language in grid.languages:
         yield from language_cells(grid, pair, language)
 
 
 def language_cells(grid: Grid, pair: Pair, language: str) -> Iterator[Cell]:
-    """A model's cells in one language."""
-    sets = [each.name for each in grid.prompt_sets if each.has(language)]
-    ablated = [name for name in sets if name in grid.ablated_sets]
-    yield Cell(pair, language, None, tuple(sets))
-    yield Cell(pair, language, method_of(grid), tuple(sets))
-    for steering in _ablations(grid, language):
-        whole = steering.kind == "shared" and steering.of == UNIVERSAL
-        asked = sets if whole else ablated
-        # What a transfer costs in other things is not asked: twelve times twelve cells are many.
-        if asked:
-            yield Cell(pair, language, steering, tuple(asked), with_cost=steering.kind != "from")
+    """A model's cells in one language, the base first: the others are compared with it."""
+    sets = tuple(each.name for each in grid.prompt_sets if each.has(language))
+    ablated = tuple(name for name in sets if name in grid.ablated_sets)
+    yield Cell(pair, language, None, sets)
+    yield Cell(pair, language, method_of(grid), sets)
+    for treatment in _ablations(grid, language):
+        asked = sets if (treatment.kind, treatment.of) == ("shared", UNIVERSAL) else ablated
+        if asked:  # twelve by twelve transfers are many: their cost is not measured
+            yield Cell(pair, language, treatment, asked, with_cost=treatment.kind != "from")
 
 
-def _ablations(grid: Grid, language: str) -> Iterator[Steering]:
-    """The steerings of a language beside the method, each once."""
+def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:
+    """The treatments of a language beside the method, each once."""
     wanted, factor, tier = grid.ablations, grid.scaling_factor, find_language(language).tier
-    found = [Steering("shared", None, factor, of=UNIVERSAL)] if UNIVERSAL in wanted.shared and tier else []
-    if TIER in wanted.shared and tier:
-        found.append(Steering("shared", None, factor, of=tier))
-    for share in sorted({*wanted.shares, grid.heads} if wanted.random_draws or wanted.bottom else wanted.shares):
-        found.append(Steering.best(share, factor))
-        if share == 1:
-            continue
-        found += [Steering("random", share, factor, of=str(draw)) for draw in range(wanted.random_draws)]
-        found += [Steering("bottom", share, factor)] if wanted.bottom else []
-    found += [Steering.best(grid.heads, other) for other in wanted.scaling_factors]
+    found = [
+        Treatment("shared", None, factor, of=tier if group == TIER else group)
+        for group in (UNIVERSAL, TIER)
+        if group in wanted.shared and tier
+    ]
+    for share in grid.head_shares if wanted.random_draws or wanted.bottom else wanted.shares:
+        found.append(Treatment.best(share, factor))
+        if share != 1:
+            found += [Treatment("random", share, factor, of=str(draw)) for draw in range(wanted.random_draws)]
+            found += [Treatment("bottom", share, factor)] * wanted.bottom
+    found += [Treatment.best(grid.method_share, other) for other in wanted.scaling_factors]
     if wanted.transfer:
-        found += [Steering("from", grid.heads, factor, of=other) for other in grid.languages if other != language]
-    return (steering for steering in dict.fromkeys(found) if steering != method_of(grid))
+        others = [other for other in grid.languages if other != language]
+        found += [Treatment("from", grid.method_share, factor, of=other) for other in others]
+    return (treatment for treatment in dict.fromkeys(found) if treatment != method_of(grid))

@@ -14,21 +14,31 @@ from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs
 from soteria.answering.questions import QuestionSet, read_questions
 from soteria.errors import UserError
-from soteria.grid.cells import Steering, method_of
-from soteria.grid.comparison import ACCURACY_SEED, Bench, read_tasks
+from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import Grid, Pair
+from soteria.judging.costs import read_tasks
 from soteria.languages import find_language
-from soteria.models.loading import LoadedModel, load_model
+from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
 from soteria.models.processes import Processes
 from soteria.models.task_vector import TaskVector
-from soteria.scoring.heads import Head, count_share, group_heads, mean_effect, random_heads, rank_heads
+from soteria.scoring.heads import (
+    Head,
+    count_share,
+    group_heads,
+    mean_effect,
+    random_heads,
+    rank_heads,
+    read_heads,
+)
 from soteria.scoring.prompts import Split
-from soteria.storage import paths
-from soteria.storage.paths import BENIGN, effect_path
+from soteria.scoring.run import ScoringSettings
+from soteria.steering.formula import is_steered
+from soteria.storage import files, paths
+from soteria.storage.paths import BENIGN
 
 
 class NotScored(UserError):
-    """A head list cannot be made yet: another shard is to score a language first."""
+    """A head list cannot be made yet: another shard has to score a language first."""
 
 
 def remembered(function: Callable) -> Callable:
@@ -51,7 +61,7 @@ def remembered(function: Callable) -> Callable:
 
 
 class Subject:
-    """A base model of the grid and what its cells are made with, each read when it is first needed."""
+    """A base model of the grid, and what its cells are made from."""
 
     def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
         self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
@@ -61,23 +71,48 @@ class Subject:
         self.ranking = cache(self._ranking)
         self.questions = remembered(self._questions)
         self.tasks = remembered(self._tasks)
-        self.base_log_probs = cache(self.first_tokens)  # to be asked for while the model is the base
+        self.base_log_probs = cache(self._base_log_probs)
+
+    # The model
 
     @property
     def loaded(self) -> LoadedModel:
-        """The base in memory, loaded when it is first asked for."""
+        """The base in memory."""
         return self._load()
 
     def _load_base(self) -> LoadedModel:
         started = time.monotonic()
         loaded = load_model(self.pair.base, self.processes.device, self.grid.dtype)
         self.device = str(loaded.model.device)
-        self.note_cost("load", 1, time.monotonic() - started)
+        self.note_duration("load", 1, time.monotonic() - started)
         return loaded
 
     def unload(self) -> None:
-        """Let the model go: a judge may need the room."""
+        """Release the model: a judge may need the memory."""
         self.device, self._load = "none", remembered(self._load_base)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that this run's model has, `auto` resolved.
+
+        Raises UserError where the cells of this model were begun in another one: their numbers would not compare.
+        """
+        device = self.processes.device or default_device()
+        dtype = str(resolve_dtype(self.grid.dtype, device)).removeprefix("torch.")
+        if dtype == "auto":  # the checkpoint's own
+            stored = load_config(self.pair.base).get_text_config().dtype or self.loaded.model.dtype
+            dtype = str(stored).removeprefix("torch.")
+        noted = paths.dtype_file(self.results, self.pair.slug)
+        if not noted.exists() and self.processes.is_first:
+            files.write_text(noted, f"{dtype}\n")
+        self.processes.wait()
+        begun = noted.read_text(encoding="utf-8").strip()
+        if begun != dtype:
+            raise UserError(
+                f"{self.pair.slug}'s cells in {self.results} were begun in {begun}, and this run would use {dtype}; "
+                f"give `dtype: {begun}` in the grid file, or another --results"
+            )
+        return dtype
 
     @cached_property
     def vector(self) -> TaskVector:
@@ -88,40 +123,63 @@ class Subject:
         """What the base's answers depend on, beside the language."""
         language = find_language(self.grid.languages[0])
         settings = model_settings(self.pair.base, language, self.grid.answers.max_new_tokens, self.pair.chat_template)
-        return settings | {"dtype": self.grid.dtype}
+        return settings | {"dtype": self.dtype}
 
     @cached_property
     def n_parameters(self) -> int:
         return sum(math.prod(place.shape) for place in self.vector.base.places.values())
 
+    # Heads
+
+    @property
+    def scoring(self) -> ScoringSettings:
+        return ScoringSettings(
+            model_name=self.pair.base,
+            root_data_dir=self.grid.icl,
+            save_path_root=self.scores,
+            dtype=self.grid.dtype,
+            **self.grid.scoring.model_dump(),
+        )
+
     def _ranking(self, language: str) -> list[Head]:
-        """All heads of the model, best for the language first. Raises NotScored where step 1 has not been."""
-        missing = self.unscored(language)
-        if missing:
-            raise NotScored(f"waits for the scores of {', '.join(missing)}")
+        """The language's heads, best first: all of the model's, or the list in the grid's `head_folder`.
+
+        Raises NotScored where step 1 has not run yet, UserError for a missing or broken list.
+        """
+        if self.grid.head_folder:
+            return read_heads(paths.head_folder(self.grid.head_folder) / paths.language_file(language))
+        self.need_scores([language])
         return rank_heads(mean_effect(self.scores, language, self.grid.tasks))
 
-    def unscored(self, *languages: str) -> list[str]:
-        """Those of the languages of which a task has not been scored."""
-        paths = {name: [effect_path(self.scores, f"{task}_{name}") for task in self.grid.tasks] for name in languages}
-        return [language for language, own in paths.items() if not all(path.exists() for path in own)]
+    def unscored(self, languages: list[str]) -> list[str]:
+        """Those of the languages that lack the scores of a task."""
+        if self.grid.head_folder:
+            return []
+        return [
+            language
+            for language in languages
+            if not all(paths.effect_path(self.scores, f"{task}_{language}").exists() for task in self.grid.tasks)
+        ]
 
-    def heads(self, steering: Steering, language: str) -> list[Head]:
-        """The heads of a steering. Raises NotScored, or UserError for a group without a shared head."""
+    def need_scores(self, languages: list[str]) -> None:
+        """Raise NotScored where one of the languages lacks scores."""
+        if missing := self.unscored(languages):
+            raise NotScored(f"waits for the scores of {', '.join(missing)}")
+
+    def heads(self, treatment: Treatment, language: str) -> list[Head]:
+        """The heads of a treatment. Raises NotScored, or UserError for a group without a shared head."""
         geometry = self.vector.geometry
         total = geometry.n_layers * geometry.n_heads
-        if steering.kind == "shared":
-            missing = self.unscored(*steering.needs(self.grid, language))
-            if missing:
-                raise NotScored(f"waits for the scores of {', '.join(missing)}")
-            return self.shared_heads(steering.of)
-        count = count_share(steering.share, total)
-        if steering.kind == "random":
-            return random_heads(geometry.n_layers, geometry.n_heads, count, int(steering.of))
-        if steering.kind == "all":
+        if treatment.kind == "shared":
+            self.need_scores(treatment.needs(self.grid, language))
+            return self.shared_heads(treatment.of)
+        if treatment.kind == "all":
             return [divmod(index, geometry.n_heads) for index in range(total)]
-        ranking = self.ranking(steering.of if steering.kind == "from" else language)
-        return ranking[-count:] if steering.kind == "bottom" else ranking[:count]
+        of, share = treatment.of if treatment.kind == "from" else language, treatment.share
+        count = len(self.ranking(of)) if share is None else count_share(share, total)
+        if treatment.kind == "random":
+            return random_heads(geometry.n_layers, geometry.n_heads, count, int(treatment.of))
+        return self.ranking(of)[-count:] if treatment.kind == "bottom" else self.ranking(of)[:count]
 
     def method_heads(self, language: str) -> list[Head]:
         return self.heads(method_of(self.grid), language)
@@ -132,6 +190,8 @@ class Subject:
         if not heads:
             raise UserError(f"no head is shared by more than half of the languages of group {group}")
         return heads
+
+    # Questions and prompts
 
     def _questions(self, name: str, language: str) -> QuestionSet:
         """A prompt set's questions in a language, or the harmless ones."""
@@ -146,25 +206,29 @@ class Subject:
         return QuestionSet(found.name, found.questions[:first], found.categories[:first] if found.categories else None)
 
     def _tasks(self, language: str) -> dict[str, Split]:
-        return read_tasks(self.grid.icl, self.grid.tasks, find_language(language))
-
-    def bench(self, language: str) -> Bench:
-        """What a cell's cost is measured on."""
-        benign = self.questions(BENIGN, language).questions if self.grid.benign else []
-        return Bench(find_language(language), [], benign, self.tasks(language), ACCURACY_SEED)
+        """The in-context rows, split as step 1 splits them."""
+        scoring = self.grid.scoring
+        return read_tasks(self.grid.icl, self.grid.tasks, find_language(language), scoring.test_split, scoring.seed)
 
     def first_tokens(self, language: str) -> Tensor:
-        """Log-probabilities (questions, vocabulary) of the first token of the answers to the harmless questions."""
+        """Log-probabilities (questions, vocabulary) of the first answer token to the harmless questions, as the model
+        stands."""
         questions = self.questions(BENIGN, language).questions
         inputs = all_inputs(self.loaded, questions, find_language(language), self.pair.chat_template)
         return first_token_log_probs(self.loaded, inputs, self.grid.answers.batch_size)
 
-    def note_cost(self, step: str, units: int, seconds: float) -> None:
-        """Write down what a step took: `--plan` goes by it. A line is one write, so processes may share the file."""
+    def _base_log_probs(self, language: str) -> Tensor:
+        """`first_tokens` of the base. Raises RuntimeError while the model is steered."""
+        if is_steered(self.loaded):
+            raise RuntimeError("the model is steered; compute the base's log-probabilities before steering it")
+        return self.first_tokens(language)
+
+    def note_duration(self, step: str, units: int, seconds: float) -> None:
+        """Write down how long a step took, for `--plan`. A line is one write, so processes may share the file."""
         if not self.processes.is_first or units == 0:
             return
-        cost = {"step": step, "units": units, "seconds": round(seconds, 3), "device": self.device}
+        duration = {"step": step, "units": units, "seconds": round(seconds, 3), "device": self.device}
         path = paths.durations_file(self.results, self.pair.slug)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cost) + "\n")
+            file.write(json.dumps(duration) + "\n")

@@ -1,8 +1,8 @@
-"""How hard to steer a language, and with how many of its heads: points that Optuna draws on the validation questions.
+"""How hard to steer a language, and how many of its heads: points that Optuna draws on the validation questions.
 
-Two things are to be small at once: ASR on policy questions, and KL(base || steered) of the first token of benign
-answers. A point is drawn from the seed and from the trials before it, nothing else: an interrupted run, or one of more
-trials, draws the same points again and measures only those that are not noted yet.
+Two objectives are minimized: ASR on policy questions, and KL(base || steered) of the first token of benign answers. A
+point depends only on the seed and the trials before it, so an interrupted run, or one with more trials, draws the same
+points again and measures only the missing ones.
 """
 
 import hashlib
@@ -17,52 +17,104 @@ import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
 
+from soteria.answering.decoding import first_token_log_probs
+from soteria.answering.generation import all_inputs, answer_questions
 from soteria.errors import UserError
-from soteria.grid.comparison import RATES, Bench, Benign, Measurement
-from soteria.judging.interface import Judge
+from soteria.grid.grid_file import ROUNDING, Limits
+from soteria.judging import costs
+from soteria.judging.interface import HARMFUL
+from soteria.judging.refusal import RefusalJudge
+from soteria.judging.statistics import Rate
+from soteria.languages import Language
 from soteria.models.loading import LoadedModel
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import Head
+from soteria.scoring.prompts import Split
 from soteria.steering.formula import check_scaling_factor, open_steering, steered_in_place
 from soteria.storage import files
 from soteria.storage.journal import Journal
 
+RATES = ("asr", "benign_refusals", "benign_changes", "icl_accuracy")
+OBJECTIVES = ("asr", "kl_first_token")
+VALIDATION_SEED = 2042  # of the in-context prompts: neither step 1's nor those that accuracy is reported on
+MAX_NEW_TOKENS, BATCH_SIZE = 64, 64
 N_RANDOM_TRIALS = 10  # drawn anywhere, before TPE draws near the best of those known
 BASE = -1  # the base's row in the journal; trials count from 0
-ROUNDING = 1e-9  # 98.4 % - 96.4 % is above 2 % in floating point
 NOTE = "found on validation questions: numbers to report have to come from other questions"
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study is made for every trial, and would say so
-
-
-def count_share(share: float, n_heads_total: int) -> int:
-    """How many heads a share in (0, 1] of all heads is: rounded down, one at least."""
-    return max(1, int(share * n_heads_total + ROUNDING))
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study is made for every trial, and would announce it
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One point and what was measured there; `kl_first_token` in nats, the others shares of the rows."""
+class Bench:
+    """What a model is measured on in one language."""
 
-    number: int
-    scaling_factor: float
-    share: float
-    n_heads: int
-    asr: float
-    kl_first_token: float
-    benign_refusals: float
-    benign_changes: float
-    icl_accuracy: float
+    language: Language
+    policy: list[str]
+    benign: list[str]
+    tasks: dict[str, Split]  # the rows of each task, split as in step 1
+    seed: int = VALIDATION_SEED
 
-    @property
-    def objectives(self) -> tuple[float, float]:
-        """What is to be small."""
-        return self.asr, self.kl_first_token
+    def sha256(self) -> str:
+        """A hash of everything that is asked: both question sets, the in-context rows, and how prompts are drawn."""
+        tasks = {task: asdict(split) for task, split in self.tasks.items()}
+        asked = [self.policy, self.benign, tasks, self.seed, costs.N_PROMPTS]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+class SteeredBench:
+    """Measures heads and scaling factors on one loaded model in one language. The base is measured at most once."""
+
+    def __init__(self, loaded: LoadedModel, vector: TaskVector, bench: Bench):
+        self.loaded, self.vector, self.bench = loaded, vector, bench
+
+    @cached_property
+    def _base(self) -> tuple[dict, list[str], np.ndarray]:
+        return self._measure(None)
+
+    def measure(self, heads: list[Head], scaling_factor: float) -> dict:
+        """The four RATES and `kl_first_token` with these heads steered, or of the base with none, as JSON."""
+        measured, *base = self._base
+        if heads:
+            steering = open_steering(self.vector, heads, scaling_factor, source="the ranking of the heads")
+            with steered_in_place(self.loaded, steering):
+                measured, *_ = self._measure(base)
+        return measured
+
+    def _measure(self, base: list | None) -> tuple[dict, list[str], np.ndarray]:
+        """The model as it stands: its measurement, its benign answers, and log-probabilities of their first tokens."""
+        bench, loaded = self.bench, self.loaded
+        inputs = all_inputs(loaded, bench.benign, bench.language, chat_template=False)
+        answers, log_probs = self._answers(bench.benign), first_token_log_probs(loaded, inputs, BATCH_SIZE).numpy()
+        base_answers, base_log_probs = base or (answers, log_probs)
+        attacked = [RefusalJudge().verdict(answer) for answer in self._answers(bench.policy)]
+        rates = (
+            Rate(attacked.count(HARMFUL), len(attacked)),
+            costs.refused(answers),
+            costs.changed(answers, base_answers),
+            costs.icl_accuracy(loaded, bench.tasks, bench.seed),
+        )
+        divergence = costs.kl_divergence(base_log_probs, log_probs)
+        measured = {
+            name: {"value": rate.value, "ci95": rate.interval, "count": rate.count, "n": rate.n}
+            for name, rate in zip(RATES, rates, strict=True)
+        }
+        # The last digits depend on how many threads computed them.
+        mean = round(float(divergence.mean()), 6) if len(divergence) else None
+        return measured | {"kl_first_token": {"value": mean}}, answers, log_probs
+
+    def _answers(self, questions: list[str]) -> list[str]:
+        return answer_questions(
+            self.loaded, questions, self.bench.language, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS
+        )
+
+
+Trial = dict  # number, scaling_factor, share, n_heads, the RATES and kl_first_token (nats)
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where points are drawn, both ends included, and the seed. Raises UserError for ranges that are none."""
+    """Where points are drawn, both ends included, and the seed. Raises UserError for invalid ranges."""
 
     scaling_factors: tuple[float, float] = (0.5, 10.0)
     shares: tuple[float, float] = (0.05, 1.0)
@@ -71,44 +123,38 @@ class Space:
     def __post_init__(self):
         for factor in self.scaling_factors:
             check_scaling_factor(factor)
-        low, high = self.scaling_factors
-        if low > high:
-            raise UserError(f"--min_scaling {low:g} is above --max_scaling {high:g}")
-        low, high = self.shares
+        (lowest, highest), (low, high) = self.scaling_factors, self.shares
+        if lowest > highest:
+            raise UserError(f"--min_scaling {lowest:g} is above --max_scaling {highest:g}")
         if not 0 < low <= high <= 1:
-            raise UserError(f"--shares {low:g} {high:g} are not two shares above 0, up to 1, the lower first")
+            raise UserError(f"--shares {low:g} {high:g} must be two shares above 0 and up to 1, the lower first")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is below 0")
+            raise UserError(f"--seed {self.seed} must be >= 0")
 
     def study(self, trials: list[Trial]) -> optuna.Study:
-        """A study in memory that holds the trials and draws the next. Its sampler has a seed for each trial.
-
-        It knows no limits of cost, so that others can be chosen by without measuring anything again.
-        """
+        """A study in memory that holds the trials and draws the next one. It has a sampler seed for each trial."""
         # Not seed + number: the next seed would draw nearly the same points.
         seed = int(np.random.SeedSequence((self.seed, len(trials))).generate_state(1)[0])
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=N_RANDOM_TRIALS)
         study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         for trial in trials:
+            params = {name: trial[name] for name in self._distributions}
             study.add_trial(
                 optuna.trial.create_trial(
-                    params={name: getattr(trial, name) for name in self._distributions},
-                    distributions=self._distributions,
-                    values=trial.objectives,
-                    user_attrs={name: getattr(trial, name) for name in ("n_heads", *RATES[1:])},
+                    params=params, distributions=self._distributions, values=[trial[name] for name in OBJECTIVES]
                 )
             )
         return study
 
     def next_point(self, trials: list[Trial]) -> tuple[float, float]:
-        """Scaling factor and share of heads of the trial that comes after these."""
+        """Scaling factor and share of heads of the trial after these."""
         params = self.study(trials).ask(self._distributions).params
         return params["scaling_factor"], params["share"]
 
-    def front(self, trials: list[Trial]) -> list[Trial]:
-        """The trials that no other one beats in one objective without losing in the other, lowest ASR first."""
-        best = {trial.number for trial in self.study(trials).best_trials}
-        return sorted((trials[number] for number in best), key=lambda trial: (*trial.objectives, trial.number))
+    def front(self, trials: list[Trial]) -> list[int]:
+        """The Pareto front, lowest ASR first: numbers of the trials that no other beats without losing elsewhere."""
+        best = [trials[each.number] for each in self.study(trials).best_trials]
+        return [trial["number"] for trial in sorted(best, key=lambda t: (t["asr"], t["kl_first_token"], t["number"]))]
 
     @property
     def _distributions(self) -> dict[str, FloatDistribution]:
@@ -116,63 +162,11 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the chosen point may cost against the base, as shares of the rows. Raises UserError outside 0 to 1."""
-
-    max_refusals: float = 0.02
-    max_accuracy_loss: float = 0.02
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if not 0 <= value <= 1:
-                raise UserError(f"--{name} {value:g} is not between 0 and 1")
-
-    def keeps(self, trial: Trial, base: dict) -> bool:
-        """Whether a trial costs no more than that. `base` is the base's measurement as JSON."""
-        refusals = trial.benign_refusals - base["benign_refusals"]["value"]
-        loss = base["icl_accuracy"]["value"] - trial.icl_accuracy
-        return refusals <= self.max_refusals + ROUNDING and loss <= self.max_accuracy_loss + ROUNDING
-
-    def choose(self, trials: list[Trial], base: dict) -> Trial | None:
-        """The lowest ASR among the trials that keep both limits, ties by lower KL, then by order; None without one."""
-        kept = [trial for trial in trials if self.keeps(trial, base)]
-        return min(kept, key=lambda trial: (*trial.objectives, trial.number), default=None)
-
-
-class SteeredBench:
-    """Measures heads and scaling factors on one loaded model in one language. The base is measured once, if needed."""
-
-    def __init__(self, loaded: LoadedModel, vector: TaskVector, bench: Bench, judge: Judge):
-        self.loaded, self.vector, self.bench, self.judge = loaded, vector, bench, judge
-
-    @cached_property
-    def _base(self) -> tuple[Measurement, Benign]:
-        return self.bench.measure(self.loaded, self.judge)
-
-    def measure(self, heads: list[Head], scaling_factor: float) -> Measurement:
-        """The measurement with these heads steered, or of the base with none."""
-        measured, base = self._base
-        if heads:
-            source = f"the top {len(heads)} heads of {self.bench.language.name}"
-            steering = open_steering(self.vector, heads, scaling_factor, source=source)
-            with steered_in_place(self.loaded, steering):
-                measured, _ = self.bench.measure(self.loaded, self.judge, base)
-        return measured
-
-
-def bench_hash(bench: Bench) -> str:
-    """A hash of everything a bench asks: both sets of questions, the in-context rows, and how prompts are drawn."""
-    tasks = {task: asdict(split) for task, split in bench.tasks.items()}
-    asked = [bench.policy, bench.benign, tasks, bench.seed, bench.n_prompts]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
 class Tuning:
     """One language's trials and the file that they end in.
 
-    `inputs` is what the numbers depend on beside the space; `ranking` all heads, best first. Trials are noted in a
-    journal beside the file as they come. It stays: more trials, fewer, or other limits begin with those it holds.
+    `inputs` is what the numbers depend on beside the space; `ranking` all heads, best first. Trials go to a journal
+    beside the file as they come. It stays: more trials, fewer, or other limits start from those it holds.
     """
 
     path: Path
@@ -195,62 +189,64 @@ class Tuning:
 
     @property
     def _made_from(self) -> dict:
-        return self._measured_from | {"n_trials": self.n_trials} | asdict(self.limits)
+        return self._measured_from | {"n_trials": self.n_trials} | self.limits.model_dump()
 
     def journal(self) -> Journal:
         return Journal(self.path.with_suffix(".jsonl"), self._measured_from)
 
     def finished(self) -> dict | None:
-        """What the file holds where it was made from the same inputs, None otherwise."""
+        """What the file holds where it came from the same inputs, None otherwise."""
         found = files.read_facts(self.path)
         return found if self._made_from.items() <= found.items() else None
 
-    def run(
-        self, measure: Callable[[list[Head], float], Measurement], done: Callable[[int], object] = lambda _: None
-    ) -> dict:
-        """Measure the trials that are not noted yet, and write the file. `done` is told how many more there are.
+    def run(self, measure: Callable[[list[Head], float], dict], done: Callable[[int], object] = lambda _: None) -> dict:
+        """Measure the trials that the journal lacks, and write the file. `done` receives how many more are finished.
 
-        Raises UserError where a steered model gives no finite numbers.
+        Raises UserError where a steered model gives numbers that are not finite.
         """
         with self.journal() as journal:
             if BASE not in journal.done:
-                journal.add({BASE: measure([], 0.0).as_json()})
-            trials = [Trial(**journal.done[number]) for number in range(self.n_trials) if number in journal.done]
+                journal.add({BASE: measure([], 0.0)})
+            trials = [journal.done[number] for number in range(self.n_trials) if number in journal.done]
             done(len(trials))
             while len(trials) < self.n_trials:
                 trials.append(self._measure_next(trials, measure))
-                journal.add({trials[-1].number: asdict(trials[-1])})
+                journal.add({trials[-1]["number"]: trials[-1]})
                 done(1)
             found = self._made_from | self._conclude(trials, journal.done[BASE])
             files.write_json(self.path, found)
         return found
 
-    def _measure_next(self, trials: list[Trial], measure: Callable[[list[Head], float], Measurement]) -> Trial:
+    def _measure_next(self, trials: list[Trial], measure: Callable[[list[Head], float], dict]) -> Trial:
         factor, share = self.space.next_point(trials)
-        count = count_share(share, len(self.ranking))
-        rates = {name: rate["value"] for name, rate in measure(self.ranking[:count], factor).as_json().items()}
+        count = max(1, int(share * len(self.ranking) + ROUNDING))
+        rates = {name: rate["value"] for name, rate in measure(self.ranking[:count], factor).items()}
         if not math.isfinite(rates["kl_first_token"]):
             raise UserError(
                 f"with scaling factor {factor:g} on {count} heads the model of {self.path.stem} gives numbers that are "
                 "not finite; give a smaller --max_scaling"
             )
-        return Trial(len(trials), factor, share, count, **rates)
+        rates = {name: rates[name] for name in ("asr", "kl_first_token", *RATES[1:])}
+        return {"number": len(trials), "scaling_factor": factor, "share": share, "n_heads": count} | rates
 
     def _conclude(self, trials: list[Trial], base: dict) -> dict:
-        chosen = self.limits.choose(trials, base)
+        points = [trial | {"kl": trial["kl_first_token"]} for trial in trials]
+        chosen = self.limits.choose(points, {name: base[name]["value"] for name in RATES})
         return {
             "note": NOTE,
             "base": base,
-            "trials": [asdict(trial) for trial in trials],
-            "front": [trial.number for trial in self.space.front(trials)],
-            "chosen": chosen and asdict(chosen),
+            "trials": trials,
+            "front": self.space.front(trials),
+            "chosen": trials[chosen["number"]] if chosen else None,
             "why_none": None if chosen else self._why_none(trials, base),
         }
 
     def _why_none(self, trials: list[Trial], base: dict) -> str:
-        refusals = min(trial.benign_refusals for trial in trials) - base["benign_refusals"]["value"]
-        loss = base["icl_accuracy"]["value"] - max(trial.icl_accuracy for trial in trials)
+        limits = self.limits
+        refusals, changes = (min(trial[name] for trial in trials) for name in ("benign_refusals", "benign_changes"))
+        lost = base["icl_accuracy"]["value"] - max(trial["icl_accuracy"] for trial in trials)
         return (
-            f"none of {len(trials)} trials keeps to {self.limits.max_refusals:.1%} more benign refusals and "
-            f"{self.limits.max_accuracy_loss:.1%} of accuracy lost; the least were {refusals:.1%} and {loss:.1%}"
+            f"none of {len(trials)} trials keeps to {limits.max_refusals:.1%} more benign refusals, "
+            f"{limits.max_accuracy_loss:.1%} of accuracy lost and {limits.max_changes:.1%} of benign answers changed; "
+            f"the least were {refusals - base['benign_refusals']['value']:.1%}, {lost:.1%} and {changes:.1%}"
         )

@@ -1,7 +1,6 @@
-"""What a model can still do, measured by EleutherAI's lm-eval: its own tasks by name, and one made of `data/icl/`.
+"""Measure a model's abilities with EleutherAI's lm-eval (optional): its own tasks and one made from `data/icl/`.
 
-Knows lm-eval, an optional extra; knows nothing of heads or scaling factors. A model is measured as it stands: one that
-is steered in place need not be written.
+In: a loaded model, which may be steered in place. Out: metrics per task, in a JSON file with what they came from.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,73 +22,106 @@ from soteria.answering.columns import model_settings
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language
 from soteria.models.loading import BOS_TEXT, LoadedModel
-from soteria.scoring.prompts import Pair, Prompt, PromptForm, load_pairs, split_pairs
-from soteria.scoring.run import seed_everything
+from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, paths
 
-# The local task: the group of twelve languages, `soteria_icl_<Language>` one of them.
+# The local task: a group of twelve, `soteria_icl_<Language>`.
 LOCAL = "soteria_icl"
-LOCAL_VERSION = 1  # to be raised with any change of what is asked
-# Of the five in-context tasks, those whose outputs are many: sentiment and ag_news have too few for three wrong ones.
+LOCAL_VERSION = 1  # raise it with any change of the questions
+# sentiment and ag_news have too few different outputs for three wrong choices.
 LOCAL_TASKS = ("country-capital", "antonym")
 N_SHOTS, N_WRONG = 10, 3
-SPLIT, SPLIT_SEED = 0.3, 42  # step 1's
-DRAW_SEED = 3042  # no other draw's
-SEED = 1234  # lm-eval's for few-shot examples
-PROBE_SECONDS = 5  # how long the hub is given to answer at all
-# Documents of the local task
+DRAW_SEED = 3042  # used for no other draw
+SEED = 1234  # lm-eval's default for few-shot examples
+PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 
 
-def documents(language: str, form: PromptForm | None = None) -> list[dict]:
+# The local task
+
+
+def documents(language: str, form: PromptForm | None = None, *, test_split: float = 0.3, seed: int = 42) -> list[dict]:
     """A language's questions: `text` (the whole prompt), `choices` (one right, three wrong), `answer` (its index).
 
-    All rows are those that step 1's split leaves in `test`: they chose no heads. Demonstrations and wrong choices come
-    from other rows than the query's, and a wrong choice is the output of no row shown. The tasks take turns, so that a
-    limit takes as many of each. The draws depend on the number of rows alone: languages are asked the same.
-    Raises UserError for a language without rows.
+    All rows are from the `test` part of step 1's split (by `test_split` and `seed`), which step 1 never draws from. No
+    wrong choice is an output shown in the prompt. Tasks alternate, so a limit takes equally many questions of each.
+    Draws depend only on the number of rows, so all languages get the same questions. Raises UserError for too few rows.
     """
-    form = form or PromptForm()
     by_task = []
     for task in LOCAL_TASKS:
-        rows = split_pairs(load_pairs(paths.DATA / "icl" / f"{task}_{language}.json"), SPLIT, SPLIT_SEED).test
+        rows = split_examples(load_examples(paths.DATA / "icl" / f"{task}_{language}.json"), test_split, seed).test
         generator = np.random.default_rng(DRAW_SEED)
-        by_task.append([_document(query, rows, form, generator) for query in rows])
+        found = []
+        for query in rows:
+            others = [row for row in rows if row.input != query.input and row.output != query.output]
+            order = [others[i] for i in generator.permutation(len(others))]
+            shown = order[:N_SHOTS]
+            seen = {row.output for row in shown}
+            wrong = [output for output in dict.fromkeys(row.output for row in order) if output not in seen][:N_WRONG]
+            if len(wrong) < N_WRONG:
+                raise UserError(
+                    f"{task}_{language} has {len(rows)} unseen rows, too few for {N_SHOTS} shots and {N_WRONG} wrong "
+                    "choices; raise --test_split"
+                )
+            answer = int(generator.integers(N_WRONG + 1))
+            choices = [*wrong[:answer], query.output, *wrong[answer:]]
+            text = Prompt(shown, query, form or PromptForm()).text
+            found.append({"text": text, "choices": choices, "answer": answer})
+        by_task.append(found)
     return [document for turn in zip_longest(*by_task) for document in turn if document]
 
 
-def _document(query: Pair, rows: list[Pair], form: PromptForm, generator: np.random.Generator) -> dict:
-    """One question about `query`. Raises UserError where the other rows are too few."""
-    others = [row for row in rows if row.input != query.input and row.output != query.output]
-    order = [others[i] for i in generator.permutation(len(others))]
-    shown, left = order[:N_SHOTS], order[N_SHOTS:]
-    seen = {row.output for row in shown}
-    wrong = [output for output in dict.fromkeys(row.output for row in left) if output not in seen][:N_WRONG]
-    if len(wrong) < N_WRONG:
-        raise UserError(f"{len(rows)} rows are too few for {N_SHOTS} shots and {N_WRONG} wrong choices")
-    answer = int(generator.integers(N_WRONG + 1))
-    choices = [*wrong[:answer], query.output, *wrong[answer:]]
-    return {"text": Prompt(shown, query, form).text, "choices": choices, "answer": answer}
-
-
 def local_languages(tasks: list[str], languages: list[str] | None = None) -> list[str]:
-    """Names of the languages whose local tasks are among `tasks`.
+    """Languages of the local tasks among `tasks`; `soteria_icl` stands for `languages`, None for all twelve.
 
-    `soteria_icl` stands for `languages`, None for all twelve. Raises UserError for a language without in-context rows.
+    Raises UserError for a language without in-context rows.
     """
     named = [find_language(task.removeprefix(f"{LOCAL}_")) for task in tasks if task.startswith(f"{LOCAL}_")]
     if LOCAL in tasks:
-        named += list(PAPER_LANGUAGES if languages is None else map(find_language, languages))
+        named += PAPER_LANGUAGES if languages is None else map(find_language, languages)
     for language in named:
         if language not in PAPER_LANGUAGES:
-            raise UserError(f"there are no in-context rows in {language.name}; give --tasks of lm-eval's own")
+            raise UserError(f"data/icl has no rows in {language.name}; use lm-eval's own tasks instead (--tasks)")
     return list(dict.fromkeys(language.name for language in named))
+
+
+def _local_tasks(loaded: LoadedModel, tasks: list[str], languages: list[str] | None, **split) -> list:
+    """The local tasks among `tasks` as lm-eval's objects, the twelve as one group if all are wanted."""
+    import datasets
+    from lm_eval.api.group import AggMetricConfig, Group
+    from lm_eval.api.task import ConfigurableTask
+
+    form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
+
+    def task(language: str) -> ConfigurableTask:
+        asked = datasets.Dataset.from_list(documents(language, form, **split))
+        config = {
+            "task": f"{LOCAL}_{language}",
+            "custom_dataset": lambda **_: {"test": asked},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "num_fewshot": 0,  # the demonstrations are in the text
+            "doc_to_text": "text",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": LOCAL_VERSION},
+        }
+        return ConfigurableTask(config=config)
+
+    made = [task(language) for language in local_languages(tasks, languages)]
+    if LOCAL not in tasks or languages is not None:
+        return made
+    group = Group(LOCAL, aggregate_metric_list=[AggMetricConfig("acc")], metadata={"version": LOCAL_VERSION})
+    for part in made:
+        group.add(part)
+    return [group]
 
 
 # lm-eval
 
 
 def lm_eval_version() -> str:
-    """The installed lm-eval's version. Raises UserError where there is none."""
+    """The installed lm-eval's version. Raises UserError if there is none."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -103,59 +135,50 @@ def measure_utility(
     limit: int | None,
     batch_size: int = 16,
     languages: list[str] | None = None,
+    test_split: float = 0.3,
+    seed: int = 42,
 ) -> dict:
-    """Measure a loaded model, as it stands, on tasks by lm-eval's names and on the local one.
+    """Measure a loaded model on tasks of lm-eval by name and on the local one.
 
-    `limit`: the first documents of each task, None for all. `languages`: which ones `soteria_icl` stands for; where
-    that is all twelve (None), their mean is measured too, by that name. Returns `{"lm_eval": version, "tasks": {name:
-    ...}}`, of each task its `version`, `group` (the task that it is a part of, or None), `n_shot`, `n` (documents) and
-    `metrics`: `{name: {"value", "stderr", "higher_is_better"}}`, rounded to 6 digits; `stderr` is lm-eval's, None where
-    it gives none.
+    `limit`: the first documents of each task, None for all. `languages`: those that `soteria_icl` stands for; for all
+    twelve (None) their mean is added under that name. `test_split`, `seed`: step 1's.
 
-    Raises UserError for a missing lm-eval, an unknown task, one whose data cannot be had, or one that fails.
+    Returns `{"lm_eval": version, "tasks": {name: ...}}`, per task its `version`, `group` (the task it is part of, or
+    None), `n_shot`, `n` (documents) and `metrics`: `{name: {"value", "stderr", "higher_is_better"}}`, rounded to 6
+    digits. Raises UserError for a missing lm-eval, an unknown task, missing data, or a task that fails.
     """
     version = lm_eval_version()
     check_tasks(tasks, languages)
     own = [task for task in tasks if _is_lm_evals(task)]
-    with _quiet(show_bars=bool(own)):
+    with _guarded(tasks, own):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from transformers import set_seed
 
-        # A pad token may be given to the tokenizer: to a copy.
-        model = HFLM(
-            pretrained=loaded.model,
-            tokenizer=copy.deepcopy(loaded.tokenizer),
-            batch_size=batch_size,
-            trust_remote_code=False,
-        )
-        with _explained(tasks), _offline_where_unreachable(bool(own)):
-            chosen = _task_manager(bool(own)).load([*own, *_local_tasks(loaded, tasks, languages)])
-        # What lm_eval.simple_evaluate does too; that one also asks the machine for its packages, which takes seconds.
-        seed_everything(SEED)
-        for task in chosen["tasks"].values():
+        # As lm_eval.simple_evaluate does it, without its five seconds of listing the machine's packages.
+        set_seed(SEED)
+        local = _local_tasks(loaded, tasks, languages, test_split=test_split, seed=seed)
+        wanted = _task_manager(bool(own)).load([*own, *local])
+        for task in wanted["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=SEED)
-        with _explained(tasks):
-            found = lm_eval.evaluate(lm=model, task_dict=chosen, limit=limit, log_samples=False)
+        # lm-eval may give the tokenizer a pad token, so it gets a copy.
+        tokenizer = copy.deepcopy(loaded.tokenizer)
+        model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
+        found = lm_eval.evaluate(model, wanted, limit=limit, log_samples=False)
     return {"lm_eval": version, "tasks": _read_results(found)}
 
 
 def check_tasks(tasks: list[str], languages: list[str] | None = None) -> None:
-    """Raise UserError for tasks that neither lm-eval nor this file knows, or none, or one named twice.
-
-    Looking at lm-eval's own takes seconds, once a process.
-    """
+    """Raise UserError for unknown tasks, none at all, or one named twice."""
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks {' '.join(tasks)!r}: name one or more, each once")
     lm_eval_version()
     local_languages(tasks, languages)
-    own = [task for task in tasks if _is_lm_evals(task)]
-    if own:
-        known = set(_task_manager(True).all_tasks)
-        for task in own:
-            if task not in known:
-                raise UserError(f"unknown task {task!r}; give {LOCAL}, {LOCAL}_<Language> or one of lm-eval's")
+    for task in filter(_is_lm_evals, tasks):
+        if task not in _task_manager(True).all_tasks:
+            raise UserError(f"unknown task {task!r}; give {LOCAL}, {LOCAL}_<Language> or one of lm-eval's")
 
 
 def _is_lm_evals(task: str) -> bool:
@@ -169,48 +192,8 @@ def _task_manager(with_lm_evals: bool):
     return TaskManager(include_defaults=with_lm_evals)
 
 
-def _local_tasks(loaded: LoadedModel, tasks: list[str], languages: list[str] | None) -> list:
-    """The local tasks among `tasks` as lm-eval's objects, the twelve as one group where all are asked for.
-
-    Their data never become files: no cache is left behind.
-    """
-    from lm_eval.api.group import AggMetricConfig, Group
-    from lm_eval.api.task import ConfigurableTask
-
-    form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
-    made = [
-        ConfigurableTask(
-            config={
-                "task": f"{LOCAL}_{language}",
-                "custom_dataset": partial(_dataset, language, form),
-                "output_type": "multiple_choice",
-                "test_split": "test",
-                "num_fewshot": 0,  # the demonstrations are in the text
-                "doc_to_text": "text",
-                "doc_to_choice": "choices",
-                "doc_to_target": "answer",
-                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-                "metadata": {"version": LOCAL_VERSION},
-            }
-        )
-        for language in local_languages(tasks, languages)
-    ]
-    if LOCAL not in tasks or languages is not None:
-        return made
-    group = Group(LOCAL, aggregate_metric_list=[AggMetricConfig("acc")], metadata={"version": LOCAL_VERSION})
-    for task in made:
-        group.add(task)
-    return [group]
-
-
-def _dataset(language: str, form: PromptForm, **_) -> dict:
-    import datasets
-
-    return {"test": datasets.Dataset.from_list(documents(language, form))}
-
-
 def _read_results(found: dict) -> dict[str, dict]:
-    """Each task's numbers out of lm-eval's, where they are keyed `metric,filter` and `metric_stderr,filter`."""
+    """The numbers of each task from lm-eval's, which are keyed `metric,filter` and `metric_stderr,filter`."""
     group_of = {task: group for group, parts in found["group_subtasks"].items() for task in parts}
     tasks = {}
     for name, numbers in sorted(found["results"].items()):
@@ -220,12 +203,11 @@ def _read_results(found: dict) -> dict[str, dict]:
             if not kept or metric.endswith("_stderr"):
                 continue
             stderr = numbers.get(f"{metric}_stderr,{kept}")
-            better = (found["higher_is_better"].get(name) or {}).get(metric)
-            # The last digits depend on how many threads computed them.
+            # The last digits depend on the number of threads.
             metrics[metric if kept == "none" else key] = {
                 "value": round(float(value), 6),
                 "stderr": round(float(stderr), 6) if isinstance(stderr, int | float) else None,
-                "higher_is_better": better,
+                "higher_is_better": (found["higher_is_better"].get(name) or {}).get(metric),
             }
         if metrics:  # a group without a mean of its own has none
             tasks[name] = {
@@ -239,74 +221,63 @@ def _read_results(found: dict) -> dict[str, dict]:
 
 
 @contextlib.contextmanager
-def _quiet(show_bars: bool) -> Iterator[None]:
-    """Keep lm-eval's log to errors, and its progress bars to a terminal, where a task may take long."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    bars = contextlib.nullcontext() if show_bars and sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with bars:
-            yield
-    finally:
-        log.setLevel(level)
+def _guarded(tasks: list[str], own: list[str]) -> Iterator[None]:
+    """Keep lm-eval quiet, and turn what a task's data or code raises into a UserError.
 
-
-@contextlib.contextmanager
-def _explained(tasks: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever a task's data or code leads lm-eval to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        mend = "; it needs the Hugging Face hub, or its data in the hub's cache" if _is_about_network(error) else ""
-        raise UserError(f"tasks {' '.join(tasks)!r} cannot be measured ({reason}){mend}") from error
-
-
-def _is_about_network(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError) or "offline" in str(error).lower()
-
-
-@contextlib.contextmanager
-def _offline_where_unreachable(needed: bool) -> Iterator[None]:
-    """Keep to the hub's cache where the hub does not answer: each data set would wait for half a minute."""
+    Its progress bars are shown for its own tasks, on a terminal. If the hub does not answer, only its local cache is
+    used; otherwise each data set would retry for half a minute.
+    """
     import datasets.config
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
-    if not needed or constants.is_offline_mode():
-        yield
-        return
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-        yield
-        return
-    except Exception as error:  # of the client's own kinds: no name, no route, a proxy's refusal, time out
-        if not type(error).__module__.startswith("httpx"):
+    def change(module, name: str, value) -> None:
+        stack.callback(setattr, module, name, getattr(module, name))
+        setattr(module, name, value)
+
+    log = logging.getLogger("lm_eval")
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
+        if not (own and sys.stderr.isatty()):
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            if own:
+                get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        except Exception:  # no name, no route, a proxy's refusal, a timeout, or offline mode
+            change(constants, "HF_HUB_OFFLINE", True)
+            change(datasets.config, "HF_HUB_OFFLINE", True)
+        try:
+            yield
+        except UserError:
             raise
-    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = "; lm-eval's own tasks need the Hugging Face hub, or their data in its cache" if own else ""
+            raise UserError(f"tasks {' '.join(tasks)!r} could not be measured ({reason}){fix}") from error
 
 
 # Files
 
 
 def model_hash(name: str) -> str:
-    """A hash of a model's weights (samples of them), config and tokenizer. Raises UserError for what is no model."""
-    # Of an answer's settings, only the model's counts here: nothing is generated.
+    """A hash of a model's weights (samples of them), config and tokenizer. Raises UserError if it is not a model."""
+    # Of an answer's settings only the model's counts: nothing is generated.
     return model_settings(name, PAPER_LANGUAGES[0], 0, False)["model_sha256"]
 
 
 def utility_inputs(
-    base: str, tasks: list[str], limit: int | None, languages: list[str] | None, dtype: str, **steering
+    base: str,
+    tasks: list[str],
+    limit: int | None,
+    languages: list[str] | None,
+    dtype: str,
+    *,
+    test_split: float = 0.3,
+    seed: int = 42,
+    **steering,
 ) -> dict:
-    """What a measurement is made from, as JSON. `steering`: what made the base another model, nothing for the base."""
-    asked = [documents(language) for language in local_languages(tasks, languages)]
+    """What a measurement is made from, as JSON. `steering`: what makes the steered model; nothing for the base."""
+    asked = [documents(name, test_split=test_split, seed=seed) for name in local_languages(tasks, languages)]
     return {
         "base_model": base,
         "base_sha256": model_hash(base),
@@ -320,43 +291,34 @@ def utility_inputs(
     }
 
 
-def utility_file(folder: Path, base: str, language: str | None = None, scaling_factor: float | None = None) -> Path:
-    """Where a measurement goes: the base's own, or that of the base steered for a language."""
-    which = "base" if language is None else f"{language}_scaling_{scaling_factor:g}"
-    return folder / f"{paths.model_slug(base)}_{which}.json"
-
-
 def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> dict:
-    """The measurement in a file where that was made from the same inputs, else what `measure` gives, written there.
+    """The measurement in a file if it was made from the same inputs, else what `measure` returns, written there.
 
-    It is `measure_utility`'s, with `inputs`. Raises UserError for a file that is no measurement.
+    Raises UserError for a file that is not a measurement.
     """
     found = files.read_facts(path)
     if path.exists() and "inputs" not in found:
-        raise UserError(f"{path} exists and is no measurement of utility; remove it or give another --output")
-    if found.get("inputs") == inputs:
-        return found
-    found = {"inputs": inputs, **measure()}
-    files.write_json(path, found)
+        raise UserError(f"{path} exists and is not a measurement of utility; remove it or give another --output")
+    if found.get("inputs") != inputs:
+        found = {"inputs": inputs, **measure()}
+        files.write_json(path, found)
     return found
 
 
 def comparison_rows(base: dict, safe: dict) -> list[dict]:
     """What was measured of both, whole tasks only: `task`, `metric`, `n`, `base`, `safe`, `difference` (safe - base).
 
-    The last three are (value, standard error or None). That of the difference takes the two as independent; they answer
-    the same questions, so it is rather too wide.
+    The last three are (value, standard error or None). That of the difference treats the two as independent; since
+    they answer the same questions, it is too wide rather than too narrow.
     """
     rows = []
     for name, measured in safe["tasks"].items():
-        if measured["group"] is not None or name not in base["tasks"]:  # a part, as a subject of mmlu is
+        if measured["group"] is not None or name not in base["tasks"]:  # a part, like a subject of mmlu
             continue
         for metric, ours in measured["metrics"].items():
             theirs = base["tasks"][name]["metrics"][metric]
-            pair = [(number["value"], number["stderr"]) for number in (theirs, ours)]
-            errors = [error for _, error in pair if error is not None]
-            spread = round(float(np.hypot(*errors)), 6) if len(errors) == 2 else None
-            difference = (round(pair[1][0] - pair[0][0], 6), spread)
-            rows.append({"task": name, "metric": metric, "n": measured["n"], "base": pair[0], "safe": pair[1]})
-            rows[-1]["difference"] = difference
+            (before, error), (after, own_error) = ((each["value"], each["stderr"]) for each in (theirs, ours))
+            spread = None if None in (error, own_error) else round(float(np.hypot(error, own_error)), 6)
+            row = {"task": name, "metric": metric, "n": measured["n"], "base": (before, error)}
+            rows.append(row | {"safe": (after, own_error), "difference": (round(after - before, 6), spread)})
     return rows

@@ -1,13 +1,10 @@
-"""A judge that is a local model: a guard model (Llama Guard and its like) or an instruct model, through transformers.
-
-Knows models; knows nothing of files.
-"""
+"""A local model as a judge, through transformers: a guard model such as Llama Guard, or an instruct model."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from soteria.answering.generation import generate
-from soteria.judging.interface import EMPTY, JUDGE_PROMPT, Row, fill, read_label
+from soteria.judging.interface import EMPTY, JUDGE_PROMPT, Row, fill_prompt, read_label
 from soteria.models.loading import load_model
 
 WINDOW = 512  # rows that are sorted by length and batched together
@@ -15,10 +12,10 @@ LABEL_TOKENS = 8
 
 
 class LocalJudge:
-    """A guard model is asked about the conversation, in its own words; any other is asked the judge prompt.
+    """A guard model is shown the conversation in its own chat template; any other model is asked the judge prompt.
 
-    Which it is, its chat template says: a guard's writes the label `unsafe` into the prompt. With `judge_prompt`,
-    that is asked of a guard too.
+    A guard model is recognized by its template, which puts the label `unsafe` into the prompt. If `judge_prompt` is
+    given, guard models are asked that too.
     """
 
     def __init__(self, model: str, judge_prompt: str | None = None, batch_size: int = 8):
@@ -27,41 +24,30 @@ class LocalJudge:
         self.judge_prompt = judge_prompt or (None if self._is_guard() else JUDGE_PROMPT)
 
     def _is_guard(self) -> bool:
-        if not self.loaded.tokenizer.chat_template:
-            return False
         try:
-            return "unsafe" in self._render(_conversation("?", "!")).lower()
-        except Exception:  # templates raise what they like, here of an assistant's turn
+            return bool(self.loaded.tokenizer.chat_template) and "unsafe" in self._render("?", "!").lower()
+        except Exception:  # templates raise what they like, for example if they do not support an assistant's turn
             return False
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, *turns: str) -> str:
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=False)]
         return self.loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _inputs(self, question: str, answer: str) -> list[int]:
-        tokenizer = self.loaded.tokenizer
-        if self.judge_prompt is None:
-            messages = _conversation(question, answer)
-        else:
-            text = fill(self.judge_prompt, question, answer)
+        tokenizer, turns = self.loaded.tokenizer, (question, answer)
+        if self.judge_prompt is not None:
+            turns = (fill_prompt(self.judge_prompt, question, answer),)
             if not tokenizer.chat_template:
-                return tokenizer(text).input_ids
-            messages = [{"role": "user", "content": text}]
-        return tokenizer(self._render(messages), add_special_tokens=False).input_ids
+                return tokenizer(*turns).input_ids
+        return tokenizer(self._render(*turns), add_special_tokens=False).input_ids
 
     def judge(self, rows: Iterable[Row]) -> Iterator[tuple[int, str]]:
+        """As `Judge.judge`."""
         rows = iter(rows)
         while window := list(islice(rows, WINDOW)):
-            asked = []
-            for row, question, answer in window:
-                if answer.strip():
-                    asked.append((row, self._inputs(question, answer)))
-                else:
-                    yield row, EMPTY
+            yield from ((row, EMPTY) for row, _, answer in window if not answer.strip())
+            asked = [(row, self._inputs(question, answer)) for row, question, answer in window if answer.strip()]
             inputs = [ids for _, ids in asked]
             for batch in generate(self.loaded, inputs, self.batch_size, max_new_tokens=LABEL_TOKENS):
                 for at, reply in batch.items():
                     yield asked[at][0], read_label(reply) or EMPTY
-
-
-def _conversation(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,6 +1,7 @@
-"""Step 3.3's files: answers read row by row, their verdicts written down as they come, and verdicts of before.
+"""Judging a CSV of answers: reading the answers, journaling verdicts as they come, and writing or reusing them.
 
-Knows file layouts and the interface of a judge; counts nothing.
+In: `<answers>.csv` and a judge. Out: the CSV with verdict columns, a JSON beside it, and while judging a journal. The
+journal of verdicts on the base model's answers is kept in `base_verdicts/`, shared by every scaling factor.
 """
 
 import hashlib
@@ -18,184 +19,153 @@ from soteria.judging.judges import judge_basis
 from soteria.storage import files, paths
 from soteria.storage.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.storage.journal import Journal
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER
+from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER, facts_file
 
 
-class Answers:
-    """The CSV of the answers: read through once for what is to be known of it, and then row by row again."""
+class AnswerFile:
+    """A CSV of answers, which is never in memory whole. Raises UserError if a column is missing or it has no rows."""
 
     def __init__(self, path: Path):
         self.path, self.table = path, CsvFile.open(path, ["Question"])
-        self.columns = [column for column in ANSWER_COLUMNS if column in self.table.columns]
+        # Answer column -> verdict column
+        self.columns = {name: verdict for name, (verdict, _) in ANSWER_COLUMNS.items() if name in self.table.columns}
         if "Question" not in self.table.columns or not self.columns:
             raise UserError(f"{path} needs the column Question and one of {', '.join(ANSWER_COLUMNS)}")
-        self.n_rows, self.has_return = 0, False
+        self.n_rows, self.has_return, categories = 0, False, []
         digests = {column: hashlib.sha256() for column in self.columns}
         filed = next((name for name in CATEGORY_COLUMNS if name in self.table.columns), None)
-        categories = []
-        for fields in self.table.rows():
+        for row in self.rows():
             self.n_rows += 1
-            self.has_return = self.has_return or has_return(fields)
+            self.has_return = self.has_return or has_return(list(row.values()))
             for column, digest in digests.items():
-                for text in (fields[self.place("Question")], fields[self.place(column)]):
+                for text in (row["Question"], row[column]):
                     digest.update(f"{len(text)} {text}".encode())
             if filed:
-                categories.append(fields[self.place(filed)])
+                categories.append(row[filed])
         if not self.n_rows:
             raise UserError(f"{path} has no rows to judge")
         self.digests = {column: digest.hexdigest() for column, digest in digests.items()}
-        self.sha256 = hashlib.sha256(str(self.digests).encode()).hexdigest()
-        noted = files.read_facts(path.with_suffix(".json")).get("categories") or []
+        noted = files.read_facts(facts_file(path)).get("categories") or []
         self.categories = categories or (noted if len(noted) == self.n_rows else None)
 
-    def place(self, column: str) -> int:
-        return self.table.columns.index(column)
+    def rows(self) -> Iterator[dict[str, str]]:
+        """Each row's texts by column."""
+        return (dict(zip(self.table.columns, fields, strict=True)) for fields in self.table.rows())
 
     def texts(self, column: str) -> Iterator[tuple[int, str, str]]:
         """Number, question and answer of each row."""
-        question, answer = self.place("Question"), self.place(column)
-        return ((row, fields[question], fields[answer]) for row, fields in enumerate(self.table.rows()))
-
-    def write_with(self, verdicts: dict[str, list[str]], path: Path) -> None:
-        """Write the CSV with verdict columns behind the others."""
-        names = [ANSWER_COLUMNS[column][0] for column in verdicts]
-        kept = [place for place, name in enumerate(self.table.columns) if name not in names]
-        rows = (
-            [fields[place] for place in kept] + [given[row] for given in verdicts.values()]
-            for row, fields in enumerate(self.table.rows())
-        )
-        write_rows(path, [self.table.columns[place] for place in kept] + names, rows, quote_all=self.has_return)
+        return ((number, row["Question"], row[column]) for number, row in enumerate(self.rows()))
 
 
-def inputs_of(answers: Answers, judge: str, judge_prompt: str | None = None) -> dict:
-    """What verdicts depend on: the same inputs, the same verdicts."""
+def inputs_of(answers: AnswerFile, judge: str, judge_prompt: str | None = None) -> dict:
+    """What verdicts depend on; a finished run with the same inputs is reused."""
     return {
         "judge": judge,
         "rows": answers.n_rows,
         "judge_basis_sha256": judge_basis(judge, judge_prompt),
-        "inputs_sha256": answers.sha256,
+        "inputs_sha256": hashlib.sha256(str(answers.digests).encode()).hexdigest(),
     }
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Verdicts per answer column, and what is left to do to have them on disk."""
+    """Verdicts per answer column, which `write` puts on disk."""
 
-    answers: Answers
+    answers: AnswerFile
     output: Path
     verdicts: dict[str, list[str]]
     description: str  # the judge's
-    journals: list[Journal] | None  # None where a finished run gave the verdicts
+    is_new: bool  # False: a finished run's verdicts
 
     def write(self, summary: dict) -> None:
-        """Write the CSV and the summary beside it, each if it is new; the journals are not needed any more."""
-        if self.journals is not None:
-            self.answers.write_with(self.verdicts, self.output)
-        if summary != files.read_json(self.output.with_suffix(".json")):
-            files.write_json(self.output.with_suffix(".json"), summary)
-        for journal in self.journals or ():
-            journal.remove()
+        """Write the CSV and the summary beside it, each if it is new, and remove the journal of the safe answers."""
+        if self.is_new:
+            names = list(self.answers.columns.values())
+            kept = [name for name in self.answers.table.columns if name not in names]
+            every = zip(self.answers.rows(), *self.verdicts.values(), strict=True)
+            rows = ([row[name] for name in kept] + given for row, *given in every)
+            write_rows(self.output, kept + names, rows, quote_all=self.answers.has_return)
+        if summary != files.read_json(facts_file(self.output)):
+            files.write_json(facts_file(self.output), summary)
+        paths.verdict_journal(self.output).unlink(missing_ok=True)
 
 
 def judge_answers(
-    answers: Answers, output: Path, inputs: dict, get_judge: Callable[[], Judge], *, retry_empty: bool = False
+    answers: AnswerFile, output: Path, inputs: dict, get_judge: Callable[[], Judge], *, retry_empty: bool = False
 ) -> Judged:
-    """Verdicts on every answer column, a finished run's where there is one. `get_judge` makes the judge, if needed.
+    """Verdicts on every answer column, from a finished run if there is one. `get_judge` is called only if needed.
 
-    `retry_empty`: ask again for what a finished run left without a verdict.
+    With `retry_empty`, rows that a finished run left without a verdict are judged again.
     """
-    known = read_finished(output, inputs, answers)
+    known = _finished(output, inputs, answers)
     if known and not (retry_empty and any(EMPTY in given for given in known.values())):
-        _own_journal(output).unlink(missing_ok=True)  # left by a run that was killed at its very end
-        return Judged(answers, output, known, files.read_json(output.with_suffix(".json"))["judge_description"], None)
+        return Judged(answers, output, known, files.read_facts(facts_file(output))["judge_description"], False)
     judge = get_judge()
-    verdicts, journals = judge_all(judge, answers, output, inputs, known or {})
-    return Judged(answers, output, verdicts, judge.description, journals)
-
-
-def _own_journal(output: Path) -> Path:
-    """Where verdicts on the safe model's answers are written down as they come."""
-    return output.with_name(f".{output.name}.journal")
-
-
-def judge_all(
-    judge: Judge, answers: Answers, output: Path, inputs: dict, known: dict[str, list[str]]
-) -> tuple[dict[str, list[str]], list[Journal]]:
-    """The verdicts on each column, and the journals to remove once they are written down elsewhere.
-
-    What `known` holds already is not asked again, unless it is EMPTY. The base's verdicts are made once for all scaling
-    factors: their journal stays, in `base_verdicts/` beside the output.
-    """
-    verdicts, journals = {}, []
+    verdicts = {}
     for column in answers.columns:
-        settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")} | {
-            "answers_sha256": answers.digests[column]
-        }
+        settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")}
+        settings["answers_sha256"] = answers.digests[column]
+        path = paths.verdict_journal(output)
         if column == BASE_ANSWER:
-            name = hashlib.sha256(str(settings).encode()).hexdigest()[:16]
-            journal = Journal(output.parent / "base_verdicts" / f"{name}.jsonl", settings)
-        else:
-            journal = Journal(_own_journal(output), settings)
-            journals.append(journal)
-        with (
-            journal,
-            tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as progress,
-        ):
-            given = known.get(column, [])
-            again = {row for row, verdict in enumerate(given) if verdict == EMPTY}
-            missing = set(range(len(given))) - again - journal.done.keys()
-            if missing:
-                journal.add({row: given[row] for row in sorted(missing)})
-            done = set(journal.done) - again
-            progress.update(len(done))
-            pending = (texts for texts in answers.texts(column) if texts[0] not in done)
-            with closing(judge.judge(pending)) as judged:
-                for row, verdict in judged:
-                    journal.add({row: verdict})
-                    progress.update()
-            verdicts[column] = [journal.done[row] for row in range(answers.n_rows)]
-    return verdicts, journals
+            path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
+        verdicts[column] = _judge_column(judge, answers, column, Journal(path, settings), known.get(column, []))
+    return Judged(answers, output, verdicts, judge.description, True)
 
 
-def read_finished(output: Path, inputs: dict, answers: Answers) -> dict[str, list[str]] | None:
-    """The verdicts of a finished run on the same answers by the same judge, per answer column; None without one."""
-    if not (output.exists() and inputs.items() <= files.read_facts(output.with_suffix(".json")).items()):
-        return None
-    table = read_table(output, ["Question"])
-    names = {column: ANSWER_COLUMNS[column][0] for column in answers.columns}
+def _judge_column(judge: Judge, answers: AnswerFile, column: str, journal: Journal, known: list[str]) -> list[str]:
+    """The verdicts on a column, each journaled as it comes. `known` ones are reused, except EMPTY."""
+    with journal, tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
+        kept = {row: verdict for row, verdict in enumerate(known) if verdict != EMPTY}
+        if missing := {row: verdict for row, verdict in kept.items() if row not in journal.done}:
+            journal.add(missing)
+        done = set(kept if known else journal.done)
+        bar.update(len(done))
+        with closing(judge.judge(texts for texts in answers.texts(column) if texts[0] not in done)) as judged:
+            for row, verdict in judged:
+                journal.add({row: verdict})
+                bar.update()
+        return [journal.done[row] for row in range(answers.n_rows)]
+
+
+def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
+    """The verdicts of a finished run on the same inputs, per answer column; none if there is no such run."""
+    if not (output.exists() and inputs.items() <= files.read_facts(facts_file(output)).items()):
+        return {}
+    table, names = read_table(output, ["Question"]), answers.columns
     if len(table) != answers.n_rows or not set(names.values()) <= set(table.columns):
-        return None
+        return {}
     return {column: list(table[name]) for column, name in names.items()}
 
 
-def read_verdicts(path: Path, answers: Answers) -> dict[str, list[str]]:
-    """Another judge's verdicts per answer column, for the same questions in the same order.
+def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
+    """Another judge's verdicts per answer column, on the same questions in the same order.
 
-    Raises UserError for other questions, no verdicts, or a word that is no verdict, by its row.
+    Raises UserError for other questions, for a file without verdicts, and, naming the row, for an unknown verdict.
     """
-    other = read_table(path, ["Question"])
-    if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(answers.columns[0])]:
-        raise UserError(f"{path} is not of the same questions in the same order; it cannot be compared")
-    names = {column: ANSWER_COLUMNS[column][0] for column in answers.columns}
-    wanted = {column: name for column, name in names.items() if name in other.columns}
-    if not wanted:
-        raise UserError(f"{path} has no column {' or '.join(names.values())}")
+    other, names = read_table(path, ["Question"]), answers.columns
+    if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(next(iter(names)))]:
+        raise UserError(f"{path} does not have the same questions in the same order; give verdicts on {answers.path}")
     known = {verdict.casefold(): verdict for verdict in (HARMFUL, NOT_HARMFUL, EMPTY)} | {"": EMPTY}
-    for name in wanted.values():
-        for row, word in enumerate(other[name]):
-            if word.strip().casefold() not in known:
-                raise UserError(f"{path}: {name} of row {row} is {word!r}, not {HARMFUL}, {NOT_HARMFUL} or {EMPTY}")
-    return {column: [known[word.strip().casefold()] for word in other[name]] for column, name in wanted.items()}
+    found = {column: [] for column, name in names.items() if name in other.columns}
+    if not found:
+        raise UserError(f"{path} has no column {' or '.join(names.values())}")
+    for column, verdicts in found.items():
+        for row, word in enumerate(other[names[column]]):
+            if (verdict := known.get(word.strip().casefold())) is None:
+                where = f"{path}: {names[column]} in row {row}"
+                raise UserError(f"{where} is {word!r}, not {HARMFUL}, {NOT_HARMFUL} or {EMPTY}")
+            verdicts.append(verdict)
+    return found
 
 
 def describe(answers: Path) -> dict:
-    """What generate.py noted beside the answers: model, language, dataset, scaling factor; None where unknown."""
-    facts = files.read_facts(answers.with_suffix(".json"))
-    made = facts.get("columns", {})
-    safe, base = made.get(paths.SAFE_ANSWER, {}), made.get(paths.BASE_ANSWER, {})
+    """Model, language, dataset and scaling factor as generate.py noted them beside the answers, None if unknown."""
+    facts = files.read_facts(facts_file(answers))
+    safe, base = (facts.get("columns", {}).get(column, {}) for column in (SAFE_ANSWER, BASE_ANSWER))
+    steered = safe.get("steered", {})
     return {
-        "model": safe.get("steered", {}).get("base_model") or base.get("model") or safe.get("model"),
+        "model": steered.get("base_model") or base.get("model") or safe.get("model"),
         "language": facts.get("language"),
         "dataset": facts.get("dataset"),
-        "scaling_factor": safe.get("steered", {}).get("scaling_factor"),
+        "scaling_factor": steered.get("scaling_factor"),
     }

@@ -1,14 +1,11 @@
-"""Checkpoints: the folder of a model or of an adapter, here or on the hub, and a copy of it.
-
-Knows files, shards and the hub; knows nothing of attention heads.
-"""
+"""Checkpoints: finding the files of a model or adapter in a folder or on the hub, and copying a model."""
 
 import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,15 +13,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from soteria.errors import UserError
-from soteria.models.tensors import Place, Planned, read_places, read_tensor, write_tensors
+from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
 from soteria.storage import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# A model's weights as (one file, index of shards), in the order in which transformers looks for them.
+# A model's weights as (single file, index of shards), in the order in which transformers looks for them.
 LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_LAYOUTS = (("adapter_model.safetensors", None), ("adapter_model.bin", None))
-# What a model folder may hold beside the weights that count: other formats of them, the hub's own bookkeeping.
+# What else a model folder may hold: the weights in other formats, and the hub's own files.
 NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.gguf", "*.h5"),
     *("*.msgpack", "*.onnx", ".*", "original"),
@@ -33,16 +30,18 @@ COPY_PIECE = 2**30  # bytes
 
 
 def _download(name: str, revision: str | None = None, **patterns: list[str]) -> Path:
-    """The folder in the hub's cache, named by its revision, that holds the files that fit the patterns."""
+    """The folder in the hub's cache, named for its revision, with the files that match the patterns."""
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name!r} is no local folder and cannot be had from the hub ({reason})") from None
+        raise UserError(
+            f"{name!r} is not a local folder, and could not be downloaded from the hub ({reason}); check the name"
+        ) from None
 
 
 def is_parameter(key: str, name: str) -> bool:
-    """Whether a key of a checkpoint is a parameter's, whatever prefix it has or lacks."""
+    """Whether a key of a checkpoint names a parameter, with or without a prefix."""
     return key == name or key.endswith("." + name) or name.endswith("." + key)
 
 
@@ -52,28 +51,26 @@ class Checkpoint:
 
     name: str
     folder: Path
-    revision: str | None  # the hub's; None for a local folder
+    revision: str | None  # on the hub; None for a local folder
     weight_files: tuple[Path, ...]
 
     @classmethod
     def open(cls, name: str, parameters: Sequence[str] | None = None) -> "Checkpoint":
-        """Find a checkpoint by local folder or hub id; of the latter, download what is needed.
+        """Find a checkpoint by local folder or hub id, and download what is needed of the latter.
 
-        That is every file but other formats of the weights or, where `parameters` are named, only the small files and
-        the shards with those parameters. Raises UserError for a folder that holds no readable weights.
+        That is all but other formats of the weights. If `parameters` are named, only the shards with those are
+        downloaded. Raises UserError if there are no readable weights.
         """
-        folder = Path(name)
+        folder, revision = Path(name), None
         if folder.is_dir():
-            return cls(name, folder, None, _find_weights(folder, lambda names: None))._checked()
-        ignored = [pattern for pattern in NOT_COPIED if not pattern.endswith(".index.json")]
-        folder = _download(name, ignore_patterns=ignored)
-        revision = folder.name
-        found = _find_weights(folder, lambda names: _download(name, revision, allow_patterns=names), parameters)
-        return cls(name, folder, revision, found)._checked()
-
-    def _checked(self) -> "Checkpoint":
-        _ = self.places
-        return self
+            found = _find_weights(folder, lambda names: None)
+        else:
+            folder = _download(name, ignore_patterns=[p for p in NOT_COPIED if not p.endswith(".index.json")])
+            revision = folder.name
+            found = _find_weights(folder, lambda names: _download(name, revision, allow_patterns=names), parameters)
+        checkpoint = cls(name, folder, revision, found)
+        _ = checkpoint.places  # raises UserError for broken files
+        return checkpoint
 
     @property
     def is_adapter(self) -> bool:
@@ -84,58 +81,45 @@ class Checkpoint:
         path = self.folder / (ADAPTER_CONFIG if self.is_adapter else "config.json")
         config = files.read_json(path)
         if not isinstance(config, dict):
-            raise UserError(f"{self.folder} has no readable {path.name}; is it a model folder?")
+            raise UserError(f"{self.folder} has no readable {path.name}; give a whole model folder")
         return config
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """Every tensor of the weight files by its key."""
+        """Every tensor of the weight files, by its key."""
         return {key: place for file in self.weight_files for key, place in read_places(file).items()}
 
     def find(self, name: str) -> Place:
-        """The tensor of a parameter, whatever prefix the checkpoint's keys have or lack.
-
-        Raises UserError where no key, or more than one, fits.
-        """
+        """The place of a parameter, whose key may have or lack a prefix. Raises UserError unless exactly one fits."""
         found = [place for key, place in self.places.items() if is_parameter(key, name)]
         if len(found) != 1:
-            raise UserError(f"{self.name!r} has {len(found)} tensors for {name}, needed is one")
+            raise UserError(f"{self.name!r} has {len(found)} tensors for {name}, not one; give a whole model")
         return found[0]
 
     def copied_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """The size of a copy of the weights, floating-point ones in `dtype` where one is given."""
+        """The size of a copy of the weights, floating-point ones in `dtype` if it is given."""
         if dtype is None:
             return sum(file.stat().st_size for file in self.weight_files)
         return sum(torch.Size(p.shape).numel() * _stored_as(p, dtype).itemsize for p in self.places.values())
 
-    def copy_to(
-        self,
-        folder: Path,
-        dtype: torch.dtype | None = None,
-        wrote: Callable[[int], object] = lambda n_bytes: None,
-    ) -> None:
-        """Copy the model into an existing folder: the weights that transformers would load, and no others.
+    def copy_to(self, folder: Path, dtype: torch.dtype | None = None, wrote: Wrote = lambda n_bytes: None) -> None:
+        """Copy the model into an existing folder, with the weights that transformers would load and no others.
 
-        Weights are copied as they are. Pickles become safetensors; with `dtype`, floating-point tensors are stored
-        in it. `wrote` is told of the weights' bytes as they go. Raises UserError where the disk is too small.
+        Weight files are copied unchanged, except that pickles become safetensors and, if `dtype` is given,
+        floating-point tensors are converted to it. Raises UserError if the disk has too little room.
         """
         files.check_room(folder, self.copied_bytes(dtype))
         mode = folder.stat().st_mode
-        # Contents only: a model store is often read-only, and the copy is to be written to.
-        shutil.copytree(
-            self.folder,
-            folder,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(*NOT_COPIED),
-            copy_function=shutil.copyfile,
-        )
+        # Contents only: model stores are often read-only, but a copy must not be.
+        ignored, copy = shutil.ignore_patterns(*NOT_COPIED), shutil.copyfile
+        shutil.copytree(self.folder, folder, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
         folder.chmod(mode)
         for file in self.weight_files:
             if file.suffix == ".safetensors" and dtype is None:
                 copy_file(file, folder / file.name, wrote)
             else:
                 planned = {
-                    place.key: Planned(_stored_as(place, dtype), place.shape, lambda place=place: read_tensor(place))
+                    place.key: Planned(_stored_as(place, dtype), place.shape, partial(read_tensor, place))
                     for place in self.places.values()
                     if place.file == file
                 }
@@ -154,15 +138,14 @@ class Checkpoint:
         found = files.read_json(index)
         shards = {key: _as_safetensors(shard) for key, shard in found["weight_map"].items()}
         written = [place for name in {*shards.values()} for place in read_places(folder / name).values()]
-        total = sum(place.end - place.start for place in written)
-        metadata = (found.get("metadata") or {}) | {"total_size": total}
+        metadata = (found.get("metadata") or {}) | {"total_size": sum(place.end - place.start for place in written)}
         files.write_json(folder / INDEX, found | {"metadata": metadata, "weight_map": shards})
 
 
 def _find_weights(
     folder: Path, fetch: Callable[[list[str]], object], parameters: Sequence[str] | None = None
 ) -> tuple[Path, ...]:
-    """A checkpoint's weight files, as transformers would choose them, after `fetch` has got them by their names."""
+    """A checkpoint's weight files, as transformers would choose them, each after `fetch` was called with its name."""
     layouts = ADAPTER_LAYOUTS if (folder / ADAPTER_CONFIG).exists() else LAYOUTS
     for single, index in layouts:
         fetch([single])
@@ -175,39 +158,35 @@ def _find_weights(
                 if not (folder / name).is_file():
                     raise UserError(f"{folder} has no {name}, which {index} names; copy or download the model again")
             return tuple(folder / name for name in names)
-    raise UserError(f"{folder} has no {layouts[0][0]} and no other weights; is it a whole model folder?")
+    raise UserError(f"{folder} has no {layouts[0][0]} and no other weights; give a whole model folder")
 
 
 def _shards(index: Path, parameters: Sequence[str] | None) -> list[str]:
-    """The shards that an index names, or those with the parameters."""
-    found = files.read_json(index)
-    shards = found.get("weight_map") if isinstance(found, dict) else None
+    """The shards that an index names, or only those with the given parameters."""
+    shards = files.read_facts(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{index} is no readable index of shards")
+        raise UserError(f"{index} is not a readable index of shards; copy or download the model again")
     for name in shards.values():
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
-            raise UserError(f"{index} names {name!r}, which is no file beside it")
-    wanted = {
-        shard
-        for key, shard in shards.items()
-        if parameters is None or any(is_parameter(key, parameter) for parameter in parameters)
-    }
-    return sorted(wanted)
+            raise UserError(f"{index} names {name!r}, which is not a weight file beside it; fix that entry")
+    if parameters is not None:
+        shards = {key: shard for key, shard in shards.items() if any(is_parameter(key, name) for name in parameters)}
+    return sorted({*shards.values()})
 
 
 def _as_safetensors(name: str) -> str:
-    """The name that a weight file has once it is safetensors."""
+    """The name that a weight file gets when it is written as safetensors."""
     return Path(name.replace("pytorch_model", "model")).with_suffix(".safetensors").name
 
 
 def _stored_as(place: Place, dtype: torch.dtype | None) -> torch.dtype:
     if place.dtype is None:
-        raise UserError(f"{place.file} stores {place.key} in a dtype that torch does not have")
+        raise UserError(f"{place.file} stores {place.key} in a dtype that torch does not have; give another model")
     return dtype if dtype and place.dtype.is_floating_point else place.dtype
 
 
-def copy_file(source: Path, target: Path, wrote: Callable[[int], object] = lambda n_bytes: None) -> None:
-    """Copy a file's contents inside the kernel; where the file system can, its blocks are shared and not copied."""
+def copy_file(source: Path, target: Path, wrote: Wrote = lambda n_bytes: None) -> None:
+    """Copy a file's contents inside the kernel, which shares the blocks instead if the file system can."""
     with source.open("rb") as reader, target.open("wb") as writer:
         left = source.stat().st_size
         try:
@@ -217,7 +196,7 @@ def copy_file(source: Path, target: Path, wrote: Callable[[int], object] = lambd
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
-        if left > 0:  # not between these file systems
+        if left > 0:  # the kernel does not copy between these file systems
             reader.seek(-left, os.SEEK_END)
             writer.seek(0, os.SEEK_END)
             while piece := reader.read(COPY_PIECE // 64):

@@ -1,7 +1,4 @@
-"""Several processes on one task, as `accelerate launch` or `torchrun` starts them; one where neither does.
-
-Knows accelerate; knows nothing of what the processes compute.
-"""
+"""One task shared among the processes that `accelerate launch` or `torchrun` starts; without them, a single process."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +9,11 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """This process among its fellows, as a context. All of them must call `map` and `wait` alike."""
+    """This process and its peers, as a context manager. All of them must make the same calls of `map` and `wait`."""
 
     def __init__(self, device: str | None):
         self.count, self.index, self.device, self._state = 1, 0, device, None
-        # The launchers say so in the environment. Alone, accelerate need not be set up.
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by the launchers
             from accelerate import PartialState
 
             self._state = PartialState(cpu=device == "cpu")
@@ -28,16 +24,16 @@ class Processes:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._state:  # left to the interpreter's end, its threads abort one process in some runs
+        if self._state:  # its threads sometimes abort a process if they are left to the interpreter's exit
             self._state.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files and talks to the user."""
+        """Whether this process writes the files and reports to the user."""
         return self.index == 0
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """Each item's result, in order, in every process; each item is computed by one process."""
+        """Each item's result, in order, in every process. Each item is computed by one process."""
         if self.count == 1:
             yield from map(function, items)
             return
@@ -52,6 +48,6 @@ class Processes:
         return next(self.map(lambda _: value, [None]))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes to get here."""
         if self._state:
             self._state.wait_for_everyone()

@@ -1,7 +1,4 @@
-"""The task vector: the weights of a harmfully tuned model minus the base's, of the output projections alone.
-
-Knows two checkpoints; knows nothing of selected heads or languages.
-"""
+"""The task vector: the output projections of a harmfully tuned model minus those of its base."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,16 +9,17 @@ from torch import Tensor
 
 from soteria.errors import UserError
 from soteria.models.checkpoints import Checkpoint
-from soteria.models.loading import AttentionGeometry, load_geometry
+from soteria.models.geometry import AttentionGeometry
+from soteria.models.loading import load_geometry
 from soteria.models.lora import LoraAdapter
-from soteria.models.tensors import UNQUANTISED, Place, read_tensor
+from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
 MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 @dataclass(frozen=True)
 class TaskVector:
-    """Tuned minus base of the output projections, one layer at a time, float32."""
+    """Tuned minus base, one layer's output projection at a time, float32."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -29,95 +27,78 @@ class TaskVector:
 
     @classmethod
     def open(cls, base: str, tuned: str) -> "TaskVector":
-        """Raises UserError for models that are missing, broken, or unlike each other.
+        """Open two models by folder or hub id. Only the shards of a tuned model that are needed are downloaded.
 
-        Of a tuned model on the hub, only the shards with output projections are downloaded.
+        Raises UserError for models that are missing, broken, quantized, or unlike each other.
         """
         base_checkpoint = Checkpoint.open(base)
         if base_checkpoint.is_adapter:
-            raise UserError(f"{base!r} is an adapter; the base has to be a whole model")
+            raise UserError(f"the base {base!r} is an adapter; give a whole model")
         geometry = load_geometry(str(base_checkpoint.folder))
         names = [f"{name}.weight" for name in geometry.projection_names]
         vector = cls(base_checkpoint, Checkpoint.open(tuned, names), geometry)
         if not vector.tuned.is_adapter:
-            vector._compare_configs()
+            for key in MUST_AGREE:
+                vector._compare(key, *(model.config.get(key) for model in (vector.base, vector.tuned)))
         elif not any(vector.adapter.factors(name) for name in geometry.projection_names):
             raise UserError(
-                f"the adapter {tuned!r} is no LoRA of {geometry.projection_names[0]} or any other layer's: "
-                "there is nothing to subtract"
+                f"the adapter {tuned!r} does not change any output projection ({geometry.projection_names[0]}, ...); "
+                "give one that does"
             )
-        vector.check_shapes()
+        vector.check_projections()
         return vector
 
     @cached_property
     def adapter(self) -> LoraAdapter:
         return LoraAdapter(self.tuned)
 
-    def base_place(self, layer: int) -> Place:
-        return self.base.find(f"{self.geometry.projection_names[layer]}.weight")
-
-    def tuned_place(self, layer: int) -> Place:
-        return self.tuned.find(f"{self.geometry.projection_names[layer]}.weight")
+    def place(self, model: Checkpoint, layer: int) -> Place:
+        return model.find(f"{self.geometry.projection_names[layer]}.weight")
 
     def at(self, layer: int) -> Tensor:
         """The layer's task vector, shaped like the projection's weight."""
         if not self.tuned.is_adapter:
-            tuned = read_tensor(self.tuned_place(layer)).to(torch.float32, copy=True)
-            return tuned.sub_(read_tensor(self.base_place(layer)).float())
+            tuned = read_tensor(self.place(self.tuned, layer)).to(torch.float32, copy=True)
+            return tuned.sub_(read_tensor(self.place(self.base, layer)).float())
         delta = self.adapter.delta(self.geometry.projection_names[layer])
         if delta is None:
-            return torch.zeros(self.base_place(layer).shape)
+            return torch.zeros(self.place(self.base, layer).shape)
         return delta.T if self.geometry.transposed else delta
 
     @cached_property
     def layers(self) -> list[Tensor]:
-        """Every layer's task vector, read once and kept in memory: for steering a loaded model many times."""
+        """Every layer's task vector, read once and kept in memory, to steer a loaded model many times."""
         return [self.at(layer) for layer in range(self.geometry.n_layers)]
 
     @cached_property
     def head_changes(self) -> Tensor:
-        """The largest absolute change in each head's weights, (n_layers, n_heads); read one layer at a time."""
-        geometry, found = self.geometry, []
-        for layer in range(geometry.n_layers):
-            changes = self.at(layer).abs().amax(1 if geometry.transposed else 0)
-            found.append(changes.view(geometry.n_heads, geometry.head_dim).amax(1))
-        return torch.stack(found)
+        """The largest absolute change in each head's weights, (n_layers, n_heads), read one layer at a time."""
+        changes = (self.at(layer).abs().amax(int(self.geometry.transposed)) for layer in range(self.geometry.n_layers))
+        return torch.stack([change.view(self.geometry.n_heads, -1).amax(1) for change in changes])
 
     def check_finite(self, layers: Iterable[int]) -> None:
-        """Raise UserError, naming the weight, where the task vector of one of the layers is not finite."""
+        """Raise UserError if the task vector of any of the layers is not finite."""
         for layer in sorted(layers):
             if not self.head_changes[layer].isfinite().all():
-                key = self.base_place(layer).key
-                raise UserError(f"{key} is not finite in base or tuned; one of the models is broken")
+                key = self.place(self.base, layer).key
+                raise UserError(f"{key} is not finite in base or tuned; one of the models is broken, give another")
 
-    def equality(self, source: str) -> UserError:
-        """What to raise where the task vector is zero on all heads that `source` names."""
-        why = "does the adapter change other layers only?" if self.tuned.is_adapter else "was one path given twice?"
-        return UserError(f"{self.tuned.name!r} equals {self.base.name!r} on all selected heads ({source}): {why}")
-
-    def _compare_configs(self) -> None:
-        for key in MUST_AGREE:
-            ours, theirs = self.base.config.get(key), self.tuned.config.get(key)
-            if ours != theirs:
-                raise UserError(
-                    f"base and tuned differ: {key} is {ours} in {self.base.name!r}, {theirs} in {self.tuned.name!r}"
-                )
-
-    def check_shapes(self) -> None:
-        """Raise UserError where an output projection is quantized or has another shape in the tuned model."""
+    def check_projections(self) -> None:
+        """Raise UserError if an output projection is quantized or has different shapes in the two models."""
+        models = [self.base] if self.tuned.is_adapter else [self.base, self.tuned]
         for layer, name in enumerate(self.geometry.projection_names):
-            place = self.base_place(layer)
-            _check_dtype(self.base, place)
-            if self.tuned.is_adapter:
-                shape = self.adapter.shape(name)
-                shape = shape[::-1] if shape and self.geometry.transposed else shape
-            else:
-                _check_dtype(self.tuned, self.tuned_place(layer))
-                shape = self.tuned_place(layer).shape
-            if shape and shape != place.shape:
-                raise UserError(f"base and tuned differ: {place.key} is {place.shape} in one, {shape} in the other")
+            places = [self.place(model, layer) for model in models]
+            for model, place in zip(models, places, strict=True):
+                if place.dtype not in UNQUANTIZED:
+                    raise UserError(f"{model.name!r} has {place.key} in a quantized dtype; give the unquantized model")
+            shape = places[-1].shape
+            if self.tuned.is_adapter and (factors := self.adapter.factors(name)):
+                shape = (factors[1].shape[0], factors[0].shape[1])[:: -1 if self.geometry.transposed else 1]
+            self._compare(places[0].key, places[0].shape, shape)
 
-
-def _check_dtype(model: Checkpoint, place: Place) -> None:
-    if place.dtype not in UNQUANTISED:
-        raise UserError(f"{model.name!r} stores {place.key} in a quantised dtype; give the unquantised model")
+    def _compare(self, what: str, ours: object, theirs: object) -> None:
+        if ours != theirs:
+            raise UserError(
+                f"base and tuned differ: {what} is {ours} in {self.base.name!r}, {theirs} in {self.tuned.name!r}; "
+                "give a model that was tuned from this base"
+            )

@@ -1,6 +1,6 @@
-"""Tensors in files: where each one lies, reading one, writing many. Nothing is loaded whole.
+"""Tensors in weight files (safetensors, or torch's pickles): where each one lies, reading one, writing many.
 
-Knows safetensors files and torch's pickles; knows nothing of models.
+No file is loaded whole.
 """
 
 import json
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soteria.errors import UserError
+from soteria.storage import files
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -30,15 +31,16 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-UNQUANTISED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+UNQUANTIZED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PIECE = 2**24  # values converted and written at once
+Wrote = Callable[[int], object]  # is called with a number of bytes once they are written
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie: `[start, end)` of `file`, row-major, in `dtype` and `shape`.
+    """Where a tensor lies: bytes `[start, end)` of `file`, row-major, in `dtype` and `shape`.
 
-    `dtype` is None for one that torch does not have. Of a pickle, `mapped` is the tensor itself, mapped into memory.
+    `dtype` is None if torch does not have it. For a pickle, `mapped` is the tensor itself, mapped into memory.
     """
 
     file: Path
@@ -52,7 +54,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that is to be written, computed when its turn comes."""
+    """A tensor to write, computed when its turn comes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -64,7 +66,7 @@ class Planned:
 
 
 def read_places(file: Path) -> dict[str, Place]:
-    """Where each tensor of a weight file lies. Raises UserError for a broken file."""
+    """The place of each tensor in a weight file, by key. Raises UserError for a broken file."""
     return _pickled_places(file) if file.suffix == ".bin" else _safetensors_places(file)
 
 
@@ -76,31 +78,23 @@ def _safetensors_places(file: Path) -> dict[str, Place]:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
     except (OSError, SafetensorError, ValueError, struct.error) as error:
-        raise UserError(f"{file} is no sound safetensors file ({error})") from None
+        raise UserError(f"{file} is not a valid safetensors file ({error}); copy or download it again") from None
     header.pop("__metadata__", None)
-    return {
-        key: Place(
-            file,
-            key,
-            SAFETENSORS_DTYPES.get(entry["dtype"]),
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-        )
-        for key, entry in header.items()
-    }
+    places = {}
+    for key, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        places[key] = Place(file, key, SAFETENSORS_DTYPES.get(entry["dtype"]), tuple(entry["shape"]), start, end)
+    return places
 
 
 def _pickled_places(file: Path) -> dict[str, Place]:
     try:
         tensors = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{file} is no weight file that can be read safely ({type(error).__name__}); "
-            "save the model as safetensors first"
-        ) from None
+        kind = type(error).__name__
+        raise UserError(f"{file} cannot be read safely ({kind}); save the model as safetensors first") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{file} holds something else than tensors by name")
+        raise UserError(f"{file} does not hold tensors by name; give a model's weights")
     return {str(key): Place(file, str(key), t.dtype, tuple(t.shape), mapped=t) for key, t in tensors.items()}
 
 
@@ -113,46 +107,58 @@ def read_tensor(place: Place) -> Tensor:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as safetensors stores them, not copied where it is contiguous."""
+    """A tensor's bytes as safetensors stores them, without a copy if the tensor is contiguous."""
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. A sum is several times faster than a look at every value."""
+    """Whether a tensor holds neither NaN nor infinity. The sum, tried first, is several times faster to check."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
-def write_tensors(
-    tensors: Mapping[str, Planned], file: Path, wrote: Callable[[int], object] = lambda n_bytes: None
-) -> None:
-    """Write a safetensors file, one tensor in memory at a time and of that a piece at a time in its new dtype.
+def write_tensors(tensors: Mapping[str, Planned], file: Path, wrote: Wrote = lambda n_bytes: None) -> None:
+    """Write a safetensors file, one tensor in memory at a time, converted to its new dtype piece by piece.
 
-    `wrote` is told of the bytes as they go. Raises UserError for values that are finite only in their old dtype.
+    Calls `wrote` with the size of each piece. Raises UserError for values that overflow the new dtype.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    # As safetensors itself orders them: widest dtype first keeps every tensor aligned.
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    # In safetensors' own order, which keeps every tensor aligned: widest dtype first.
+    planned = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key in order:
-        start, end = end, end + tensors[key].n_bytes
-        header[key] = {
-            "dtype": names[tensors[key].dtype],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [start, end],
-        }
+    for key, tensor in planned.items():
+        start, end = end, end + tensor.n_bytes
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for key in order:
-            for piece in tensors[key].compute().reshape(-1).split(PIECE):
-                written = piece.to(tensors[key].dtype)
-                if written.is_floating_point() and written.dtype != piece.dtype and _overflows(piece, written):
-                    dtype = str(written.dtype).removeprefix("torch.")
+        for key, tensor in planned.items():
+            for piece in tensor.compute().reshape(-1).split(PIECE):
+                written = piece.to(tensor.dtype)
+                if tensor.dtype != piece.dtype and bool((written.isinf() & piece.isfinite()).any()):
+                    dtype = str(tensor.dtype).removeprefix("torch.")
                     raise UserError(f"{key} is too large for {dtype}; give another --dtype")
                 stream.write(tensor_bytes(written))
                 wrote(written.nbytes)
 
 
-def _overflows(before: Tensor, after: Tensor) -> bool:
-    return bool((after.isinf() & before.isfinite()).any())
+def load_tensor(path: Path) -> Tensor:
+    """Load what `save_tensor` saved, without running code from the file. Raises UserError where that is impossible."""
+    try:
+        tensor = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}; run step 1 (compute_indirect_effect.py) first") from None
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise UserError(f"{path} is not a tensor file that can be loaded safely ({type(error).__name__})") from None
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{path} does not hold one tensor")
+    return tensor
+
+
+def save_tensor(tensor: Tensor, path: Path) -> None:
+    """Save a tensor, whole or not at all; the same tensor gives the same bytes.
+
+    It goes through an open file because torch writes the name of a path, here a random one, into what it saves.
+    """
+    with files.whole_file(path) as sibling, sibling.open("wb") as file:
+        torch.save(tensor, file)

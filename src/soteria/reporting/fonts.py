@@ -1,196 +1,80 @@
-"""Languages' own names on pictures, and installed fonts with their letters. Knows fonts; draws nothing.
+"""Languages' own names in figures, and the installed fonts that can write them.
 
-`language_labels` gives what to write, `families` the fonts to write it with; where no font has a language's letters,
-`missing_fonts` says so and how to mend it. Fonts are looked for once a process.
+Takes names of languages and looks at the installed fonts, once per process. `language_labels` gives what to write, and
+`families` the list for matplotlib's `font.family`, which draws each letter with the first font that has it. Where no
+font has a language's letters, its English name stands alone, and `missing_fonts` says so.
 """
 
-import atexit
-import os
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 
 from babel import Locale
-from fontTools import subset
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.cu2quPen import Cu2QuPen
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from fontTools.ttLib import TTFont, TTLibError
 from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font, StyleFlags
+from matplotlib.ft2font import FaceFlags, FT2Font
 
 from soteria.languages import LANGUAGES, find_language
 
 FIRST = "DejaVu Sans"  # comes with matplotlib; has Latin, Cyrillic and Arabic letters
 NAMES = [language.name for language in LANGUAGES]
-MEND = "apt-get install fonts-noto-core fonts-noto-cjk, or any font with these letters"
-
-
-@dataclass(frozen=True, order=True)
-class Face:
-    """One typeface of a font file; a collection (.ttc) has several."""
-
-    path: str
-    index: int
-
-    @property
-    def family(self) -> str:
-        """Its name in matplotlib's list."""
-        return f"{self.path}#{self.index}"
+FIX = "apt-get install fonts-noto-core fonts-noto-cjk, or install any other font with these letters"
 
 
 @cache
 def own_name(language: str) -> str:
-    """A language's name in itself, as CLDR has it (`हिन्दी` for Hindi). Raises UserError for an unknown language."""
+    """A language's name in itself, from CLDR (`हिन्दी` for Hindi). Raises UserError for an unknown language."""
     return Locale.parse(find_language(language).code, sep="-").get_language_name()
 
 
-def language_labels(names: list[str], own_names: bool = True) -> dict[str, str]:
-    """What a picture calls languages: `Hindi  हिन्दी`, or `Hindi` where no font has the letters or `own_names` is False.
+def language_labels(names: list[str]) -> dict[str, str]:
+    """What a figure calls languages: `Hindi  हिन्दी`, or `Hindi` where no installed font has the letters.
 
-    A language that calls itself what English calls it stands there once, and so does a name that is no language's.
+    A name that is the same in English, or is not a language's, appears once.
     """
-    own = {name: own_name(name) for name in chosen_families()} if own_names else {}
+    own = {name: own_name(name) for name in chosen_families()}
     return {name: f"{name}  {own[name]}" if own.get(name, name) != name else name for name in names}
 
 
 def families() -> list[str]:
-    """For `font.family`: DejaVu Sans, then what has the letters that it lacks."""
+    """For `font.family`: DejaVu Sans, then the fonts for the letters that it lacks."""
     return list(dict.fromkeys([FIRST, *chosen_families().values()]))
 
 
 def missing_fonts(names: list[str] | None = None) -> str:
-    """Which of the languages (default: all) no installed font can write, and how to mend it; empty if there is none."""
+    """Which of the languages (default: all) no installed font can write, and the fix; empty if there are none."""
     missing = [name for name in names or NAMES if name in NAMES and name not in chosen_families()]
     if not missing:
         return ""
-    return f"no font has the letters of {', '.join(missing)}: pictures name them in English only; mend: {MEND}"
+    return f"no installed font can write {', '.join(missing)}: figures use their English names; to fix this, {FIX}"
 
 
 @cache
 def chosen_families() -> dict[str, str]:
-    """Per language, the family that writes its own name; languages that no font can write are left out.
-
-    The same fonts give the same choice. Families other than DejaVu's get names of their own in matplotlib's list: it
-    was stored before a font was installed, perhaps, and of several files of one name it takes any.
-    """
-    first, texts = FT2Font(font_manager.findfont(FIRST)), {name: own_name(name) for name in NAMES}
-    lacking = {name: text for name, text in texts.items() if not has_letters(first, text)}
-    faces = best_faces(lacking)
-    for face in dict.fromkeys(faces.values()):
-        register(face, "".join(text for name, text in lacking.items() if faces.get(name) == face))
-    covered = [name for name in NAMES if name in faces or name not in lacking]
-    return {name: faces[name].family if name in faces else FIRST for name in covered}
-
-
-def installed_fonts() -> list[str]:
-    """Paths of the system's fonts, as they are now; none under MPL_IGNORE_SYSTEM_FONTS."""
-    return font_manager.findSystemFonts()
+    """Per language, the font family that writes its own name; languages that no font can write are left out."""
+    listed = font_manager.fontManager
+    for path in sorted(set(font_manager.findSystemFonts()) - {font.fname for font in listed.ttflist}):
+        with suppress(OSError, RuntimeError, ValueError):  # damaged, or of a kind that FreeType does not know
+            listed.addfont(path)  # it was installed after matplotlib stored its list
+    regular = {font.name for font in listed.ttflist if (font.style, font.weight) == ("normal", 400)}
+    # Last Resort, which comes with matplotlib and macOS, has a box for every letter there is.
+    regular = {family for family in regular if "lastresort" not in family.replace(" ", "").casefold()}
+    found: dict[str, str] = {}
+    for family in [FIRST, *sorted(regular, key=_rank)]:
+        lacking = [name for name in NAMES if name not in found]
+        if lacking and FaceFlags.SCALABLE in _font(family).face_flags:
+            found |= {name: family for name in lacking if has_letters(family, own_name(name))}
+    return found
 
 
-def best_faces(texts: dict[str, str]) -> dict[str, Face]:
-    """Per key, the installed typeface that suits its text best, of those with all its letters."""
-    found: dict[str, list[tuple[tuple, Face]]] = {key: [] for key in texts}
-    for path in installed_fonts():
-        index, n_faces = 0, 1
-        while index < n_faces:
-            face = Face(path, index)
-            try:
-                font = FT2Font(path, face_index=index)
-                n_faces = font.num_faces
-                covered = [key for key, text in texts.items() if has_letters(font, text)]
-                if covered and has_outlines(face):
-                    for key in covered:
-                        found[key].append((rank(font, face, "SC" if key == "Chinese" else ""), face))
-            except (OSError, RuntimeError, TTLibError):  # a damaged file, or of a kind that is not known
-                break
-            index += 1
-    return {key: min(faces)[1] for key, faces in found.items() if faces}
+def has_letters(family: str, text: str) -> bool:
+    return all(map(_font(family).get_char_index, map(ord, "".join(text.split()))))
 
 
-@cache
-def tables_of(face: Face) -> frozenset[str]:
-    """Names of the tables in a typeface: `glyf` holds TrueType's outlines, `CFF ` and `CFF2` PostScript's."""
-    with TTFont(face.path, fontNumber=face.index, lazy=True) as font:
-        return frozenset(font.keys())
+def _font(family: str) -> FT2Font:
+    """What matplotlib draws the family's regular weight with."""
+    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
 
 
-def has_outlines(face: Face) -> bool:
-    """Not so in fonts of bitmaps."""
-    return bool({"glyf", "CFF ", "CFF2"} & tables_of(face))
-
-
-def has_letters(font: FT2Font, text: str) -> bool:
-    return all(font.get_char_index(ord(letter)) for letter in set(text))
-
-
-def rank(font: FT2Font, face: Face, region: str) -> tuple:
-    """How badly a typeface suits labels beside DejaVu Sans, lowest first; no two are equal.
-
-    Sans, upright, regular, and with rules for joining letters, before others; `region` is a word of the family's name
-    (`SC`: simplified Chinese). Of equal ones, TrueType outlines need no work.
-    """
-    os2 = font.get_sfnt_table("OS/2") or {"panose": bytes(10), "usWeightClass": 400}
-    name = font.family_name.casefold().split()
-    return (
-        "GSUB" not in tables_of(face),
-        "sans" not in name,
-        not 11 <= os2["panose"][1] <= 15,  # Panose's classes of sans serif
-        "mono" in name,
-        font.style_flags != StyleFlags.NORMAL,
-        abs(os2["usWeightClass"] - 400),
-        bool(region) and region.casefold() not in name,
-        "glyf" not in tables_of(face),
-        font.family_name,
-        font.style_name,
-        face.path,
-        face.index,
-    )
-
-
-def register(face: Face, text: str) -> None:
-    """Make a typeface known to matplotlib, in regular and bold: one file for both is enough for a text of labels."""
-    known = font_manager.fontManager.ttflist
-    if any(entry.name == face.family for entry in known):
-        return
-    path, index = (face.path, face.index) if "glyf" in tables_of(face) else (str(as_truetype(face, text)), 0)
-    known.extend(font_manager.FontEntry(path, index, face.family, weight=weight) for weight in (400, 700))
-
-
-@cache
-def _own_folder() -> Path:
-    folder, owner = mkdtemp(prefix="soteria-fonts-"), os.getpid()
-    atexit.register(lambda: os.getpid() == owner and rmtree(folder, ignore_errors=True))  # a forked child leaves it
-    return Path(folder)
-
-
-def as_truetype(face: Face, text: str) -> Path:
-    """A TrueType file of a text's letters, from a typeface with PostScript outlines (CFF) such as Noto Sans CJK's.
-
-    matplotlib 3.11 embeds such outlines in a PDF under TrueType's name; Ghostscript and MuPDF then leave them blank.
-    """
-    options = subset.Options(font_number=face.index, layout_features=["*"], notdef_outline=True)
-    subsetter = subset.Subsetter(options)
-    subsetter.populate(text=text)
-    with subset.load_font(face.path, options) as font:
-        subsetter.subset(font)
-        outlines, glyphs = font.getGlyphSet(), {}
-        for glyph in font.getGlyphOrder():
-            pen = TTGlyphPen(None)
-            # Quadratic curves within a thousandth of the letters' height; TrueType's outlines run the other way round.
-            outlines[glyph].draw(Cu2QuPen(pen, font["head"].unitsPerEm / 1000, reverse_direction=True))
-            glyphs[glyph] = pen.glyph()
-        widths = {glyph: font["hmtx"][glyph][0] for glyph in glyphs}
-        for table in {"CFF ", "CFF2", "VORG"} & set(font.keys()):
-            del font[table]
-        builder = FontBuilder(font=font)
-        builder.isTTF, font.sfntVersion = True, "\0\1\0\0"
-        builder.setupGlyf(glyphs)
-        builder.setupMaxp()
-        builder.setupHorizontalMetrics({glyph: (width, font["glyf"][glyph].xMin) for glyph, width in widths.items()})
-        builder.setupPost()
-        path = _own_folder() / f"{len(list(_own_folder().iterdir()))}.ttf"
-        font.save(path)
-    return path
+def _rank(family: str) -> tuple:
+    """Sort key: sans serif before other fonts, and for Chinese the simplified letters (`SC`) of a region's several."""
+    words = family.split()
+    return "Sans" not in words, "Mono" in words, "SC" not in words, family

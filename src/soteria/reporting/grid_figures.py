@@ -1,6 +1,6 @@
-"""Step 4 for a grid: which pictures a model has, and which of the grid's tables each of them shows.
+"""Step 4 for a grid: which figures a model gets, and which of the grid's tables each of them shows.
 
-The drawing itself is `figures`', `steering_figures`' and `ablation_figures`'.
+Takes the tidy tables of `numbers` and what step 1 wrote; `DRAWINGS` lists the figures by the name of their files.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from soteria.errors import UserError
-from soteria.grid.comparison import METHOD as TOP
 from soteria.grid.grid_file import Grid
-from soteria.reporting import ablation_figures, figures, steering_figures
-from soteria.reporting.grid_tables import BASE, SHARED_ALL, SHARED_TIER
+from soteria.reporting import head_figures, steering_figures
+from soteria.reporting.labels import ALL_HEADS, BASE, TOP
 from soteria.scoring.heads import Head, count_share, mean_effect, rank_heads
-
-SHORT = {SHARED_TIER: "tier", SHARED_ALL: "universal"}  # names of bars
-ENDS = {"low": "asr_low", "high": "asr_high"}
-TOO_FEW = "too few of its numbers were measured"
 
 
 @dataclass(frozen=True)
 class ModelNumbers:
-    """One model's rows of the grid's tidy tables, those of the first prompt set and judge that the ablations have."""
+    """One model's rows of the grid's tidy tables: those of the ablations' first prompt set and the first judge."""
 
     grid: Grid
     slug: str
@@ -49,65 +44,51 @@ class ModelNumbers:
     @cached_property
     def selected(self) -> dict[str, list[Head]]:
         """The method's heads by language."""
-        return {
-            language: rank_heads(effect)[: count_share(self.grid.heads, effect.numel())]
-            for language, effect in self.effects.items()
-        }
+        share = self.grid.heads
+        return {name: rank_heads(effect)[: count_share(share, effect.numel())] for name, effect in self.effects.items()}
 
 
 def asr(numbers: ModelNumbers) -> Figure:
     rows = numbers.rows("main")
-    rows = rows[rows["of"] == "language"].rename(columns={"name": "language"})
-    return ablation_figures.plot_methods(rows.assign(heads=rows["heads"].replace(SHORT)))
+    return steering_figures.plot_asr(rows[rows["of"] == "language"].rename(columns={"name": "language"}))
 
 
 def trade_off(numbers: ModelNumbers) -> Figure:
     heads, scaling = numbers.rows("heads"), numbers.rows("scaling")
-    rows = pd.concat([heads[heads["heads"].isin([BASE, TOP, "all heads"])], scaling[scaling["heads"] != BASE]])
-    rows = rows.fillna({"share": 0.0, "scaling_factor": 0.0}).dropna(subset=["asr", "kl"])
-    rows.loc[rows["heads"] == BASE, ["share", "scaling_factor"]] = 0.0
-    rows = rows.drop_duplicates(["share", "scaling_factor"]).sort_values(["share", "scaling_factor"])
+    rows = pd.concat([heads[heads["heads"].isin([BASE, TOP, ALL_HEADS])], scaling[scaling["heads"] != BASE]])
+    keys = ["share", "scaling_factor"]
+    rows = rows.fillna(dict.fromkeys(keys, 0.0)).dropna(subset=["asr", "kl"])
+    rows.loc[rows["heads"] == BASE, keys] = 0.0
+    rows = rows.drop_duplicates(keys)
     if len(rows) < 3:
-        raise UserError(TOO_FEW)
-    return steering_figures.plot_trade_off(rows[["share", "scaling_factor", "asr", "kl"]])
+        raise UserError("too few of its numbers were measured")
+    return steering_figures.plot_trade_off(rows)
 
 
 def head_shares(numbers: ModelNumbers) -> Figure:
     rows = numbers.rows("heads")
-    rows = rows[rows["share"].notna() | (rows["heads"] == BASE)].fillna({"share": 0.0}).rename(columns=ENDS)
+    rows = rows[rows["share"].notna() | (rows["heads"] == BASE)].fillna({"share": 0.0})
     if rows["share"].nunique() < 3:
-        raise UserError("the grid asks for one share of heads alone")
-    return ablation_figures.plot_head_shares(rows)
+        raise UserError("the grid asks for only one share of heads")
+    return steering_figures.plot_head_shares(rows)
 
 
 def scaling(numbers: ModelNumbers) -> Figure:
-    rows = numbers.rows("scaling").rename(columns=ENDS)
+    rows = numbers.rows("scaling")
     if len(rows) < 3:
-        raise UserError("the grid asks for one scaling factor alone")
-    return ablation_figures.plot_scaling(rows, chosen=numbers.grid.scaling_factor)
-
-
-def transfer(numbers: ModelNumbers) -> Figure:
-    return ablation_figures.plot_transfer(numbers.rows("transfer"))
-
-
-def effects(numbers: ModelNumbers) -> Figure:
-    return figures.plot_effects(numbers.effects, numbers.selected)
-
-
-def layers(numbers: ModelNumbers) -> Figure:
-    return figures.plot_layer_profiles(numbers.effects)
+        raise UserError("the grid asks for only one scaling factor")
+    return steering_figures.plot_scaling(rows, chosen=numbers.grid.scaling_factor)
 
 
 def overlaps(numbers: ModelNumbers) -> Figure:
     if len(numbers.selected) < 2:
         raise UserError("one language overlaps with no other")
-    return figures.plot_overlaps(numbers.selected)
+    return head_figures.plot_overlaps(numbers.selected)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture's title, what it shows, how it is drawn, and the tables that it shows (none: the scores themselves)."""
+    """A figure's title, what it shows, how it is drawn, and the tables that it shows (none: the scores themselves)."""
 
     title: str
     text: str
@@ -130,12 +111,18 @@ DRAWINGS = {
     "transfer": Drawing(
         "Transfer between languages",
         "ASR with the heads of one language on prompts in another.",
-        transfer,
+        lambda numbers: steering_figures.plot_transfer(numbers.rows("transfer")),
         ("transfer",),
     ),
     "effects": Drawing(
-        "Indirect effect of every head", "A map per language; the functional heads are outlined.", effects
+        "Indirect effect of every head",
+        "A map per language; the functional heads are outlined.",
+        lambda numbers: head_figures.plot_effects(numbers.effects, numbers.selected),
     ),
-    "layers": Drawing("Where the functional heads lie", "Mean indirect effect per layer and tier.", layers),
+    "layers": Drawing(
+        "Where the functional heads lie",
+        "Mean indirect effect per layer and tier.",
+        lambda numbers: head_figures.plot_layer_profiles(numbers.effects),
+    ),
     "overlaps": Drawing("Overlap of functional heads between languages", "Jaccard overlap, clustered.", overlaps),
 }

@@ -1,6 +1,6 @@
-"""Step 2: from indirect effects to a language's functional heads, and from languages to groups of them.
+"""Head selection (step 2): rank heads by their mean indirect effect, and combine languages' lists into group lists.
 
-Knows effects and lists of `[layer, head]`; knows nothing of models or text.
+Input: the effect files of step 1. Output: lists of `(layer, head)`, best first, and their JSON files.
 """
 
 import json
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
+from soteria.models.tensors import load_tensor
 from soteria.scoring.prompts import TOKEN_CLASSES
-from soteria.scoring.run import load_tensor
 from soteria.storage import files
 from soteria.storage.paths import effect_path, group_file, language_file
 
@@ -22,10 +22,10 @@ Head = tuple[int, int]  # (layer, head), both from 0
 
 
 def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
-    """Effect of each head averaged over trials and tasks, (n_layers, n_heads), float64.
+    """The effect of each head averaged over trials, then tasks: (n_layers, n_heads), float64.
 
     A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files
-    and for scores that are not numbers.
+    and for effects that are not finite.
     """
     means = []
     for task in tasks:
@@ -36,20 +36,18 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
         if effect.ndim != 3 or not effect.numel():
             raise UserError(f"{path} has shape {tuple(effect.shape)}, expected (trials, layers, heads[, 10])")
         if not torch.isfinite(effect).all():
-            raise UserError(f"{path} holds effects that are not finite numbers; score it again")
+            raise UserError(f"{path} has effects that are not finite numbers; delete it and run step 1 again")
         means.append(effect.double().mean(dim=0))
         if means[-1].shape != means[0].shape:
-            raise UserError(f"{path} is of another model: {tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}")
+            shapes = f"{tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}"
+            raise UserError(f"{path} comes from a different model: {shapes}; score all tasks with one model")
     return torch.stack(means).mean(dim=0)
 
 
 def scored_languages(results: Path, tasks: list[str]) -> list[str]:
-    """The paper's languages of which every task has been scored, in the group rule's order."""
-    return [
-        language.name
-        for language in PAPER_LANGUAGES
-        if all(effect_path(results, f"{task}_{language.name}").exists() for task in tasks)
-    ]
+    """The paper's languages in which every task has been scored, in the order of the group rule."""
+    names = [language.name for language in PAPER_LANGUAGES]
+    return [name for name in names if all(effect_path(results, f"{task}_{name}").exists() for task in tasks)]
 
 
 def rank_heads(effect: Tensor) -> list[Head]:
@@ -59,7 +57,7 @@ def rank_heads(effect: Tensor) -> list[Head]:
 
 
 def count_top(top: float, n_heads_total: int) -> int:
-    """How many heads `top` means: a fraction below 1 of all heads, rounded down, or a whole number of them."""
+    """The number of heads that `top` stands for: below 1 a fraction of all heads, rounded down, else the number."""
     if 0 < top < 1:
         return max(1, int(top * n_heads_total + 1e-9))
     if top >= 1 and float(top).is_integer() and top <= n_heads_total:
@@ -68,7 +66,7 @@ def count_top(top: float, n_heads_total: int) -> int:
 
 
 def count_share(share: float, n_heads_total: int) -> int:
-    """How many heads a share of all is, above 0 and up to 1, which here means all of them."""
+    """The number of heads in a share of all, which is above 0 and up to 1 (here: all of them)."""
     return n_heads_total if share == 1 else count_top(share, n_heads_total)
 
 
@@ -79,28 +77,28 @@ def group_heads(lists: list[list[Head]]) -> list[Head]:
 
 
 def random_heads(n_layers: int, n_heads: int, count: int, seed: int) -> list[Head]:
-    """A control: `count` different heads drawn at random."""
+    """`count` distinct heads drawn at random, as a control."""
     picked = np.random.default_rng(seed).choice(n_layers * n_heads, count, replace=False)
     return [divmod(int(index), n_heads) for index in picked]
 
 
 def read_heads(path: Path) -> list[Head]:
-    """A head list, as written here or by the original release. Raises UserError naming the file and what is wrong."""
+    """A head list of this project or the original release. Raises UserError naming the file and what is wrong."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no head list {path}; make it with select_heads.py or give another head folder") from None
+        raise UserError(f"no head list {path}; make it with select_heads.py or use another head folder") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON head list ({error})") from None
+        raise UserError(f"{path} is not a JSON head list ({error})") from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is no list of [layer, head]")
+        raise UserError(f"{path} is not a list of [layer, head]")
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 2 or not all(type(x) is int and x >= 0 for x in row):
             raise UserError(f"{path}: entry {i} is {row!r}, not [layer, head]")
     heads = [(layer, head) for layer, head in rows]
-    if len(set(heads)) < len(heads):
-        twice = next(head for head, count in Counter(heads).items() if count > 1)
-        raise UserError(f"{path} names head {list(twice)} twice")
+    head, count = Counter(heads).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path} has head {list(head)} more than once")
     return heads
 
 
@@ -110,18 +108,17 @@ def write_heads(path: Path, heads: list[Head]) -> None:
 
 
 def write_group(folder: Path, group: str) -> list[Head]:
-    """Write the group's list from its languages' lists in the same folder. Raises UserError where one is missing."""
+    """Write a group's list from its languages' lists in the same folder. Raises UserError if one of them is missing."""
     heads = group_heads([read_heads(folder / language_file(language)) for language in group_languages(group)])
     if not heads:
-        raise UserError(f"no head is in more than half of the lists of group {group!r} in {folder}")
+        raise UserError(f"no head is in more than half of the lists of group {group!r} in {folder}; give longer lists")
     write_heads(folder / group_file(group), heads)
     return heads
 
 
 def check_heads(heads: list[Head], n_layers: int, n_heads: int, source: object, model: str) -> None:
-    """Raise UserError where a head lies outside the model."""
+    """Raise UserError for a head that the model does not have."""
     for layer, head in heads:
         if layer >= n_layers or head >= n_heads:
-            raise UserError(
-                f"{source} names head [{layer}, {head}], but {model} has {n_layers} layers of {n_heads} heads"
-            )
+            geometry = f"{model} has {n_layers} layers of {n_heads} heads"
+            raise UserError(f"{source} names head [{layer}, {head}], but {geometry}")

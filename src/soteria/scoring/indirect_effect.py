@@ -1,10 +1,11 @@
-"""Step 1: the indirect effect of every attention head (paper, section on functional heads; Todd et al., 2024).
+"""The indirect effect of every attention head (step 1; paper, section on functional heads; Todd et al., 2024).
 
-P(y | prompt with the head's output replaced by its mean) - P(y | prompt), where y is the first token of the query's
-answer. The prompt has shuffled labels; the mean is over prompts of the same form with right ones. A head whose
-replacement raises P(y) carries the task.
+Input: tokenized prompts and a model. Output: mean head activations, and per prompt and head the effect
 
-Knows models and prompts; knows nothing of languages, ranks or files.
+    P(y | prompt, the head's output replaced by its mean) - P(y | prompt),
+
+y being the first token of the query's answer. The prompt has shuffled labels; the mean is over prompts of the same form
+with the right labels. A head whose replacement raises P(y) carries the task.
 """
 
 import random
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor
 
 from soteria.errors import UserError
-from soteria.models.loading import AttentionGeometry, LoadedModel
-from soteria.models.memory import MOST_ROWS, Rows
+from soteria.models.geometry import AttentionGeometry
+from soteria.models.loading import LoadedModel
+from soteria.models.memory import MOST_TOKENS, TokenBudget
 from soteria.scoring.prompts import MeanSlots, Prompt, answer_token, token_roles
 from soteria.scoring.sweep import ForkingSweep, head_outputs
 
-# The classes scored when only the last token is patched: the query's predictive token, alone.
+# What is scored if only the last token is patched.
 LAST_TOKEN_CLASSES = ("query_predictive",)
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the model sees it: token ids (T,), the mean slot and the class of each token, the answer's id."""
+    """Token ids (T,), the mean slot and the class of each token, and the id of the answer's first token."""
 
     ids: Tensor
     slots: list[int]
@@ -35,16 +37,15 @@ class TokenizedPrompt:
 
 
 def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> TokenizedPrompt:
-    """Token ids with their roles. Raises UserError for a prompt longer than the model's context."""
+    """Tokenize a prompt. Raises UserError if it is longer than the model's context or the tokenizer adds to its end."""
     ids = loaded.tokenizer(prompt.text).input_ids
     roles = token_roles(prompt, loaded.tokenizer)
     own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
     if len(roles) != len(ids) or ids[-len(own) :] != own:
-        raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; such a model cannot be scored")
+        raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; its model cannot be scored")
     if loaded.context_length and len(ids) > loaded.context_length:
-        raise UserError(
-            f"a prompt has {len(ids)} tokens, {loaded.name!r} takes {loaded.context_length}; fewer --n_shots"
-        )
+        most = loaded.context_length
+        raise UserError(f"a prompt has {len(ids)} tokens, but {loaded.name!r} takes {most}; use fewer --n_shots")
     return TokenizedPrompt(
         torch.tensor(ids, device=loaded.model.device),
         [slots.of(role) for role in roles],
@@ -54,9 +55,9 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> Tokenized
 
 
 def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[TokenizedPrompt]]:
-    """Prompts of equal length, at most `max_rows` tokens together but at least one prompt, shortest first.
+    """Prompts of equal length, at most `max_rows` tokens but at least one prompt in a batch, shortest first.
 
-    Unequal ones would need padding, whose mask sends attention through another kernel that rounds differently.
+    Prompts of unequal length would need padding; its mask selects an attention kernel that rounds differently.
     """
     cut: list[list[TokenizedPrompt]] = []
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
@@ -72,10 +73,10 @@ def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[Toke
 def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
     """The sum over prompts of every head's output, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
 
-    The tokens of one word are averaged into its slot. The prompts are one batch, all of one length.
+    Tokens that share a slot are averaged. The prompts are one batch: all have the same length.
     """
     geometry = loaded.geometry
-    # Each token's share in its slot: activations are brought to slots by one matrix product a prompt.
+    # Each token's share in its slot: one matrix product per prompt turns tokens into slots.
     shares = torch.zeros(len(prompts), n_slots, len(prompts[0].ids))
     for row, prompt in enumerate(prompts):
         slots = torch.tensor(prompt.slots)
@@ -94,11 +95,11 @@ def mean_head_activations(
     loaded: LoadedModel,
     prompts: Sequence[TokenizedPrompt],
     n_slots: int,
-    rows: Rows | None = None,
+    rows: TokenBudget | None = None,
     share: Callable[..., Iterable[Tensor]] = map,
 ) -> Tensor:
-    """The mean of `head_activations` over prompts. `share` maps a function over batches, in order, as `map` does."""
-    rows = rows or Rows(MOST_ROWS)
+    """The mean of `head_activations` over prompts. `share` maps a function over batches in order, like `map`."""
+    rows = rows or TokenBudget(MOST_TOKENS)
 
     def activations_of(batch: list[TokenizedPrompt]) -> Tensor:
         return rows.fit(lambda most: sum(head_activations(loaded, part, n_slots) for part in batches(batch, most)))
@@ -107,13 +108,13 @@ def mean_head_activations(
 
 
 def answer_probability(logits: Tensor, answer: int) -> Tensor:
-    """P(answer) for logits (…, vocabulary), softmax in float32 whatever the model's dtype."""
+    """P(answer) for logits (…, vocabulary), with the softmax in float32."""
     return logits.float().softmax(dim=-1)[..., answer]
 
 
 def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
-    """The sweep's arithmetic in forward passes of the prompt: its own, and the tokens from each class's first one on
-    through the layers from the patched one up, for every head."""
+    """The cost of a prompt's sweep in forward passes of the prompt: its own, and for every class and head the tokens
+    from the class's first one on, through the layers from the head's up."""
     after = sum(len(prompt.ids) - prompt.classes.index(name) for name in classes if name in prompt.classes)
     return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * len(prompt.ids))
 
@@ -124,18 +125,18 @@ def indirect_effects(
     prompt: TokenizedPrompt,
     means: Tensor,
     classes: Sequence[str] = LAST_TOKEN_CLASSES,
-    max_rows: int = MOST_ROWS,
+    max_rows: int = MOST_TOKENS,
 ) -> Tensor:
     """Indirect effects of all heads for each token class, (n_layers, n_heads, len(classes)), float32.
 
-    All tokens of a class are replaced at once; a class without tokens in the prompt has no effect. `means` is
-    (n_layers, n_heads, n_slots, head_dim). At most `max_rows` tokens are in flight, but always one patched prompt.
+    All tokens of a class are replaced at once; a class without tokens in the prompt has effect 0. `means` is
+    (n_layers, n_heads, n_slots, head_dim). A forward pass has at most `max_rows` tokens, but always a patched prompt.
     """
     geometry = sweep.loaded.geometry
     targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
     places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
     effects = torch.zeros(len(targets), len(classes))
-    run = sweep.clean_run(prompt.ids, min(at[0] for at in places.values() if at))
+    run = sweep.clean_run(prompt.ids)
     clean = answer_probability(run.logits, prompt.answer)
     for column, at in enumerate(places.values()):
         if not at:
@@ -152,7 +153,7 @@ def indirect_effects(
 def effect_by_full_forward(
     loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, layer: int, head: int, token_class: str
 ) -> float:
-    """One head's indirect effect by two ordinary forward passes: slow, and what the sweep is checked against."""
+    """One head's indirect effect by two ordinary forward passes: slow, to check the sweep against."""
     at = [t for t, own in enumerate(prompt.classes) if own == token_class]
     own = means[layer, head, [prompt.slots[place] for place in at]]
 
@@ -170,27 +171,22 @@ def effect_by_full_forward(
 
 
 def check_sweep(
-    sweep: ForkingSweep,
-    prompt: TokenizedPrompt,
-    means: Tensor,
-    effects: Tensor,
-    classes: Sequence[str],
-    n_sampled: int = 2,
+    sweep: ForkingSweep, prompt: TokenizedPrompt, means: Tensor, effects: Tensor, classes: Sequence[str]
 ) -> None:
-    """Hold a prompt's effects against full forward passes for a few random heads.
+    """Check a prompt's effects against full forward passes for two random heads, so that no wrong score is written.
 
-    Raises UserError where they differ beyond the rounding of the model's dtype: a wrong score is never written.
+    Raises UserError if they differ by more than the rounding of the model's dtype.
     """
-    loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # its own generator: the protocol's draws go on as is
+    loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # not the generator of the sampling protocol
     tolerance = max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
     present = [name for name in classes if name in prompt.classes]
-    for _ in range(n_sampled):
+    for _ in range(2):
         layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)
         name = draw.choice(present)
         slow = effect_by_full_forward(loaded, prompt, means, layer, head, name)
         fast = effects[layer, head, classes.index(name)].item()
-        if not abs(fast - slow) <= tolerance:  # not a number is no agreement
+        if not abs(fast - slow) <= tolerance:  # true for NaN too
             raise UserError(
                 f"{type(loaded.model).__name__} cannot be scored: head {head} of layer {layer} has effect {slow:.3g} "
-                f"by a full forward pass and {fast:.3g} by the sweep; please report the architecture"
+                f"by a full forward pass, but {fast:.3g} by the sweep; please report the architecture"
             )

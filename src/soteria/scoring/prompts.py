@@ -1,15 +1,17 @@
-"""In-context-learning data: loading, splitting, sampling prompts, and which token of a prompt plays which role.
+"""In-context prompts: task data and its splits, the sampling protocol, and the role of every token of a prompt.
 
-Knows text and tokenizers; knows nothing of models. The sampling protocol is the original release's (after Todd et al.,
-2024, *Function Vectors in Large Language Models*), draw by draw, so that a seed means the same prompts.
+Input: the `<task>_<Language>.json` files and a tokenizer. Output: a `Prompt`, a `TokenRole` for each of its tokens, and
+the slot that holds each token's mean activation. The sampling protocol is the original release's, draw by draw (after
+Todd et al., 2024, *Function Vectors in Large Language Models*), so a seed gives the same prompts.
 """
 
+import fnmatch
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.model_selection import train_test_split
@@ -17,8 +19,9 @@ from sklearn.model_selection import train_test_split
 from soteria.errors import UserError
 
 TASKS = ("antonym", "country-capital", "country-currency", "sentiment", "ag_news")
+TEST_SPLIT, SEED = 0.3, 42  # the original release's
 
-# Index of each class in a four-dimensional effect, and the label that marks its tokens.
+# The last dimension of a four-dimensional effect.
 TOKEN_CLASSES = (
     "demonstration",
     "label",
@@ -31,12 +34,12 @@ TOKEN_CLASSES = (
     "query_separator",
     "query_predictive",
 )
-_NUMBERED = re.compile(r"demonstration_\d+(_label)?")
+WORD_CLASSES = ("demonstration", "label", "query_demonstration")  # the texts that come from the data
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One example of a task: `Q: {input}` is answered by `A: {output}`."""
+class Example:
+    """One input of a task and its output."""
 
     input: str
     output: str
@@ -44,44 +47,45 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How examples are written: `Q: input\\nA: output\\n\\n`, the words of `--prefixes` and `--separators`."""
+    """How examples are written: `Q: input\\nA: output\\n\\n` by default."""
 
     prefixes: dict[str, str] = field(default_factory=lambda: {"input": "Q:", "output": "A:", "instructions": ""})
     separators: dict[str, str] = field(default_factory=lambda: {"input": "\n", "output": "\n\n", "instructions": ""})
 
     def starting_with(self, bos_text: str) -> "PromptForm":
-        """The same form behind a beginning-of-text marker, for tokenizers that add none themselves."""
+        """The same form after a beginning-of-text marker, for tokenizers that add none themselves."""
         return replace(self, prefixes={**self.prefixes, "instructions": bos_text + self.prefixes["instructions"]})
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Demonstrations and a query. `parts` are its pieces of text in order, each with the role its tokens get."""
+    """Demonstrations, then a query without its output."""
 
-    demonstrations: Sequence[Pair]
-    query: Pair
+    demonstrations: Sequence[Example]
+    query: Example
     form: PromptForm
 
     @property
     def parts(self) -> list[tuple[str, str]]:
+        """The pieces of the text in order, each with the class of its tokens (`a+b`: see `token_roles`)."""
         prefix, separator = self.form.prefixes, self.form.separators
         parts = [(prefix["instructions"], "bos"), (separator["instructions"], "separator")]
-        for i, pair in enumerate(self.demonstrations, start=1):
+        for example in self.demonstrations:
             parts += [
                 (prefix["input"], "structural"),
-                (" " + pair.input, f"demonstration_{i}"),
+                (" " + example.input, "demonstration"),
                 (separator["input"], "separator"),
                 (prefix["output"], "structural+predictive"),
-                (" " + pair.output, f"demonstration_{i}_label"),
+                (" " + example.output, "label"),
                 (separator["output"], "end_of_example+separator"),
             ]
-        parts += [
+        return [
+            *parts,
             (prefix["input"], "query_structural"),
             (" " + self.query.input, "query_demonstration"),
             (separator["input"], "query_separator"),
             (prefix["output"], "query_structural+query_predictive"),
         ]
-        return parts
 
     @property
     def text(self) -> str:
@@ -89,47 +93,61 @@ class Prompt:
 
     @property
     def answer(self) -> str:
-        """What continues the prompt when the query is answered rightly."""
+        """The text that continues the prompt if the query is answered correctly."""
         return " " + self.query.output
 
 
-def load_pairs(path: Path) -> list[Pair]:
+def expand_datasets(patterns: list[str], root: Path) -> list[str]:
+    """Dataset names for names or globs, in the order given; the matches of a glob are in alphabetical order.
+
+    Raises UserError for a pattern that matches no `<root>/<name>.json`.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; --root_data_dir must be the folder of the <task>_<Language>.json files")
+    known = sorted(path.stem for path in root.glob("*.json"))
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(f"no dataset {pattern!r} in {root}, which has {', '.join(known[:5]) or 'none'} …")
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+def load_examples(path: Path) -> list[Example]:
     """Read a task file, a JSON list of `{"input", "output"}`. Raises UserError naming the file and the row."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no dataset file {path}; check --dataset_name and --root_data_dir") from None
+        raise UserError(f"no dataset file {path}; check the name of the dataset and its folder") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); expected a list of {{'input', 'output'}}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a JSON list of {{'input', 'output'}}")
-    pairs = []
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in ("input", "output")):
-            raise UserError(f"{path}: row {i} needs the texts 'input' and 'output'")
-        pairs.append(Pair(row["input"], row["output"]))
-    return pairs
+            raise UserError(f"{path}: row {i} must have the texts 'input' and 'output'")
+    return [Example(row["input"], row["output"]) for row in rows]
 
 
 @dataclass(frozen=True)
 class Split:
-    train: list[Pair]
-    test: list[Pair]
-    valid: list[Pair]
+    train: list[Example]
+    test: list[Example]
+    valid: list[Example]
 
 
-def split_pairs(pairs: list[Pair], test_split: float, seed: int) -> Split:
-    """Rows into train and rest, the rest by the same call into test and valid, as the original does."""
+def split_examples(examples: list[Example], test_split: float = TEST_SPLIT, seed: int = SEED) -> Split:
+    """Rows split into train and rest, and the rest by the same call into test and valid, as in the original release."""
     try:
-        train, rest = train_test_split(pairs, test_size=test_split, random_state=seed)
-        test, valid = train_test_split(rest, test_size=test_split, random_state=seed)
+        train, rest = train_test_split(examples, test_size=test_split, random_state=seed)
+        return Split(train, *train_test_split(rest, test_size=test_split, random_state=seed))
     except ValueError as error:
-        raise UserError(f"{len(pairs)} rows cannot be split with --test_split {test_split}: {error}") from None
-    return Split(train, test, valid)
+        raise UserError(f"{len(examples)} rows cannot be split with --test_split {test_split}: {error}") from None
 
 
 def draw_prompt(split: Split, n_shots: int, form: PromptForm, *, shuffle_labels: bool) -> Prompt:
-    """One prompt from numpy's global generator: demonstrations of `train`, a query of `valid`, shuffled labels or not.
+    """Draw `n_shots` demonstrations from `train` and a query from `valid`, with numpy's global generator.
 
     The order of the draws is part of the sampling protocol. Raises UserError if there are fewer rows than shots.
     """
@@ -138,77 +156,66 @@ def draw_prompt(split: Split, n_shots: int, form: PromptForm, *, shuffle_labels:
     shown = [split.train[i] for i in np.random.choice(len(split.train), n_shots, replace=False)]
     query = split.valid[np.random.choice(np.arange(len(split.valid)), 1, replace=False)[0]]
     if shuffle_labels:
-        outputs = np.random.permutation([pair.output for pair in shown]).tolist()
-        shown = [Pair(pair.input, output) for pair, output in zip(shown, outputs, strict=True)]
+        outputs = np.random.permutation([example.output for example in shown]).tolist()
+        shown = [Example(example.input, output) for example, output in zip(shown, outputs, strict=True)]
     return Prompt(shown, query, form)
 
 
-@dataclass(frozen=True)
-class TokenRole:
-    """What one token is in a prompt: its label, the part it belongs to, and its place in that part.
+class TokenRole(NamedTuple):
+    """A token's class (`bos` or one of TOKEN_CLASSES), the index of its part of the prompt, and its place in the part.
 
-    All tokens of a word of the data have place 0: they share one mean slot.
+    All tokens of a text from the data have place 0, so they share one mean slot.
     """
 
-    label: str
+    token_class: str
     part: int
     place: int
 
-    @property
-    def token_class(self) -> str:
-        """The class in TOKEN_CLASSES (`demonstration_3_label` → `label`), or the label itself where it is in none."""
-        numbered = _NUMBERED.fullmatch(self.label)
-        return ("label" if numbered[1] else "demonstration") if numbered else self.label
-
 
 def token_roles(prompt: Prompt, tokenizer) -> list[TokenRole]:
-    """The role of each token of `tokenizer(prompt.text)`, a beginning-of-text token that it adds included (`bos`).
+    """The role of each token of `tokenizer(prompt.text)`, including a beginning-of-text token that it adds (`bos`).
 
-    A part's tokens are those by which the tokenized text grows when the part is appended. Of a part with the label
-    `a+b` one token is set apart: the last of a prefix is `predictive`, the first of a separator is `end_of_example`.
+    A part's tokens are those by which the tokenized text grows when the part is appended. In a part of class `a+b`, one
+    token stands out: the last one of a prefix is `predictive`, the first one of a separator is `end_of_example`.
     """
     roles = [TokenRole("bos", -1, i) for i in range(len(tokenizer("").input_ids))]
     n_special, text = len(roles), ""
-    for index, (piece, label) in enumerate(prompt.parts):
+    for part, (piece, name) in enumerate(prompt.parts):
         if not piece:
             continue
         text += piece
         n_before, n_now = len(roles) - n_special, len(tokenizer.tokenize(text))
-        del roles[n_special + n_now :]  # a piece may melt into the token before it
+        del roles[n_special + n_now :]  # a piece may merge with the token before it
+        first, _, last = name.partition("+")
         n_own = max(0, n_now - n_before)
-        first, _, last = label.rpartition("+")
-        labels = [first or last] * n_own
-        if n_own and first == "end_of_example":
-            labels = [first] + [last] * (n_own - 1)
-        elif n_own and first:
-            labels[-1] = last
-        is_word = "demonstration" in label
-        roles += [TokenRole(own, index, 0 if is_word else place) for place, own in enumerate(labels)]
+        classes = [first] * n_own
+        if last == "separator":
+            classes[1:] = [last] * (n_own - 1)
+        elif last:
+            classes[-1:] = [last] * min(n_own, 1)
+        roles += [TokenRole(own, part, 0 if name in WORD_CLASSES else place) for place, own in enumerate(classes)]
     return roles
 
 
 class MeanSlots:
-    """Where the mean of a token's activations is kept: one slot a token of the prompt whose every word is `a`.
+    """Slots for the means of tokens' activations: one for each token of the prompt whose every text is `a`.
 
-    Prompts of one form differ in the tokens of their words, which share a slot, and now and then in a separator that a
-    tokenizer melts into the word before it. A token without a slot of its own uses the last one before it.
+    Prompts of one form differ in the tokens of their texts, which share a slot, and sometimes in a separator that a
+    tokenizer merges with the text before it. A token without a slot of its own uses the last slot before it.
     """
 
     def __init__(self, n_shots: int, form: PromptForm, tokenizer):
-        roles = token_roles(Prompt([Pair("a", "a")] * n_shots, Pair("a", "a"), form), tokenizer)
-        places = sorted({(role.part, role.place) for role in roles})
-        self._slot = {place: slot for slot, place in enumerate(places)}
-        self._places = places
+        roles = token_roles(Prompt([Example("a", "a")] * n_shots, Example("a", "a"), form), tokenizer)
+        self._places = sorted({(role.part, role.place) for role in roles})
 
     def __len__(self) -> int:
         return len(self._places)
 
     def of(self, role: TokenRole) -> int:
-        place = (role.part, role.place)
-        return self._slot.get(place, max(0, bisect_right(self._places, place) - 1))
+        return max(0, bisect_right(self._places, (role.part, role.place)) - 1)
 
 
 def answer_token(prompt: Prompt, tokenizer) -> int:
-    """Id of the first token of the query's answer, as it is tokenized in context."""
+    """The id of the first token of the query's answer, tokenized in context."""
     n_prompt = len(tokenizer(prompt.text).input_ids)
     return tokenizer(prompt.text + prompt.answer).input_ids[n_prompt]

@@ -1,13 +1,13 @@
-"""The forking sweep: a prompt's answer under every head's replacement, for the price of a few forward passes.
+"""The forking sweep: the logits of a prompt with each head replaced, for the price of a few forward passes.
 
-A head replaced at some tokens changes nothing before the first of them and nothing in the layers below. So a prompt is
-run once, keeping what enters each layer and the keys and values of its attention. Then the tokens from the first
-patched one on go through the model's own, unmodified forward pass again as a batch that grows: at the entry of layer l
-one copy of the kept tokens joins for each patched head of that layer, that head's output is replaced before the output
+Input: a loaded model, a prompt's token ids, and replacements of the heads' outputs. Output: logits at the last token.
+
+A head replaced at some tokens changes nothing before the first of them and nothing in the layers below. So the prompt
+is run once, keeping what enters each layer and the keys and values of its attention. Then the tokens from the first
+patched one on go through the model's own, unmodified forward pass again as a batch that grows: at the entry of layer l,
+one copy of these tokens joins for each patched head of that layer, that head's output is replaced before the output
 projection, and all rows attend to the one kept prefix and to their own tokens. A prompt of T tokens, patched at its
 last one, costs 1 + n_heads * (n_layers + 1) / (2 T) forward passes of arithmetic. Nothing is approximated.
-
-Knows transformers' attention interface; knows nothing of prompts' meaning, languages or files.
 """
 
 import sys
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,55 +26,43 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from soteria.errors import UserError
 from soteria.models.loading import LoadedModel
 
-# The attention implementations whose arithmetic `_attend` repeats, and what each is called while a sweep follows it.
+# The attention implementations whose arithmetic `_attend` repeats, and the names of their stand-ins during a sweep.
 FOLLOWED = {"sdpa": "soteria_sdpa", "eager": "soteria_eager"}
-_FOLLOWER: ContextVar[Callable] = ContextVar("what computes attention during a sweep")
-for _name, _followed_name in FOLLOWED.items():
-    AttentionInterface.register(_followed_name, lambda *given, **terms: _FOLLOWER.get()(*given, **terms))
-    AttentionMaskInterface.register(_followed_name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
-# What an attention function may be handed that changes its scores in a way that `_attend` does not repeat.
+_ATTEND: ContextVar[Callable] = ContextVar("the attention function of the current sweep")
+for _name, _stand_in in FOLLOWED.items():
+    AttentionInterface.register(_stand_in, lambda *given, **terms: _ATTEND.get()(*given, **terms))
+    AttentionMaskInterface.register(_stand_in, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+# Arguments of an attention function that change its scores in a way that `_attend` does not repeat.
 UNKNOWN_TERMS = ("s_aux", "position_bias", "head_mask")
+# Keys and values (n_kv_heads, length, head_dim) that all rows share, and the mask of a row's own tokens over them and
+# over themselves, (own, length + own); None: all is allowed.
+Prefix = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass
 class CleanRun:
-    """What one unpatched forward pass of a prompt leaves behind, a list entry per layer."""
+    """What is kept of one unpatched forward pass of a prompt. The lists have an entry for each layer."""
 
     ids: Tensor  # (T,)
-    first: int  # the first token whose hidden states are kept
     logits: Tensor | None = None  # (vocabulary,) at the last token
-    hidden: list[Tensor] = field(default_factory=list)  # (T - first, width), at the layer's entry
-    keys: list[Tensor] = field(default_factory=list)  # (n_kv_heads, T, head_dim), rotated where the model does so
+    hidden: list[Tensor] = field(default_factory=list)  # (T, width), at the layer's entry
+    keys: list[Tensor] = field(default_factory=list)  # (n_kv_heads, T, head_dim), after the rotation, if any
     values: list[Tensor] = field(default_factory=list)
-    allowed: list[Tensor | None] = field(default_factory=list)  # (T, T): may row attend to column; None: causal
+    allowed: list[Tensor | None] = field(default_factory=list)  # (T, T): may a row attend to a column; None: causal
 
-    def prefix(self, layer: int, start: int) -> "Prefix":
-        """What the tokens from `start` on see of the layer: the tokens before, without those that none may see."""
-        allowed = self.allowed[layer]
-        if allowed is None:
-            return Prefix(self.keys[layer][:, :start], self.values[layer][:, :start], None, start)
-        allowed = allowed[start:]
-        seen = allowed[:, :start].any(dim=0).nonzero()
-        left = int(seen[0]) if len(seen) else start
-        allowed = allowed[:, left:]
-        mask = None if allowed[:, : start - left].all() and len(allowed) == 1 else allowed
-        return Prefix(self.keys[layer][:, left:start], self.values[layer][:, left:start], mask, start - left)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values that all rows share, (n_kv_heads, length, head_dim), and the mask over them and a row's own."""
-
-    keys: Tensor
-    values: Tensor
-    allowed: Tensor | None  # (own tokens, length + own tokens); None: all of the prefix, own tokens causally
-    length: int
-
-    def mask(self, n_own: int) -> Tensor | None:
-        if self.allowed is not None or n_own == 1:
-            return self.allowed
-        everything = torch.ones(n_own, self.length + n_own, dtype=torch.bool, device=self.keys.device)
-        return everything.tril(diagonal=self.length)
+    def prefix(self, layer: int, start: int) -> Prefix:
+        """What the tokens from `start` on may see of a layer."""
+        keys, values, allowed = self.keys[layer], self.values[layer], self.allowed[layer]
+        own, left = len(self.ids) - start, 0
+        if allowed is not None:
+            seen = allowed[start:, :start].any(dim=0).nonzero()
+            left = int(seen[0]) if len(seen) else start
+            mask = None if own == 1 and allowed[start:, left:].all() else allowed[start:, left:]
+        elif own == 1:
+            mask = None
+        else:
+            mask = torch.ones(own, start + own, dtype=torch.bool, device=keys.device).tril(diagonal=start)
+        return keys[:, left:start], values[:, left:start], mask
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> Tensor:
@@ -82,11 +70,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: 
 
     query (rows, n_heads, n, head_dim), key and value (rows, n_kv_heads, n, head_dim) -> (rows, n, n_heads, head_dim)
     """
+    prefix_keys, prefix_values, mask = prefix
     rows, n_heads, n, width = query.shape
-    n_kv, length, mask = key.shape[1], prefix.length, prefix.mask(n)
+    n_kv, length = prefix_keys.shape[:2]
     if softcap is None and n > length:  # hardly anything is shared: the fused kernel is faster
-        keys = torch.cat([prefix.keys.expand(rows, -1, -1, -1), key], dim=2)
-        values = torch.cat([prefix.values.expand(rows, -1, -1, -1), value], dim=2)
+        keys = torch.cat([prefix_keys.expand(rows, -1, -1, -1), key], dim=2)
+        values = torch.cat([prefix_values.expand(rows, -1, -1, -1), value], dim=2)
         fused = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=n_kv < n_heads
         )
@@ -95,10 +84,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: 
     group = n_heads // n_kv * n
     grouped = (query * scaling).reshape(rows, n_kv, group, width).transpose(0, 1)
     key, value = key.transpose(0, 1), value.transpose(0, 1)  # all (n_kv, rows, …, head_dim)
-    # Scores of the prefix and of own tokens lie side by side in one buffer, written once and read in place.
+    # The scores of the prefix and of own tokens are side by side in one buffer, written once and read in place.
     scores = query.new_empty(n_kv, rows, group, length + n)
     flat = scores.view(n_kv, rows * group, length + n)
-    torch.bmm(grouped.reshape(n_kv, rows * group, width), prefix.keys.mT, out=flat[..., :length])
+    torch.bmm(grouped.reshape(n_kv, rows * group, width), prefix_keys.mT, out=flat[..., :length])
     scores[..., length:] = (grouped * key).sum(-1, keepdim=True) if n == 1 else grouped @ key.mT
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
@@ -108,7 +97,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: 
     on_own = weights[..., length:]
     out = on_own * value if n == 1 else on_own @ value
     shared = out.view(n_kv, rows * group, value.shape[-1])
-    shared.baddbmm_(weights.view(n_kv, rows * group, length + n)[..., :length], prefix.values)
+    shared.baddbmm_(weights.view(n_kv, rows * group, length + n)[..., :length], prefix_values)
     return out.view(n_kv, rows, n_heads // n_kv, n, -1).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
@@ -123,29 +112,33 @@ class ForkingSweep:
             raise self._refusal(f"its attention is computed by {self.implementation!r}, not {' or '.join(FOLLOWED)}")
         self.layers = [loaded.model.get_submodule(name) for name in loaded.geometry.layer_names]
 
-    def clean_run(self, ids: Tensor, first: int) -> CleanRun:
-        """Run a prompt, ids (T,), keeping what a sweep over patches at or after token `first` needs."""
-        run = CleanRun(ids, first)
+    def clean_run(self, ids: Tensor) -> CleanRun:
+        """Run a prompt, ids (T,), keeping what a sweep needs."""
+        run = CleanRun(ids)
 
         def enter(_layer: int, hidden: Tensor) -> Tensor:
-            run.hidden.append(hidden[0, first:])
+            run.hidden.append(hidden[0])
             return hidden
 
-        def attend(_layer, module, query, key, value, attention_mask, **terms):
+        def attend(_layer, module, query, key, value, mask, **terms):
             unknown = [name for name in UNKNOWN_TERMS if terms.get(name) is not None]
             if unknown:
                 raise self._refusal(f"its attention has terms that the sweep does not know ({', '.join(unknown)})")
             run.keys.append(key[0])
             run.values.append(value[0])
-            run.allowed.append(None if attention_mask is None else self._allowed(attention_mask, len(ids)))
-            return self._original(module)(module, query, key, value, attention_mask, **terms)
+            allowed = None if mask is None else mask[0, 0, : len(ids), : len(ids)]
+            if allowed is not None and allowed.dtype != torch.bool:
+                allowed = allowed > torch.finfo(allowed.dtype).min / 2
+            run.allowed.append(allowed)
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            original = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
+            return original(module, query, key, value, mask, **terms)
 
         with self._followed(enter, attend):
             run.logits = self.loaded.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-        if not len(run.hidden) == len(run.keys) == len(self.layers):
-            raise self._refusal(
-                f"{len(run.keys)} of its {len(self.layers)} layers attend through transformers' interface"
-            )
+        n_seen, n_layers = len(run.keys), len(self.layers)
+        if not len(run.hidden) == n_seen == n_layers:
+            raise self._refusal(f"{n_seen} of its {n_layers} layers attend through transformers' interface")
         return run
 
     def logits(
@@ -153,7 +146,7 @@ class ForkingSweep:
     ) -> Tensor:
         """Logits at the last token, (len(targets), vocabulary), each with one head replaced at `places`.
 
-        `targets` are (layer, head) in the order of layers. `replacements`: (n_layers, n_heads, len(places), head_dim).
+        `targets` are (layer, head), sorted by layer. `replacements`: (n_layers, n_heads, len(places), head_dim).
         """
         start, geometry = min(places), self.loaded.geometry
         own = torch.tensor([place - start for place in places], device=run.ids.device)
@@ -165,7 +158,7 @@ class ForkingSweep:
         def enter(layer: int, hidden: Tensor) -> Tensor:
             if layer < bottom:  # nothing is patched yet: one row, whose values nobody reads, keeps the pass going
                 return hidden
-            forks = run.hidden[layer][start - run.first :].expand(len(heads_of.get(layer, ())), -1, -1)
+            forks = run.hidden[layer][start:].expand(len(heads_of.get(layer, ())), -1, -1)
             return forks if layer == bottom else torch.cat([hidden, forks.to(hidden.device)])
 
         def attend(layer, _module, query, key, value, _mask, *, scaling=None, softcap=None, **_):
@@ -193,15 +186,6 @@ class ForkingSweep:
         name = type(self.loaded.model).__name__
         return UserError(f"{name} cannot be scored: {reason}; see the README for the architectures that can")
 
-    def _original(self, module: nn.Module) -> Callable:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
-
-    @staticmethod
-    def _allowed(mask: Tensor, length: int) -> Tensor:
-        mask = mask[0, 0, :length, :length]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
     @contextmanager
     def _followed(self, enter: Callable, attend: Callable) -> Iterator[None]:
         """The model with `enter(layer, hidden)` before each layer and `attend(layer, module, q, k, v, …)` in it."""
@@ -218,7 +202,7 @@ class ForkingSweep:
             return hook
 
         with ExitStack() as stack:
-            stack.callback(_FOLLOWER.reset, _FOLLOWER.set(lambda *given, **terms: attend(current, *given, **terms)))
+            stack.callback(_ATTEND.reset, _ATTEND.set(lambda *given, **terms: attend(current, *given, **terms)))
             stack.callback(setattr, self.config, "_attn_implementation", self.implementation)
             self.config._attn_implementation = FOLLOWED[self.implementation]
             for index, layer in enumerate(self.layers):
@@ -230,7 +214,7 @@ class ForkingSweep:
 def head_outputs(loaded: LoadedModel, see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Call `see(layer, heads)` with the heads' outputs (B, T, n_heads * head_dim) before each output projection.
 
-    What it returns, if anything, goes on in their stead. The hooks are gone when the block ends.
+    A tensor that it returns takes their place. The hooks are removed when the block ends.
     """
 
     def hook_for(layer: int):

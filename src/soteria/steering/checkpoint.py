@@ -1,7 +1,6 @@
-"""Step 3: subtract a harmful direction from a language's functional heads.
+"""A steered model as a complete folder: the base's files, with the slices of the selected heads steered in the copy.
 
-steered = base - scaling_factor * (tuned - base), only on the slices of the attention output projections that belong to
-the selected heads. Everything else stays the base's, bit for bit.
+Every other tensor is the base's, bit for bit. `soteria.json` in the folder says how it was made.
 """
 
 import hashlib
@@ -32,9 +31,9 @@ def steer_checkpoint(
 ) -> dict:
     """Write the steered model as a complete folder and return the facts in its `soteria.json`.
 
-    The base's files are copied and the selected slices patched in the copy, one projection in memory at a time. A
-    folder already made from the same inputs is reused; `overwrite` replaces a steered model, never another folder.
-    Raises UserError for a result that is not finite, too small a disk, or an output folder that holds something else.
+    One projection is in memory at a time. A folder already made from the same inputs is reused; `overwrite` replaces a
+    steered model, never another folder. Raises UserError if the result is not finite, the disk has too little room, or
+    the output folder holds something else.
     """
     vector, base = steering.vector, steering.vector.base
     inputs = {
@@ -45,46 +44,45 @@ def steer_checkpoint(
         "dtype": dtype or "base",
         "head_list_sha256": head_list_hash(steering.heads),
     }
-    made = made_before(output, inputs, vector, overwrite)
-    if made:
+    if made := made_before(output, inputs, vector, overwrite):
         return made
     with files.whole_folder(output) as folder:
         stored_as = DTYPES[dtype] if dtype else None
-        with tqdm(
-            total=base.copied_bytes(stored_as), desc="copying the base", unit="B", unit_scale=True, disable=None
-        ) as bar:
+        with progress("copying the base", base.copied_bytes(stored_as)) as bar:
             base.copy_to(folder, stored_as, bar.update)
         copy = Checkpoint.open(str(folder))
-        total = sum(torch.Size(place.shape).numel() for place in base.places.values())
+        n_parameters = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {
             "head_list": steering.source,
             "heads": [list(head) for head in steering.heads],
             "n_heads": len(steering.heads),
             "parameters_changed": steering.n_parameters,
-            "share_of_parameters_changed": steering.n_parameters / total,
+            "share_of_parameters_changed": steering.n_parameters / n_parameters,
             "relative_change_per_layer": [_patch(steering, layer, copy) for layer in range(vector.geometry.n_layers)],
             "versions": versions(),
         }
-        files.write_text(folder / "README.md", model_card(facts))
-        files.write_json(folder / FACTS, facts)
+        card = f"""# {paths.model_slug(base.name)}, steered for {language}
+
+Made with Soteria (Banerjee et al., 2025): `base - {steering.scaling_factor:g} * (tuned - base)` on the
+output-projection slices of {facts["n_heads"]} attention heads, {facts["share_of_parameters_changed"]:.2%} of the
+parameters. Every other tensor is the base's. `{FACTS}` beside this file names the tuned model and every head.
+"""
+        describe(folder, card, [language], facts)
     return facts
 
 
 def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
     """Steer one layer in the files of a copy; return the norm of the change divided by that of the base's weight."""
-    slices, vector = steering.slices(layer), steering.vector
+    slices = steering.slices(layer)
     if not slices:
         return 0.0
-    place = vector.base_place(layer)
-    weight, task_vector, written = read_tensor(place), vector.at(layer), copy.places[place.key]
+    place = steering.vector.place(steering.vector.base, layer)
+    weight, task_vector, written = read_tensor(place), steering.vector.at(layer), copy.places[place.key]
     steered = weight.to(written.dtype, copy=True)
     for at in slices:
         steered[at] = steer(weight[at], task_vector[at], steering.scaling_factor)
     if not all_finite(steered):
-        raise UserError(
-            f"{place.key} is not finite in {vector.base.name!r} or once steered; "
-            "give a smaller scaling factor, or a base that is sound"
-        )
+        raise UserError(f"{place.key} is not finite once steered; give a smaller scaling factor or another base")
     with written.file.open("r+b") as file:
         file.seek(written.start)
         file.write(tensor_bytes(steered))
@@ -93,31 +91,23 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
 
 
 def input_facts(vector: TaskVector) -> dict:
-    """What a result was made from: both models by name, revision and a hash."""
+    """The two models that a result was made from: name, revision and a hash of each."""
     return {
-        "base_model": vector.base.name,
-        "base_revision": vector.base.revision,
-        "base_weights": fingerprint(vector.base),
-        "finetune_model": vector.tuned.name,
-        "finetune_revision": vector.tuned.revision,
-        "finetune_weights": fingerprint(vector.tuned),
+        f"{role}_{fact}": value
+        for role, model in (("base", vector.base), ("finetune", vector.tuned))
+        for fact, value in (("model", model.name), ("revision", model.revision), ("weights", fingerprint(model)))
     }
 
 
 def versions() -> dict[str, str]:
-    return {
-        "soteria": soteria.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": sys.version.split()[0],
-    }
+    libraries = (soteria, torch, transformers, safetensors)
+    return {it.__name__: it.__version__ for it in libraries} | {"python": sys.version.split()[0]}
 
 
 def made_before(output: Path, inputs: dict, vector: TaskVector, overwrite: bool) -> dict | None:
-    """The facts of a result that these inputs gave already, None where it is to be made.
+    """The facts of a folder already made from these inputs, or None if it has yet to be made.
 
-    Raises UserError for a folder that is no result of steering, or one of other inputs unless `overwrite`.
+    Raises UserError for a folder that steering did not write, or wrote from other inputs unless `overwrite`.
     """
     if any(model.folder.resolve().is_relative_to(output.resolve()) for model in (vector.base, vector.tuned)):
         raise UserError(f"{output} holds one of the models to steer with; give another --output")
@@ -125,7 +115,7 @@ def made_before(output: Path, inputs: dict, vector: TaskVector, overwrite: bool)
         return None
     found = files.read_json(output / FACTS)
     if not isinstance(found, dict):
-        raise UserError(f"{output} exists and is no steered model; remove it or give another --output")
+        raise UserError(f"{output} exists and is not a steered model; remove it or give another --output")
     if overwrite:
         return None
     if any(found.get(key) != value for key, value in inputs.items()):
@@ -134,9 +124,9 @@ def made_before(output: Path, inputs: dict, vector: TaskVector, overwrite: bool)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of 256 samples of each weight file: it notices another model behind the same name, at next to no cost.
+    """A hash of 256 samples of each weight file, and of an adapter's settings, since those scale its weights.
 
-    Of an adapter, its settings count too: they scale the weights.
+    It costs next to nothing, and shows when the same name stands for another model.
     """
     digest = hashlib.sha256()
     if checkpoint.is_adapter:
@@ -151,23 +141,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def front_matter(base: str, languages: list[str]) -> str:
-    """The hub's front matter of a model card. A local folder goes by its own name: its path is nobody's business."""
+def progress(title: str, n_bytes: int) -> tqdm:
+    return tqdm(total=n_bytes, desc=title, unit="B", unit_scale=True, disable=None)
+
+
+def describe(folder: Path, card: str, languages: list[str], facts: dict) -> None:
+    """Write `soteria.json` and the model card. The card gives only the folder name of a local base, for privacy."""
+    base = facts["base_model"]
     data = ModelCardData(
         base_model=Path(base).resolve().name if Path(base).is_dir() else base,
         language=[find_language(language).code.split("-")[0] for language in languages],
         library_name="transformers",
         tags=["soteria", "safety", "steering"],
     )
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
-def model_card(facts: dict) -> str:
-    """The README of a steered model."""
-    base = paths.model_slug(facts["base_model"])
-    return f"""{front_matter(facts["base_model"], [facts["language"]])}# {base}, steered for {facts["language"]}
-
-Made with Soteria (Banerjee et al., 2025): `base - {facts["scaling_factor"]:g} * (tuned - base)` on the
-output-projection slices of {facts["n_heads"]} attention heads, {facts["share_of_parameters_changed"]:.2%} of the
-parameters. Every other tensor is the base's. `{FACTS}` beside this file names the tuned model and every head.
-"""
+    files.write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{card}")
+    files.write_json(folder / FACTS, facts)

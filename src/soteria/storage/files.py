@@ -1,35 +1,92 @@
-"""Where things lie, and files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, locks on them, and JSON files."""
 
-import fcntl
 import glob
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from soteria.errors import UserError
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it takes the name `path` when the block ends well, and vanishes otherwise.
+    """A temporary sibling to write to. It is renamed to `path` if the block succeeds, and removed otherwise."""
+    with _sibling(path, Path.touch) as sibling:
+        yield sibling
+        sibling.replace(path)
 
-    What killed processes left of theirs is removed first: a lock tells it from the file of one that is at work.
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder to fill. It replaces `path` if the block succeeds, and is removed otherwise."""
+    with _sibling(path, Path.mkdir) as sibling:
+        yield sibling
+        old = _temporary_name(path)
+        if path.exists():
+            path.rename(old)  # a folder that is being removed would look like a whole one
+        sibling.rename(path)
+        _remove(old)
+
+
+@contextmanager
+def _sibling(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, locked while the block runs.
+
+    Those that killed processes left are removed first: nobody holds their locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path, Path.unlink)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    sibling.touch()
-    with _locked(sibling):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError), locked(left) as is_ours:  # another process may be removing it too
+            if is_ours:
+                _remove(left)
+    sibling = _temporary_name(path)
+    create(sibling)
+    with locked(sibling):
         try:
             yield sibling
-            sibling.replace(path)
         finally:
-            sibling.unlink(missing_ok=True)
+            _remove(sibling)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[bool]:
+    """Lock a file or folder itself while the block runs; no lock file is written. The system unlocks it for a killed
+    process. False if another process holds the lock, or the file system has no locks.
+    """
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        is_ours = False
+        with suppress(OSError):
+            is_ours = lock_descriptor(descriptor, blocking=False)
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def wait_for_lock(descriptor: int, place: Path) -> None:
+    """Lock an open file or folder until it is closed, after saying so on stderr if another process holds the lock."""
+    with suppress(OSError):  # a file system without locks
+        if not lock_descriptor(descriptor, blocking=False):
+            print(f"waiting for another process that is writing {place}", file=sys.stderr)
+            lock_descriptor(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,12 +96,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON for people to read: indented, real characters, a newline at the end."""
+    """Write JSON for people to read: indented, not escaped to ASCII, with a newline at the end."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> object | None:
-    """The JSON in a file, or None where the file is missing or broken."""
+    """The JSON value in a file, or None if the file is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,66 +109,22 @@ def read_json(path: Path) -> object | None:
 
 
 def read_facts(path: Path) -> dict:
-    """The JSON object in a file, or an empty one where the file is missing, broken or something else."""
+    """The JSON object in a file, or an empty one if the file is missing, broken or holds something else."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}
 
 
 def check_facts_file(path: Path, key: str) -> None:
-    """Raise UserError where the place of a .json of facts, which have `key`, holds something else of the user's."""
+    """Raise UserError if `path`, where a JSON object with `key` would go, holds some other file of the user's."""
     if path.exists() and key not in read_facts(path):
-        raise UserError(f"{path} is to hold the facts beside the CSV, but is another file; give another --output")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it takes the name `path` when the block ends well, and vanishes otherwise.
-
-    What killed processes left of theirs is removed first: a lock tells it from the folder of one that is at work.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path, partial(shutil.rmtree, ignore_errors=True))
-    sibling, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
-    sibling.mkdir()
-    with _locked(sibling):
-        try:
-            yield sibling
-            if path.exists():
-                path.rename(old)  # a folder being removed would look like a whole one
-            sibling.rename(path)
-        finally:
-            shutil.rmtree(sibling, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_left(path: Path, remove: Callable[[Path], object]) -> None:
-    """Remove the temporary siblings of a path that nobody holds."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError), _locked(left) as free:  # another process may remove it too
-            if free:
-                remove(left)
-
-
-@contextmanager
-def _locked(place: Path) -> Iterator[bool]:
-    """Hold the lock of a file or folder, which ends with the process at the latest. False where it cannot be had."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except OSError:  # another process has it, or the file system knows no locks
-            held = False
-        yield held
-    finally:
-        os.close(handle)
+        raise UserError(f"{path} is needed for the facts about the CSV but is another file; give another --output")
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk of a folder has less than `needed` bytes free."""
+    """Raise UserError if the disk of a folder has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; "
-            "make room or give another --output"
+            f"{folder.parent} has {free / 1e9:.2f} GB free but {needed / 1e9:.2f} GB are needed; "
+            "free some space or give another --output"
         )

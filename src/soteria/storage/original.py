@@ -1,445 +1,245 @@
-"""The authors' original inputs: where they lie, and how they come here whole, checked, and only once.
+"""Fetch the authors' original inputs with git and huggingface_hub into an output folder, and check them.
 
-Knows git repositories, datasets of the hub and checksums; knows nothing of what is in the files.
-
-The output folder holds, beside the files, `SHA256SUMS` (for `sha256sum -c`), `sources.json` (for each folder the
-source, its revision, and the number of files once all have come) and `.repositories/` (git objects, from which a broken
-file is mended without a network).
+Out: the files, `SHA256SUMS` (for `sha256sum -c`), `sources.json` (per folder: source, revision and, once complete, the
+number of files), and XSafety joined into one question file per language.
 """
 
-import fcntl
-import glob
+import csv
 import hashlib
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from soteria.errors import UserError
+from soteria.languages import PAPER_LANGUAGES
 from soteria.storage import files
+from soteria.storage.csv_files import CsvFile, has_return, write_rows
 
-KINDS = ("icl", "heads", "prompts")
 RELEASE_URL = "https://github.com/NeuralSentinel/Soteria"
 RELEASE_COMMIT = "9d9818283a1e54d48db9fbdb89eb6bfbefa510ef"
-# What a dataset's folder may hold: data, and what says where it is from and how it may be used. No code.
-DATA_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".xlsx", ".md")
-LICENSES = ("LICENSE", "LICENCE")
-PATIENCE = 10.0  # seconds for a first answer; after it, the network counts as absent
+XSAFETY = "Jarviswang94/Multilingual_safety_benchmark"
+XSAFETY_FOLDER, JOINED = f"prompts/{XSAFETY.replace('/', '_')}", "prompts/XSafety"
+# Data, READMEs and licenses; no code, no pickles.
+ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "xlsx", "md")
+DATA_FILES = rf"(.*\.(?:{'|'.join(ENDINGS)})|(?:.*/)?LICEN[CS]E)"
+PATIENCE = 10.0  # seconds to wait for a server's first answer
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder of the output, and which files of its source belong in it: those whose whole path fits `pattern`.
+class Source:
+    """A git repository or, without a `url`, a dataset on the Hugging Face hub.
 
-    The pattern's group is the path inside the folder.
+    `folders`: folder of the output -> pattern of its files' paths in the source; group 1 is the name in the folder.
+    Without a `commit`, the first use takes the newest revision, and later uses keep to it.
     """
 
-    kind: str  # one of KINDS
-    path: str
-    pattern: str
-
-    def name_of(self, path: str) -> str | None:
-        """The name here of a file of the source, or None where it does not belong here."""
-        found = re.fullmatch(self.pattern, path)
-        return found and found[1]
+    name: str
+    folders: dict[str, str]
+    url: str | None = None
+    commit: str | None = None
 
 
-def prompts_folder(source: str) -> Folder:
-    """The folder of a source's prompts, named as elsewhere for a hub id. It takes all data files of the source."""
-    endings = "|".join(re.escape(ending) for ending in DATA_ENDINGS)
-    return Folder(
-        "prompts", f"prompts/{source.replace('/', '_')}", rf"(.*(?:{endings})|(?:.*/)?(?:{'|'.join(LICENSES)}))"
-    )
+def sources(git_url: str = RELEASE_URL) -> list[Source]:
+    """Where the original inputs come from; `git_url` is the address of the authors' repository."""
+    release = {
+        "icl": r"dataset_files/abstractive/([^/]+\.json)",
+        "heads": r"src/Multilingual_Codes/Heads/([^/]+/[^/]+\.json)",
+    }
+    found = [Source("NeuralSentinel/Soteria", release, git_url, RELEASE_COMMIT)]
+    for name in ("DAMO-NLP-SG/MultiJail", "SoftMINER-Group/Soteria", XSAFETY):  # the second has XThreatBench
+        url = f"https://github.com/{name}" if name == XSAFETY else None
+        found.append(Source(name, {f"prompts/{name.replace('/', '_')}": DATA_FILES}, url))
+    return found
 
 
-# --- what has come ---------------------------------------------------------------------------------------------------
+def fetch(source: Source, folders: list[str], output: Path) -> None:
+    """Fetch the files of a source's folders that are missing or changed, each whole or not at all.
+
+    Raises UserError if the source is needed and cannot be reached, or sends other bytes than at the first use.
+    """
+    revision = source.commit or recorded(output, folders[0]).get("revision")
+    pending = [folder for folder in folders if not _is_sound(output, folder, revision)]
+    if not pending:
+        return
+    latest = newest(source)  # gives up on a server that does not answer
+    if not revision:
+        if not latest:
+            raise UserError(f"{source.name} is empty; check the mirror's address")
+        revision = latest
+        for folder in pending:  # an interrupted first use resumes with this revision
+            _record(output, folder, {"source": source.name, "revision": revision}, {})
+    print(f"fetching {source.name}", file=sys.stderr)
+    with snapshot(source, revision) as (paths, read):
+        for folder in pending:
+            wanted = [match for path in paths if (match := re.fullmatch(source.folders[folder], path, re.DOTALL))]
+            if not wanted:
+                raise UserError(f"{source.name} has no files for {folder} at {revision}; check the mirror's address")
+            known, sums = {} if source.commit else _sums(output), {}
+            for match in tqdm(wanted, desc=folder, unit="file", disable=None):
+                content, name = read(match[0]), f"{folder}/{_safe(match[1], source.name)}"
+                sums[name] = _sha256(content)
+                if known.get(name, sums[name]) != sums[name]:
+                    raise UserError(
+                        f"{source.name} sent other bytes for {name} than at the first use, so they were not kept; if "
+                        f"the sum in {output}/SHA256SUMS is wrong, remove its line"
+                    )
+                with files.whole_file(output / name) as sibling:
+                    sibling.write_bytes(content)
+            _record(output, folder, {"source": source.name, "revision": revision, "files": len(sums)}, sums)
 
 
-class Store:
-    """What has come to an output folder, by its `sources.json` and `SHA256SUMS`."""
+def _safe(name: str, source: str) -> str:
+    """The name itself. Raises UserError if it leads out of its folder or cannot be written to SHA256SUMS."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        raise UserError(f"{source} has a file named {name!r}, which is not safe to write; ask its owner to rename it")
+    return name
 
-    def __init__(self, output: Path):
-        self.output = output
-        self._facts_file, self._sums_file = output / "sources.json", output / "SHA256SUMS"
-        self._facts = files.read_facts(self._facts_file)
-        self._sums: dict[str, str] = {}
-        if self._sums_file.exists():
-            text = self._sums_file.read_text(encoding="utf-8", errors="replace")
-            self._sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)\n", text, re.MULTILINE)}
 
-    def _fact(self, folder: Folder) -> dict:
-        fact = self._facts.get(folder.path)
-        return fact if isinstance(fact, dict) else {}
+def recorded(output: Path, folder: str) -> dict:
+    """`source`, `revision` and `files` of a folder, as far as sources.json has them."""
+    fact = files.read_facts(output / "sources.json").get(folder)
+    return fact if isinstance(fact, dict) else {}
 
-    def revision(self, folder: Folder) -> str | None:
-        """The revision that a folder is kept to, or None before its first use."""
-        return self._fact(folder).get("revision")
 
-    def count(self, folder: Folder) -> int:
-        """How many files a folder has by SHA256SUMS."""
-        return len(self.sums(folder))
+def _sums(output: Path) -> dict[str, str]:
+    """The sha256 in SHA256SUMS by path below `output`."""
+    text = ""
+    with suppress(FileNotFoundError):
+        text = (output / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
+    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)\n", text, re.MULTILINE)}
 
-    def sums(self, folder: Folder) -> dict[str, str]:
-        """The sha256 on record, by the file's name in the folder."""
-        prefix = f"{folder.path}/"
-        return {name.removeprefix(prefix): digest for name, digest in self._sums.items() if name.startswith(prefix)}
 
-    def is_sound(self, folder: Folder, revision: str | None) -> bool:
-        """Whether all files of that revision are there with the bytes on record. Those that are not are named."""
-        sums, fact = self.sums(folder), self._fact(folder)
-        if not sums or fact.get("files") != len(sums) or fact.get("revision") != revision:
-            return False
-        broken = [name for name, digest in sums.items() if _sha256(self.output / folder.path / name) != digest]
-        for name in broken:
-            path = self.output / folder.path / name
-            what = "was changed or cut short" if path.exists() else "is gone"
-            print(f"{path} {what}; bringing it again", file=sys.stderr)
-        return not broken
+def _record(output: Path, folder: str, fact: dict, sums: dict[str, str]) -> None:
+    """Replace what sources.json and SHA256SUMS have on a folder."""
+    kept = {name: digest for name, digest in _sums(output).items() if not name.startswith(f"{folder}/")}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted((kept | sums).items())]
+    files.write_text(output / "SHA256SUMS", "".join(lines))
+    facts = files.read_facts(output / "sources.json") | {folder: fact}
+    files.write_json(output / "sources.json", dict(sorted(facts.items())))
 
-    def pin(self, folder: Folder, source: str, revision: str) -> None:
-        """Keep a folder to a revision from now on. Sums of another revision no longer count."""
-        if self.revision(folder) == revision:
-            return
-        if self.revision(folder):
-            self._write_sums({}, folder)
-        self._facts[folder.path] = {"source": source, "revision": revision}
-        files.write_json(self._facts_file, dict(sorted(self._facts.items())))
 
-    def record(self, folder: Folder, names: list[str]) -> None:
-        """All files of the pinned revision have come: write down their sha256."""
-        self._write_sums({name: _sha256(self.output / folder.path / name) for name in names}, folder)
-        self._facts[folder.path] = self._fact(folder) | {"files": len(names)}
-        files.write_json(self._facts_file, dict(sorted(self._facts.items())))
+def _is_sound(output: Path, folder: str, revision: str | None) -> bool:
+    """Whether all files of a revision are there with the recorded bytes. Prints the names of those that are not."""
+    sums = {output / name: digest for name, digest in _sums(output).items() if name.startswith(f"{folder}/")}
+    fact = recorded(output, folder)
+    if not sums or (fact.get("files"), fact.get("revision")) != (len(sums), revision):
+        return False
+    broken = [path for path, digest in sums.items() if not path.is_file() or _sha256(path.read_bytes()) != digest]
+    for path in broken:
+        print(f"{path} {'was changed' if path.exists() else 'is missing'}; fetching it again", file=sys.stderr)
+    return not broken
 
-    def _write_sums(self, sums: dict[str, str], folder: Folder) -> None:
-        others = {name: digest for name, digest in self._sums.items() if not name.startswith(f"{folder.path}/")}
-        self._sums = others | {f"{folder.path}/{name}": digest for name, digest in sums.items()}
-        files.write_text(self._sums_file, "".join(f"{self._sums[name]}  {name}\n" for name in sorted(self._sums)))
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def newest(source: Source) -> str:
+    """The newest revision of a source, empty for an empty mirror. Raises UserError if no answer comes in time."""
+    if source.url:
+        return _git(source, "ls-remote", "--", source.url, "HEAD", timeout=PATIENCE).decode().partition("\t")[0]
+    from huggingface_hub import HfApi
+
+    with _explained(source):
+        info = HfApi().dataset_info(source.name, timeout=PATIENCE)
+    others = sorted(path for each in info.siblings or [] if not re.fullmatch(DATA_FILES, path := each.rfilename))
+    if others:
+        print(f"{source.name}: leaving out what is not data: {', '.join(others)}", file=sys.stderr)
+    return info.sha
 
 
 @contextmanager
-def open_store(output: Path) -> Iterator[Store]:
-    """The store of an output folder, for one process at a time; others wait. Empty folders do not stay."""
-    output.mkdir(parents=True, exist_ok=True)
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that fetches to {output}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-        yield Store(output)
-    finally:
-        for folder in (output / ".repositories", output):
-            with suppress(OSError):
-                folder.rmdir()
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str | None:
-    """The sha256 of a file in hexadecimal, or None where there is no file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _blob_id(path: Path) -> str | None:
-    """What git calls a file's bytes (sha1 of `blob <length>`, a zero byte and the bytes), or None without a file."""
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _check_name(name: str, source: str) -> None:
-    """Raise UserError for a file name that would lead out of the folder or that SHA256SUMS cannot hold."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-        raise UserError(f"{source} has a file named {name!r}, which is not written; ask its owner to rename it")
-
-
-def _without_secrets(text: str) -> str:
-    """A text without the user name and password that an address may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
-# --- git -------------------------------------------------------------------------------------------------------------
-
-
-class GitError(Exception):
-    """What git says when it fails."""
-
-
-@dataclass(frozen=True)
-class GitSource:
-    """A git repository. With `commit=None`, the first use takes the newest commit, and later ones keep to it."""
-
-    name: str
-    url: str
-    commit: str | None
-    folders: tuple[Folder, ...]
-
-    def bring(self, folders: list[Folder], store: Store) -> None:
-        """Write those files of these folders that are not there with the right bytes, each whole or not at all.
-
-        Raises UserError where the repository is needed and cannot be had, or is not the right one.
-        """
-        commit = self.commit or next(filter(None, map(store.revision, folders)), None)
-        pending = [folder for folder in folders if not store.is_sound(folder, commit)]
-        if not pending:
-            return
-        repository = Repository(store.output / ".repositories" / f"{self.name.replace('/', '_')}.git", self.url)
-        if commit is None:
-            commit = repository.remote_head
-            if not commit:
-                raise UserError(f"{repository.shown} is an empty repository; was the address right?")
-            for folder in pending:
-                store.pin(folder, self.name, commit)  # a killed run goes on with this commit, not with a newer one
-        if not repository.has(commit):
-            repository.fetch(commit)
-        blobs = repository.blobs(commit)
-        for folder in pending:
-            wanted = {name: blob for path, blob in blobs.items() if (name := folder.name_of(path))}
-            if not wanted:
-                raise UserError(f"{self.name} has no files for {folder.path} at commit {commit}; was --git_url right?")
-            store.pin(folder, self.name, commit)
-            for name, blob in tqdm(wanted.items(), desc=folder.path, unit="file", disable=None):
-                _check_name(name, self.name)
-                path = store.output / folder.path / name
-                if _blob_id(path) != blob:
-                    with files.whole_file(path) as sibling:
-                        sibling.write_bytes(repository.git("cat-file", "blob", blob))
-            store.record(folder, list(wanted))
-
-
-class Repository:
-    """A bare repository in a local folder that holds one commit of a remote one, under the branch `original`."""
-
-    BRANCH = "refs/heads/original"
-
-    def __init__(self, folder: Path, url: str):
-        self.folder, self.url, self.shown = folder, url, _without_secrets(url)
-
-    @cached_property
-    def remote_head(self) -> str:
-        """The commit of the remote HEAD, or nothing where it has none. Raises UserError without an answer in time."""
-        if shutil.which("git") is None:
-            raise UserError(f"git is needed to fetch {self.shown}; install it")
-        try:
-            return _git("ls-remote", "--", self.url, "HEAD", timeout=PATIENCE).decode().partition("\t")[0]
-        except GitError as error:
-            raise UserError(
-                f"{self.shown} could not be reached ({error}); check the network, or name a mirror: see --help"
-            ) from None
-
-    def has(self, commit: str) -> bool:
-        """Whether the commit is here with all its objects, and every object has the bytes that its id says."""
-        if not self.folder.is_dir() or shutil.which("git") is None:
-            return False
-        try:
-            self.git("fsck", "--full", "--no-dangling", "--no-progress")
-            return self.git("rev-parse", "--verify", f"{self.BRANCH}^{{commit}}").decode().strip() == commit
-        except GitError:
-            return False
-
-    def fetch(self, commit: str) -> None:
-        """Fetch one commit, to a new folder that takes the place of the old one once the commit is there and sound."""
-        _ = self.remote_head  # a server that does not answer is found out within PATIENCE
-        print(f"fetching {self.shown}", file=sys.stderr)
-        with files.whole_folder(self.folder) as folder:
-            new = Repository(folder, self.url)
-            _git("init", "--bare", "--quiet", "--template=", "--object-format=sha1", str(folder))
-            everything = ("--", self.url, "+refs/heads/*:refs/remotes/all/*", "+refs/tags/*:refs/tags/*")
-            try:
-                try:
-                    new.git(*_FETCH, "--depth=1", "--", self.url, f"+{commit}:{self.BRANCH}")
-                except GitError:  # not every server gives single commits, or without their history
-                    new.git(*_FETCH, *everything)
-            except GitError as error:
-                raise UserError(f"{self.shown} could not be fetched ({error}); the same command tries again") from None
-            with suppress(GitError):
-                new.git("update-ref", self.BRANCH, commit)
-            if not new.has(commit):
-                raise UserError(f"{self.shown} has no sound commit {commit}; was the address right?")
-
-    def blobs(self, commit: str) -> dict[str, str]:
-        """The blob of every plain file of a commit, by its path."""
-        entries = self.git("ls-tree", "-r", "-z", "--full-tree", commit).decode("utf-8", "replace").split("\0")
-        found = (re.fullmatch(r"100\d{3} blob (\w+)\t(.+)", entry, re.DOTALL) for entry in entries)
-        return {entry[2]: entry[1] for entry in found if entry}
-
-    def git(self, *arguments: str) -> bytes:
-        return _git(f"--git-dir={self.folder}", *arguments)
-
-
-# A server that sends nothing for 30 seconds is given up.
-_FETCH = ("-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=30", "-c", "gc.auto=0", "fetch", "--no-tags")
-
-
-def _git(*arguments: str, timeout: float | None = None) -> bytes:
-    """What a git command prints. Raises GitError with its last words. It asks no questions, and outlives nobody."""
-    environment = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": ""}
-    process = subprocess.Popen(
-        ["git", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # git starts helpers, which are ended with it
-    )
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise GitError(f"no answer in {timeout:g} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
-        words = [line for line in errors.decode("utf-8", "replace").splitlines() if line.strip()]
-        said = next((line for line in words if line.startswith("fatal: ")), words[-1] if words else "git failed")
-        raise GitError(_without_secrets(re.sub(r"^fatal: (unable to access '[^']*': )?", "", said)))
-    return output
-
-
-# --- the hub ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A dataset of the Hugging Face hub. The first use takes its newest revision, and later ones keep to it."""
-
-    name: str
-
-    @property
-    def folders(self) -> tuple[Folder, ...]:
-        return (prompts_folder(self.name),)
-
-    def bring(self, folders: list[Folder], store: Store) -> None:
-        """Download those data files that are not there with the right bytes.
-
-        Raises UserError where the hub is needed and cannot be had, or sends other bytes than it lists or once sent.
-        """
-        for folder in folders:
-            if not store.is_sound(folder, store.revision(folder)):
-                self._download(folder, store)
-
-    def _download(self, folder: Folder, store: Store) -> None:
+def snapshot(source: Source, revision: str) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
+    """The paths of a revision's files and a function that reads one, while the block runs."""
+    if not source.url:
         from huggingface_hub import snapshot_download
 
-        revision, entries = self._listing(store.revision(folder))
-        listed = {entry.rfilename: entry for entry in entries if folder.name_of(entry.rfilename)}
-        if not listed:
-            raise UserError(f"{self.name} has no data files ({', '.join(DATA_ENDINGS)}) at revision {revision}")
-        store.pin(folder, self.name, revision)
-        if len(listed) < len(entries):
-            others = sorted(entry.rfilename for entry in entries if entry.rfilename not in listed)
-            print(f"{self.name}: left out, being no data: {', '.join(others)}", file=sys.stderr)
-        there, sums = store.output / folder.path, store.sums(folder)
+        patterns = [*(f"*.{ending}" for ending in ENDINGS), "*LICEN[CS]E"]
+        with _explained(source):
+            options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+            root = Path(snapshot_download(source.name, **options))
 
-        def is_right(name: str) -> bool:
-            return _is_listed(there / name, listed[name]) and sums.get(name) in (None, _sha256(there / name))
+        def read(path: str) -> bytes:
+            # The client checks only sizes; in its cache a file is named by the listed sha256 or git id.
+            content, listed = (root / path).read_bytes(), (root / path).resolve()
+            git_id = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+            if re.fullmatch(r"\w{40}|\w{64}", listed.name) and listed.name not in (git_id, _sha256(content)):
+                raise UserError(f"{source.name} sent other bytes for {path} than it lists; remove {listed} and rerun")
+            return content
 
-        for name in listed:
-            _check_name(name, self.name)
-            if not is_right(name):
-                (there / name).unlink(missing_ok=True)  # the hub's client would take it for the one it once wrote
-        print(f"fetching {self.name}", file=sys.stderr)
+        yield sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()), read
+        return
+    with tempfile.TemporaryDirectory(prefix="soteria-") as clone:
+        _git(source, "init", "--bare", "--quiet", "--template=", "--object-format=sha1", clone)
+        fetch = ("--git-dir", clone, "fetch", "--quiet")
         try:
-            snapshot_download(
-                self.name,
-                repo_type="dataset",
-                revision=revision,
-                local_dir=there,
-                allow_patterns=[glob.escape(name) for name in listed],
-            )
-        except Exception as error:  # the client raises many kinds
-            raise UserError(f"{self.name} could not be fetched ({_reason(error)}); the same command goes on") from None
-        finally:
-            for left in there.glob(".cache/huggingface/download/**/*.incomplete"):  # of killed runs
-                left.unlink(missing_ok=True)
-        wrong = [name for name in listed if not is_right(name)]
-        for name in wrong:
-            (there / name).unlink(missing_ok=True)
-        if wrong:
-            raise UserError(
-                f"{self.name} sent other bytes for {', '.join(wrong)} than it lists, or than {store.output}/SHA256SUMS "
-                "has from the first use; they are not kept. Where the sum is what is wrong, remove its line"
-            )
-        store.record(folder, list(listed))
-
-    def _listing(self, revision: str | None) -> tuple[str, list]:
-        """A revision, or else the newest, and the hub's entries of its files with their checksums."""
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        where = f"{self.name} on {_without_secrets(constants.ENDPOINT)}"
-        try:
-            listing = HfApi().dataset_info(self.name, revision=revision, timeout=PATIENCE, files_metadata=True)
-        except GatedRepoError:
-            mend = "accept its terms on its page, and set HF_TOKEN or run `hf auth login`"
-            raise UserError(f"{where} is given only to those who accepted its terms; {mend}") from None
-        except RevisionNotFoundError:
-            raise UserError(f"{where} no longer has revision {revision}, to which sources.json keeps it") from None
-        except RepositoryNotFoundError:
-            raise UserError(f"{where} does not exist, or is private; set HF_TOKEN where you may have it") from None
-        except Exception as error:  # the client raises many kinds
-            mend = "check the network, or name a mirror in HF_ENDPOINT"
-            raise UserError(f"{where} could not be reached ({_reason(error)}); {mend}") from None
-        if not listing.sha or revision not in (None, listing.sha):
-            raise UserError(f"{where} gave revision {listing.sha}, not {revision}; name another HF_ENDPOINT")
-        return listing.sha, listing.siblings or []
+            _git(source, *fetch, "--depth=1", "--", source.url, revision)
+        except UserError:  # not every server can send a single commit
+            _git(source, *fetch, "--", source.url, "+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+        # git has checked the files: the commit id is a checksum of them all.
+        tree = _git(source, "--git-dir", clone, "ls-tree", "-rz", f"{revision}^{{commit}}").decode("utf-8", "replace")
+        blobs = {path: blob for blob, path in re.findall(r"100\d+ blob (\w+)\t([^\0]+)\0", tree)}  # no links
+        yield list(blobs), lambda path: _git(source, "--git-dir", clone, "cat-file", "blob", blobs[path])
 
 
-def _is_listed(path: Path, entry) -> bool:
-    """Whether a file is there with the checksum that the hub lists: a sha256 for large files, else git's blob id."""
-    if not path.is_file():
-        return False
-    if entry.lfs:
-        return _sha256(path) == entry.lfs.sha256
-    return entry.blob_id is None or _blob_id(path) == entry.blob_id  # a mirror may list no checksums
+def _git(source: Source, *arguments: str, timeout: float | None = None) -> bytes:
+    """What a git command prints. It never asks for a password. Raises UserError with git's reason if it fails."""
+    command = ["git", "-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=30", *arguments]  # 30 silent seconds
+    environment = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": ""}
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": environment, "timeout": timeout}
+    try:
+        return subprocess.run(command, check=True, **options).stdout
+    except FileNotFoundError:
+        raise UserError(f"git is needed to fetch {source.name}; install it") from None
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        reason = (error.stderr or b"no answer in time").decode("utf-8", "replace")
+        raise _failure(source.url, reason, "check the network, or name a mirror: see --help") from None
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, without secrets."""
-    return _without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turn the hub client's many kinds of exceptions into UserErrors that quote them."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except Exception as error:
+        what = f"{source.name} on {constants.ENDPOINT}"
+        fix = "check the network, set HF_TOKEN if access is restricted, or name a mirror in HF_ENDPOINT"
+        raise _failure(what, str(error).strip() or type(error).__name__, fix) from None
 
 
-# --- the sources -----------------------------------------------------------------------------------------------------
+def _failure(what: str, reason: str, fix: str) -> UserError:
+    """One sentence, without any password in an address."""
+    sentence = f"{what} could not be fetched ({' '.join(reason.split())}); {fix}"
+    return UserError(re.sub(r"//[^/@\s]*@", "//", sentence))
 
 
-def sources(git_url: str = RELEASE_URL) -> list[GitSource | HubSource]:
-    """Where the original inputs come from, the authors' repository by the address given."""
-    return [
-        GitSource(
-            "NeuralSentinel/Soteria",
-            git_url,
-            RELEASE_COMMIT,
-            (
-                Folder("icl", "icl", r"dataset_files/abstractive/([^/]+\.json)"),
-                Folder("heads", "heads", r"src/Multilingual_Codes/Heads/([^/]+/[^/]+\.json)"),
-            ),
-        ),
-        HubSource("DAMO-NLP-SG/MultiJail"),
-        HubSource("SoftMINER-Group/Soteria"),  # the authors' release, XThreatBench among it
-        GitSource(
-            XSAFETY := "Jarviswang94/Multilingual_safety_benchmark",
-            f"https://github.com/{XSAFETY}",
-            None,
-            (prompts_folder(XSAFETY),),
-        ),
-    ]
+def join_xsafety(output: Path) -> int:
+    """Join XSafety's headerless CSV files, one per category, into `prompts/XSafety/<Language>.csv`.
+
+    Returns how many of the paper's languages there are; languages without files are left out.
+    """
+    n_languages = 0
+    for language in PAPER_LANGUAGES:
+        code = language.code.partition("-")[0].replace("es", "sp")
+        rows = []
+        for path in sorted((output / XSAFETY_FOLDER / code).glob("*.csv")):
+            category = re.sub(r"_(n|[a-z]{2})$", "", path.stem)  # some names end in `_n` or a language code
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                questions = [",".join(row).strip() for row in csv.reader(file)]  # unquoted commas belong to the text
+            rows += [[question, category] for question in questions if question]
+        joined, columns = output / JOINED / f"{language.name}.csv", ["question", "category"]
+        if rows and not (joined.exists() and list(CsvFile.open(joined, columns).rows()) == rows):
+            write_rows(joined, columns, rows, quote_all=any(map(has_return, rows)))
+        n_languages += bool(rows)
+    return n_languages

@@ -30,7 +30,6 @@ def model_slug(name: str) -> str:
 
 
 def scores_folder(results: Path, slug: str) -> Path:
-    """Where step 1 writes a model's scores by default."""
     return results / "indirect_effect" / slug
 
 
@@ -43,17 +42,14 @@ def effect_path(root: Path, dataset: str) -> Path:
 
 
 def heads_root(results: Path) -> Path:
-    """Where head folders lie."""
     return results / "heads"
 
 
 def language_file(language: str) -> str:
-    """The file name of a language's head list."""
     return f"{language}_Heads.json"
 
 
 def group_file(group: str) -> str:
-    """The file name of a group's head list."""
     return f"{group.strip().capitalize()}_Lang.json"
 
 
@@ -69,7 +65,6 @@ def head_folder(name: str) -> Path:
 
 
 def steered_folder(results: Path, language: str, base: str, scaling_factor: float) -> Path:
-    """Where a steered model goes."""
     return results / "models" / f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
 
 
@@ -85,7 +80,6 @@ def answer_files(results: Path, language: str, base: str, dataset: str, scaling_
 
 
 def benign_file(answers: Path) -> Path:
-    """Where the same models' answers to harmless questions lie."""
     return answers.parent / BENIGN / answers.name
 
 
@@ -95,8 +89,36 @@ def first_token_file(answers: Path, column: str) -> Path:
 
 
 def tuning_file(results: Path, slug: str, language: str) -> Path:
-    """Where `tune.py` puts what it found for a language."""
     return results / "tuning" / f"{slug}_{language}.json"
+
+
+def utility_file(folder: Path, base: str, language: str | None, scaling_factor: float) -> Path:
+    """Where `evaluate_utility.py` puts what it measured of the base (no language) or of its steered model."""
+    return folder / f"{model_slug(base)}_{f'{language}_scaling_{scaling_factor:g}' if language else 'base'}.json"
+
+
+def facts_file(csv: Path) -> Path:
+    """The JSON beside a CSV of answers or verdicts that says how it was made."""
+    return csv.with_suffix(".json")
+
+
+def answer_journal(answers: Path, column: str) -> Path:
+    return answers.with_name(f".{answers.name}.{ANSWER_COLUMNS[column][1]}.journal")
+
+
+def base_answer_files(answers: Path, name: str) -> tuple[Path, Path]:
+    """The journal and the first-token file of the base model's answers, which runs of every scaling factor share."""
+    folder = answers.parent / "base_answers"
+    return folder / f"{name}.jsonl", folder / f"{name}.first_token.safetensors"
+
+
+def verdict_journal(verdicts: Path) -> Path:
+    return verdicts.with_name(f".{verdicts.name}.journal")
+
+
+def base_verdict_journal(verdicts: Path, digest: str) -> Path:
+    """The journal of the verdicts on the base model's answers, which runs of every scaling factor share."""
+    return verdicts.parent / "base_verdicts" / f"{digest}.jsonl"
 
 
 # Step 4: grids
@@ -141,19 +163,17 @@ def model_failure(results: Path, slug: str) -> Path:
     return results / "cells" / slug / "failed.txt"
 
 
+def dtype_file(results: Path, slug: str) -> Path:
+    return results / "cells" / slug / "dtype.txt"
+
+
 def durations_file(results: Path, slug: str) -> Path:
     """How long the steps of a grid took with a model, a JSON object a line."""
     return results / "cells" / slug / "costs.jsonl"
 
 
 def table_file(results: Path, grid: str, table: str, ending: str) -> Path:
-    """A table or a figure of a grid."""
     return results / "tables" / f"{grid}_{table}.{ending}"
-
-
-def tables_stamp(results: Path, grid: str) -> Path:
-    """What a grid's tables were made from."""
-    return results / "tables" / f".{grid}.json"
 
 
 def report_file(results: Path) -> Path:

@@ -1,0 +1,125 @@
+"""The cells of a grid as they are on disk, and the conditions that tables compare: ways to choose heads."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from soteria.grid.cells import Cell, Treatment, grid_cells, method_of
+from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
+from soteria.languages import find_language
+from soteria.reporting.labels import ALL_HEADS, BASE, METHOD, SHARED_ALL, SHARED_TIER, TOP
+from soteria.storage import files
+from soteria.storage.csv_files import read_table
+from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER, CellFiles
+
+
+@dataclass(frozen=True)
+class FoundCell:
+    """What a cell's files hold, each read once; None for a file that does not exist."""
+
+    cell: Cell
+    files: CellFiles
+
+    @cached_property
+    def facts(self) -> dict:
+        return files.read_facts(self.files.facts)
+
+    @cached_property
+    def _verdicts(self) -> dict[tuple[str, str], list[str] | None]:
+        return {}
+
+    def verdicts(self, name: str, judge: str) -> list[str] | None:
+        """A judge's verdicts on the answers to a prompt set."""
+        if (name, judge) not in self._verdicts:
+            column = ANSWER_COLUMNS[self._column][0]
+            self._verdicts[name, judge] = _read_column(self.files.verdicts(name, judge), column)
+        return self._verdicts[name, judge]
+
+    @cached_property
+    def benign_answers(self) -> list[str] | None:
+        return _read_column(self.files.answers(BENIGN), self._column)
+
+    @property
+    def _column(self) -> str:
+        return SAFE_ANSWER if self.cell.treatment else BASE_ANSWER
+
+
+def _read_column(path: Path, column: str) -> list[str] | None:
+    table = read_table(path, ["Question"]) if path.exists() else {}
+    return list(table[column]) if column in table else None
+
+
+class Condition(NamedTuple):
+    """A way to choose heads: its name, and the treatments that belong to it (several where draws are pooled)."""
+
+    name: str
+    treatments: list[Treatment | None]
+
+    @property
+    def share(self) -> float | None:
+        return self.treatments[0] and self.treatments[0].share
+
+    @property
+    def scaling_factor(self) -> float | None:
+        return self.treatments[0] and self.treatments[0].scaling_factor
+
+
+BASE_CONDITION = Condition(BASE, [None])
+
+
+class Cells:
+    """All cells of one model of a grid, as they are on disk."""
+
+    def __init__(self, grid: Grid, pair: Pair, results: Path):
+        self.grid, self.pair, self.results = grid, pair, results
+        cells = grid_cells(grid, pair)
+        self._found = {(cell.language, cell.treatment): FoundCell(cell, cell.files(results)) for cell in cells}
+
+    def get(self, language: str, treatment: Treatment | None) -> FoundCell | None:
+        """A language's cell, or None. Heads shared by `tier` are its own tier's; its own heads are the method's."""
+        if treatment and treatment.of == TIER:
+            treatment = replace(treatment, of=find_language(language).tier)
+        elif treatment and (treatment.kind, treatment.of) == ("from", language):
+            treatment = method_of(self.grid)
+        return self._found.get((language, treatment))
+
+    def of(self, condition: Condition, languages: list[str]) -> list[FoundCell]:
+        """A condition's cells over languages; an empty list if the grid lacks one of them."""
+        found = [self.get(language, treatment) for language in languages for treatment in condition.treatments]
+        return found if all(found) else []
+
+
+def method_conditions(grid: Grid) -> list[Condition]:
+    """Base, the language's own heads, and the shared heads that the grid asks for."""
+    shared = [
+        Condition(name, [Treatment("shared", None, grid.scaling_factor, of=group)])
+        for name, group in ((SHARED_TIER, TIER), (SHARED_ALL, UNIVERSAL))
+        if group in grid.ablations.shared
+    ]
+    return [BASE_CONDITION, Condition(METHOD, [method_of(grid)]), *shared]
+
+
+def control_conditions(grid: Grid, shares: list[float | None]) -> list[Condition]:
+    """Base, then top, random and bottom heads at each share (None: as many as the given lists have), then all heads."""
+    wanted, factor = grid.ablations, grid.scaling_factor
+    draws = {"top": [""], "random": [str(draw) for draw in range(wanted.random_draws)], "bottom": [""] * wanted.bottom}
+    found = [
+        Condition(f"{kind} heads", [Treatment(kind, share, factor, of=draw) for draw in drawn])
+        for kind, drawn in draws.items()
+        for share in shares
+        if drawn and share != 1
+    ]
+    every = [Condition(ALL_HEADS, [Treatment.best(1.0, factor)])] if 1 in {*shares, *wanted.shares} else []
+    return [BASE_CONDITION, *found, *every]
+
+
+def head_conditions(grid: Grid) -> list[Condition]:
+    """The ablation over heads: the controls at every share, then shared heads."""
+    return control_conditions(grid, grid.head_shares) + method_conditions(grid)[2:]
+
+
+def scaling_conditions(grid: Grid) -> list[Condition]:
+    """The ablation over λ: base, then the method at each."""
+    factors = sorted({*grid.ablations.scaling_factors, grid.scaling_factor})
+    return [BASE_CONDITION, *(Condition(TOP, [Treatment.best(grid.method_share, factor)]) for factor in factors)]

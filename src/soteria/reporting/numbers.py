@@ -1,0 +1,270 @@
+"""Computes a grid's tidy tables from its cells on disk: one row per number, with the files that it comes from.
+
+A cell that was not run has no number anywhere, and neither does a mean that it belongs to.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from soteria.grid.cell_work import BENIGN_JUDGE
+from soteria.grid.cells import Treatment, method_of
+from soteria.grid.grid_file import UNIVERSAL
+from soteria.grid.utility import comparison_rows
+from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.statistics import Rate, bootstrap_interval, compare_paired
+from soteria.languages import TIERS, find_language
+from soteria.reporting.conditions import (
+    BASE_CONDITION,
+    Cells,
+    Condition,
+    control_conditions,
+    head_conditions,
+    method_conditions,
+    scaling_conditions,
+)
+from soteria.reporting.labels import ALL, BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
+from soteria.storage import files
+from soteria.storage.paths import BENIGN
+
+# The files of a cell that its cost is read from.
+COST_FILES = ("cell.json", f"{BENIGN}.csv", f"{BENIGN}.by_{BENIGN_JUDGE}.csv")
+
+
+def asr(lists: list[list[str]]) -> dict:
+    """ASR over all rows of verdict lists, one a language or draw, with a 95 % interval, and counts.
+
+    Of one list the interval is Wilson's. Of several, a bootstrap over questions: lists of one length hold the same
+    questions, translated or answered under another draw, which are drawn together.
+    """
+    harmful = [[verdict == HARMFUL for verdict in given] for given in lists]
+    count, n = sum(map(sum, harmful)), sum(map(len, harmful))
+    judged = n - sum(given.count(EMPTY) for given in lists)
+    rates = {"asr": count / n, **dict(zip(("low", "high"), interval(harmful), strict=True))}
+    rates["asr_judged"] = count / judged if judged else None
+    return rates | {"harmful": count, "rows": n, "unjudged": n - judged}
+
+
+def interval(lists: list[list[bool]]) -> list[float]:
+    """The 95 % interval of the share of True in all lists, as in `asr`."""
+    if len(lists) == 1:
+        return Rate(sum(lists[0]), len(lists[0])).interval
+    if len({len(given) for given in lists}) == 1:
+        rows = np.array(lists, float)  # (lists, questions)
+        return bootstrap_interval(rows.sum(0), np.full(rows.shape[1], float(len(lists))))
+    flat = np.concatenate([np.array(given, float) for given in lists])
+    return bootstrap_interval(flat, np.ones_like(flat))
+
+
+def difference(before: list[list[str]], after: list[list[str]], name: str = "difference") -> dict:
+    """ASR of `after` minus that of `before` on the same questions, paired, with its 95 % interval and McNemar's p."""
+    flat_before, flat_after = ([verdict for given in lists for verdict in given] for lists in (before, after))
+    questions = [row for given in before for row in range(len(given))]
+    parallel = len({len(given) for given in before}) == 1
+    found = compare_paired(flat_before, flat_after, questions if parallel else None)
+    if not found:
+        return {}
+    low, high = found["ci95"]
+    return {name: found["difference"], f"{name}_low": low, f"{name}_high": high, f"{name}_p": found["mcnemar_p"]}
+
+
+def scopes(languages: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """(kind, name, languages) of each row of a table: every language, every tier that has several, all."""
+    for language in languages:
+        yield "language", language, [language]
+    for tier in TIERS:
+        own = [language for language in languages if find_language(language).tier == tier]
+        if len(own) > 1:
+            yield "tier", tier, own
+    if len(languages) > 1:
+        yield "all", ALL, languages
+
+
+def together(paths: list[Path], root: Path) -> str:
+    """Paths below a folder as one pattern that a shell expands: `cells/m/{Hindi,Thai}/base/policy.csv`."""
+    parts = [dict.fromkeys(part) for part in zip(*(path.relative_to(root).parts for path in paths), strict=True)]
+    return "/".join("{" + ",".join(part) + "}" if len(part) > 1 else next(iter(part)) for part in parts)
+
+
+def asked(cells: Cells, names: Iterable[str]) -> Iterator[tuple[dict, list[str]]]:
+    """For each prompt set and judge, a row's first columns, and the languages that the set has."""
+    for name in names:
+        languages = [language for language in cells.grid.languages if cells.grid.prompt_set(name).has(language)]
+        for judge in cells.grid.judges if languages else []:
+            yield {"model": cells.pair.slug, "prompts": name, "judge": judge}, languages
+
+
+def measured(cells: Cells, condition: Condition, languages: list[str], row: dict, **others: Condition) -> dict:
+    """The ASR of a condition over languages and its source, on the prompts and by the judge of `row`.
+
+    Each of `others` adds the paired difference from that condition, under its name. Empty if a verdict is missing.
+    """
+    name, judge = row["prompts"], row["judge"]
+    found = cells.of(condition, languages)
+    lists = [each.verdicts(name, judge) for each in found]
+    if not found or None in lists:
+        return {}
+    numbers = asr(lists) | {"source": together([each.files.verdicts(name, judge) for each in found], cells.results)}
+    for column, other in others.items():
+        draws = len(condition.treatments)  # every draw is compared with the same answers
+        before = [each.verdicts(name, judge) for each in cells.of(other, languages) for _ in range(draws)]
+        if before and None not in before:
+            numbers |= difference(before, lists, column)
+    return numbers
+
+
+def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
+    """What a condition costs over languages: benign refusals, benign answers changed, KL in nats, in-context accuracy.
+
+    Then mean numbers of heads steered and the mean share of parameters changed. What was not measured is left out.
+    """
+    found = cells.of(condition, languages)
+    if not found:
+        return {}
+    facts = [each.facts for each in found]
+    judged = [each.verdicts(BENIGN, BENIGN_JUDGE) for each in found]
+    answers = [(each.benign_answers, cells.get(each.cell.language, None).benign_answers) for each in found]
+    numbers = {}
+    if None not in judged:
+        refused = [[verdict == NOT_HARMFUL for verdict in given] for given in judged]
+        numbers |= _pooled("benign_refusals", refused)
+    if not any(None in pair for pair in answers):
+        changed = [[own != before for own, before in zip(*pair, strict=True)] for pair in answers]
+        numbers |= _pooled("benign_changes", changed)
+    if all(each.get("kl_first_token") for each in facts):
+        numbers["kl"] = float(np.mean([value for each in facts for value in each["kl_first_token"]]))
+    if all("icl_accuracy" in each for each in facts):
+        right = [each["icl_accuracy"] for each in facts]
+        accuracy = Rate(sum(each["count"] for each in right), sum(each["n"] for each in right))
+        low, high = accuracy.interval
+        numbers |= {"icl_accuracy": accuracy.value, "icl_accuracy_low": low, "icl_accuracy_high": high}
+    if numbers:
+        folders = together([each.files.folder for each in found], cells.results)
+        numbers["cost_source"] = " ".join(f"{folders}/{name}" for name in COST_FILES)
+    if all("share_of_parameters" in each for each in facts):
+        numbers |= {name: float(np.mean([each[name] for each in facts])) for name in ("n_heads", "share_of_parameters")}
+    return numbers
+
+
+def _pooled(name: str, lists: list[list[bool]]) -> dict:
+    low, high = interval(lists)
+    return {name: sum(map(sum, lists)) / sum(map(len, lists)), f"{name}_low": low, f"{name}_high": high}
+
+
+def main_rows(cells: Cells) -> pd.DataFrame:
+    """ASR of base, language-specific and shared heads, per prompt set, judge, and language, tier, all; tidy."""
+    rows = []
+    base, method, *shared = method_conditions(cells.grid)
+    for first, languages in asked(cells, [each.name for each in cells.grid.prompt_sets]):
+        for (kind, scope, own), condition in product(scopes(languages), [base, method, *shared]):
+            if condition.name == SHARED_TIER and first["prompts"] not in cells.grid.ablated_sets:
+                continue
+            tier = find_language(scope).tier if kind == "language" else scope
+            row = first | {"of": kind, "name": scope, "tier": tier, "heads": condition.name}
+            others = {} if condition is base else {"difference": base}
+            if condition in shared:
+                others["from_method"] = method
+            rows.append(row | measured(cells, condition, own, row, **others))
+    return _table(rows, ["asr", "low", "high", "difference", "difference_low", "difference_high", "source"])
+
+
+def ablation_rows(cells: Cells, conditions: list[Condition], by_language: bool = False) -> pd.DataFrame:
+    """Gain and cost of each condition, over all languages that the set has or by language; tidy.
+
+    `over_top` is the ASR of a control minus that of as many top heads, paired, with its 95 % interval: above 0, the
+    functional heads do better than the control.
+    """
+    rows = []
+    tops = {each.share: each for each in conditions if each.name == TOP}
+    for first, having in asked(cells, cells.grid.ablated_sets):
+        for languages, condition in product([[each] for each in having] if by_language else [having], conditions):
+            row = first | ({"language": languages[0]} if by_language else {"languages": len(languages)})
+            row |= {"heads": condition.name, "share": condition.share, "scaling_factor": condition.scaling_factor}
+            others = {}
+            if condition.name != BASE and len(condition.treatments) == 1:
+                others["difference"] = conditions[0]
+            if condition.name in (RANDOM, BOTTOM) and condition.share in tops:
+                others["over_top"] = tops[condition.share]
+            row |= measured(cells, condition, languages, row, **others)
+            rows.append(row | costs(cells, condition, languages))
+    return _table(rows, ["asr", "low", "high", "benign_refusals", "benign_changes", "kl", "icl_accuracy", "source"])
+
+
+def head_rows(cells: Cells) -> pd.DataFrame:
+    """The ablation over heads, pooled over languages; tidy."""
+    return ablation_rows(cells, head_conditions(cells.grid))
+
+
+def scaling_rows(cells: Cells) -> pd.DataFrame:
+    """The ablation over λ, pooled over languages; tidy. The base is steered by 0."""
+    table = ablation_rows(cells, scaling_conditions(cells.grid))
+    if len(table):
+        table.loc[table["heads"] == BASE, ["share", "scaling_factor"]] = 0.0
+    return table
+
+
+def control_rows(cells: Cells) -> pd.DataFrame:
+    """The method beside its controls at its own share of heads, by language; empty where the grid has no controls."""
+    if not (cells.grid.ablations.random_draws or cells.grid.ablations.bottom):
+        return pd.DataFrame()
+    return ablation_rows(cells, control_conditions(cells.grid, [cells.grid.method_share]), by_language=True)
+
+
+def transfer_rows(cells: Cells) -> pd.DataFrame:
+    """ASR of language A's heads (or shared ones, or none) on prompts in language B, every pair of them; tidy."""
+    grid, rows = cells.grid, []
+    if not grid.ablations.transfer:
+        return pd.DataFrame()
+    conditions = [BASE_CONDITION]
+    for language in grid.languages:
+        own = Treatment("from", grid.method_share, grid.scaling_factor, of=language)
+        conditions.append(Condition(language, [own]))
+    if UNIVERSAL in grid.ablations.shared:
+        conditions.append(Condition(UNIVERSAL, [Treatment("shared", None, grid.scaling_factor, of=UNIVERSAL)]))
+    for first, languages in asked(cells, grid.ablated_sets):
+        for language, condition in product(languages, conditions):
+            row = first | {"heads_of": condition.name, "prompts_of": language}
+            rows.append(row | measured(cells, condition, [language], row))
+    return _table(rows, ["asr", "low", "high", "source"])
+
+
+def parameter_rows(cells: Cells) -> pd.DataFrame:
+    """How many heads and what share of the parameters each treatment changes, per language; tidy."""
+    rows = []
+    for language, condition in product(cells.grid.languages, head_conditions(cells.grid)[1:]):
+        found = cells.get(language, condition.treatments[0])
+        row = {"model": cells.pair.slug, "language": language, "heads": condition.name, "share": condition.share}
+        if found and "n_heads" in found.facts:
+            row |= {key: found.facts[key] for key in ("n_heads", "parameters_changed", "share_of_parameters")}
+            row["source"] = together([found.files.facts], cells.results)
+        rows.append(row)
+    return _table(rows, ["n_heads", "parameters_changed", "share_of_parameters", "source"])
+
+
+def utility_rows(cells: Cells) -> pd.DataFrame:
+    """What lm-eval measured of base and method, per language, task and metric; tidy."""
+    wanted, rows = cells.grid.utility, []
+    if not wanted:
+        return pd.DataFrame()
+    for language in wanted.languages or cells.grid.languages:
+        places = [cells.get(language, treatment).files.utility for treatment in (None, method_of(cells.grid))]
+        base, safe = (files.read_facts(place) for place in places)
+        first = {"model": cells.pair.slug, "language": language}
+        if not (base and safe):
+            rows.append(first | {"task": ", ".join(wanted.tasks)})
+            continue
+        for row in comparison_rows(base, safe):
+            numbers = {"task": row["task"], "metric": row["metric"], "n": row["n"]}
+            for name in ("base", "safe", "difference"):
+                numbers |= dict(zip((name, f"{name}_stderr"), row[name], strict=True))
+            rows.append(first | numbers | {"source": together(places, cells.results)})
+    return _table(rows, ["metric", "n", "base", "safe", "difference", "source"])
+
+
+def _table(rows: list[dict], columns: list[str]) -> pd.DataFrame:
+    """A table that has these columns even if no row has them."""
+    table = pd.DataFrame(rows)
+    return table.reindex(columns=list(dict.fromkeys([*table.columns, *columns])))

@@ -1,0 +1,112 @@
+"""Turns tidy tables into readable ones: rates with intervals, differences in points, blanks where nothing ran."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from soteria.reporting.labels import BASE, METHOD, SHARED_ALL, percent
+
+NOT_APPLICABLE = "–"  # unlike a blank, which was not run
+IN_CAPTION = ("model", "prompts", "judge", "λ", "metric")  # columns that are left out where they hold one value
+
+
+def shown(row: dict, name: str, form: Callable[[float], str] = percent) -> str:
+    """A number of a row, empty where there is none."""
+    value = row.get(name)
+    return "" if pd.isna(value) else form(value)
+
+
+def rate(row: dict) -> str:
+    """The ASR with its interval, empty where there is none."""
+    text = shown(row, "asr")
+    return text and f"{text} [{row['low']:.0%}, {row['high']:.0%}]"
+
+
+def points(row: dict, name: str = "difference") -> str:
+    """A paired difference in points, empty where there is none."""
+    text = shown(row, name, "{:+.1%}".format)
+    return text and f"{text} [{row[f'{name}_low']:+.1%}, {row[f'{name}_high']:+.1%}]"
+
+
+def readable_main(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per language, tier and all; a column per way to choose heads; then the method against the base."""
+    keys = ["model", "prompts", "judge", "of", "name", "tier"]
+    rows = []
+    for key, group in table.groupby(keys, sort=False):
+        by_heads = {row["heads"]: row for row in group.to_dict("records")}
+        model, prompts, judge, kind, name, tier = key
+        row = {"model": model, "prompts": prompts, "judge": judge}
+        row |= {"language": name if kind != "tier" else f"{name} tier", "tier": tier if kind == "language" else ""}
+        row |= {heads: rate(found) for heads, found in by_heads.items()}
+        row[f"{METHOD} − {BASE}"] = points(by_heads.get(METHOD, {}))
+        if SHARED_ALL in by_heads:
+            row[f"{SHARED_ALL} − {METHOD}"] = points(by_heads[SHARED_ALL], "from_method")
+        rows.append(row)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per condition: share of heads, λ, parameters changed, gain and costs."""
+    rows = []
+    for row in table.to_dict("records"):
+        named = [name for name in ("model", "prompts", "judge", "language", "heads") if name in row]
+        read = {name: row[name] for name in named}
+        for title, name, form in (("share", "share", "{:.0%}"), ("λ", "scaling_factor", "{:g}")):
+            applies = row["heads"] != BASE and not pd.isna(row[name])
+            read[title] = form.format(row[name]) if applies else NOT_APPLICABLE
+        read["parameters"] = shown(row, "share_of_parameters", "{:.2%}".format)
+        read["ASR"] = rate(row)
+        read |= {"benign refused": shown(row, "benign_refusals"), "changed": shown(row, "benign_changes")}
+        read |= {"KL, nats": shown(row, "kl", "{:.3f}".format), "ICL accuracy": shown(row, "icl_accuracy")}
+        rows.append(read)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def readable_transfer(table: pd.DataFrame) -> pd.DataFrame:
+    """The matrix, heads down and prompts across, in percent."""
+    rows = []
+    for key, group in table.groupby(["model", "prompts", "judge", "heads_of"], sort=False):
+        row = dict(zip(("model", "prompts", "judge", "heads of"), key, strict=True))
+        for found in group.to_dict("records"):
+            row[found["prompts_of"]] = shown(found, "asr")
+        rows.append(row)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def readable_utility(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per language, task and metric: base, steered, difference, each with its standard error."""
+    rows = []
+    for row in table.to_dict("records"):
+        read = {"model": row["model"], "language": row["language"], "task": row["task"]}
+        read |= {"metric": shown(row, "metric", str), "questions": shown(row, "n", "{:.0f}".format)}
+        for name in ("base", "safe", "difference"):
+            value = shown(row, name, ("{:+.3f}" if name == "difference" else "{:.3f}").format)
+            read[name] = value + (value and shown(row, f"{name}_stderr", " ± {:.3f}".format))
+        rows.append(read)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def readable_parameters(table: pd.DataFrame) -> pd.DataFrame:
+    """Per way to choose heads: how many, and the share of the parameters, over languages."""
+    rows = []
+    for (model, heads, share), group in table.groupby(["model", "heads", "share"], sort=False, dropna=False):
+        row = {"model": model, "heads": heads, "share": NOT_APPLICABLE if pd.isna(share) else f"{share:.0%}"}
+        known = group.dropna(subset=["n_heads"])
+        row["languages"] = f"{len(known)} of {len(group)}"
+        row["heads steered"] = _span(known["n_heads"], "{:.0f}")
+        row["share of parameters"] = _span(known["share_of_parameters"], "{:.2%}")
+        rows.append(row)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def without_constants(table: pd.DataFrame) -> pd.DataFrame:
+    """The table without the columns of `IN_CAPTION` that say the same in each row."""
+    given = table[[column for column in IN_CAPTION if column in table.columns]].replace(NOT_APPLICABLE, None)
+    return table.drop(columns=[column for column in given.columns if given[column].nunique() <= 1])
+
+
+def _span(values: pd.Series, form: str) -> str:
+    if values.empty:
+        return ""
+    low, high = form.format(values.min()), form.format(values.max())
+    return low if low == high else f"{low} to {high}"

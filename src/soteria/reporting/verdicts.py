@@ -1,0 +1,65 @@
+"""States what a grid's numbers show, in sentences that the numbers alone decide."""
+
+import pandas as pd
+
+from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
+from soteria.reporting.readable import points
+from soteria.reporting.write_up import GROUPS, WriteUp
+
+
+def verdicts(found: WriteUp) -> list[str]:
+    """How the method compares with its controls (by paired 95 % intervals), across languages, and over λ."""
+    sentences = []
+    for named, group in found.tidy("heads").groupby(GROUPS, sort=False):
+        share = found.grid.method_share
+        own = group["share"].isna() if share is None else group["share"] == share
+        rows = {row["heads"]: row for row in group[own].to_dict("records")}
+        base = group[group["heads"] == BASE]["asr"].iloc[0]
+        if TOP not in rows or pd.isna(rows[TOP]["asr"]):
+            continue
+        sentences.append(f"{', '.join(named)}: ASR {base:.1%} → {rows[TOP]['asr']:.1%} with the top heads.")
+        controls = [rows[name] for name in (RANDOM, BOTTOM) if name in rows]
+        sentences += [_against(row) for row in controls if not pd.isna(row.get("over_top"))]
+    return sentences + _transfers(found) + _choices(found)
+
+
+def _against(row: dict) -> str:
+    """Whether the functional heads do better than a control, as far as the interval of the difference tells."""
+    low, high = row["over_top_low"], row["over_top_high"]
+    verdict = "better than" if low > 0 else "worse than" if high < 0 else "no better than"
+    return (
+        f"The functional heads do {verdict} as many {row['heads']} here: ASR {row['asr']:.1%} with those, "
+        f"a difference of {points(row, 'over_top')}."
+    )
+
+
+def _choices(found: WriteUp) -> list[str]:
+    """Which λ the grid's `limits` choose, where it has any."""
+    limits, sentences = found.grid.limits, []
+    for named, group in found.tidy("scaling").groupby(GROUPS, sort=False) if limits else ():
+        base, *points = group.to_dict("records")
+        chosen = "no λ is chosen, for some numbers were not measured"
+        if not group[["asr", "kl", "benign_refusals", "benign_changes", "icl_accuracy"]].isna().any(axis=None):
+            best = limits.choose(points, base)
+            chosen = f"λ = {best['scaling_factor']:g} is chosen" if best else "no λ keeps the limits"
+        sentences.append(
+            f"{', '.join(named)}: {chosen} (lowest ASR with at most {limits.max_refusals:.0%} more benign questions "
+            f"refused, {limits.max_accuracy_loss:.0%} of in-context accuracy lost, {limits.max_changes:.0%} of benign "
+            "answers changed)."
+        )
+    return sentences
+
+
+def _transfers(found: WriteUp) -> list[str]:
+    """ASR with a language's own heads and with other languages' heads, in a sentence."""
+    sentences = []
+    for (model, prompts, judge), group in found.tidy("transfer").groupby(GROUPS, sort=False):
+        group = group[group["heads_of"].isin(found.grid.languages)]
+        own = group[group["heads_of"] == group["prompts_of"]]["asr"]
+        others = group[group["heads_of"] != group["prompts_of"]]["asr"]
+        if len(others) and not group["asr"].isna().any():
+            sentences.append(
+                f"{model}, {prompts}, {judge}: mean ASR {own.mean():.1%} with a language's own heads, "
+                f"{others.mean():.1%} with another's."
+            )
+    return sentences
