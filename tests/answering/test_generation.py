@@ -176,15 +176,18 @@ def test_the_bases_answers_are_generated_once_for_all_scaling_factors(run_genera
 
 
 def test_the_bases_answers_are_not_shared_if_anything_differs(run_generate, tmp_path, tiny_folder):
-    write_table(pd.DataFrame({"question": QUESTIONS[::-1]}), tmp_path / "other.csv")
+    other = tmp_path / "other" / "asked.csv"  # other questions in a file of the same name
+    write_table(pd.DataFrame({"question": QUESTIONS[::-1]}), other)
     out, model = tmp_path / "out", shutil.copytree(tiny_folder("llama"), tmp_path / "model")
-    changes = [{}, {"max_new_tokens": 3}, {"language": "German"}, {"dataset": tmp_path / "other.csv"}]
+    changes = [{}, {"max_new_tokens": 3}, {"language": "German"}, {"dataset": other}]
     for index, changed in enumerate([*changes, {}]):
         if index == len(changes):  # another model in the same folder
             shutil.copy(tiny_folder("llama", seed=7) / "model.safetensors", model / "model.safetensors")
         options = {"model": model, "output": out / f"{index}.csv", "benign": tmp_path / "asked.csv"} | changed
         assert run_generate("BASE ANSWER", **options) == 0
     assert len({(out / f"{index}.csv").read_bytes() for index in range(5)}) == 5
+    first, reversed_ = (list(read_table(out / f"{index}.csv")["BASE ANSWER"]) for index in (0, 3))
+    assert reversed_ == first[::-1] != first
     odds = [(out / "benign" / f"{index}.base.first_token.safetensors").read_bytes() for index in (0, 4)]
     assert odds[0] != odds[1]
 
