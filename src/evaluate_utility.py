@@ -14,6 +14,7 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import language_names
 from soteria.scoring.heads import read_heads
+from soteria.scoring.prompts import SEED, TEST_SPLIT
 from soteria.storage import files, paths
 
 IN_PLACE = ("finetune_model", "language", "scaling_factor", "head_folder")
@@ -36,8 +37,8 @@ def parse_arguments():
     add("--tasks", nargs="+", default=["soteria_icl"], help=tasks)
     limit = "number of documents per task, from the first; for mmlu, per subject; or all"
     add("--limit", type=document_limit, default=32, help=limit)
-    add("--seed", type=int, default=42, help="step 1's, whose unseen rows are asked")
-    add("--test_split", type=float, default=0.3, help="step 1's fraction of unseen rows, which are asked")
+    add("--seed", type=int, default=SEED, help="step 1's, whose unseen rows are asked")
+    add("--test_split", type=float, default=TEST_SPLIT, help="step 1's fraction of unseen rows, which are asked")
     add("--batch_size", type=cli.positive_int, default=16, help="choices per forward pass")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--output", type=Path, help="folder of one JSON file per model and language (default: results/utility)")

@@ -22,6 +22,7 @@ from soteria.answering.columns import model_settings
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language
 from soteria.models.loading import BOS_TEXT, LoadedModel
+from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, paths
 
@@ -39,7 +40,9 @@ PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 # The local task
 
 
-def documents(language: str, form: PromptForm | None = None, *, test_split: float = 0.3, seed: int = 42) -> list[dict]:
+def documents(
+    language: str, form: PromptForm | None = None, *, test_split: float = prompts.TEST_SPLIT, seed: int = prompts.SEED
+) -> list[dict]:
     """A language's questions: `text` (the whole prompt), `choices` (one right, three wrong), `answer` (its index).
 
     All rows are from the `test` part of step 1's split (by `test_split` and `seed`), which step 1 never draws from. No
@@ -135,8 +138,8 @@ def measure_utility(
     limit: int | None,
     batch_size: int = 16,
     languages: list[str] | None = None,
-    test_split: float = 0.3,
-    seed: int = 42,
+    test_split: float = prompts.TEST_SPLIT,
+    seed: int = prompts.SEED,
 ) -> dict:
     """Measure a loaded model on tasks of lm-eval by name and on the local one.
 
@@ -272,8 +275,8 @@ def utility_inputs(
     languages: list[str] | None,
     dtype: str,
     *,
-    test_split: float = 0.3,
-    seed: int = 42,
+    test_split: float = prompts.TEST_SPLIT,
+    seed: int = prompts.SEED,
     **steering,
 ) -> dict:
     """What a measurement is made from, as JSON. `steering`: what makes the steered model; nothing for the base."""
