@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ffn", type=int, help="default: 3.5 times the width, as in Llama 3.1 8B")
     add("--vocabulary", type=int, help="default: 31.3 times the width, as in Llama 3.1 8B")
     add("--prompt_tokens", type=int, default=300)
+    add("--answer_tokens", type=int, default=1, help="more than 1: the probability of a whole answer of so many tokens")
     add("--dtype", choices=list(DTYPES), default="float32")
     add("--device", default=default_device())
     add("--all_classes", action="store_true", help="score all ten token classes, not the last token alone")
@@ -82,7 +83,7 @@ def random_model(arguments: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def random_prompt(n_tokens: int, vocabulary: int, device: str) -> TokenizedPrompt:
+def random_prompt(n_tokens: int, n_answer: int, vocabulary: int, device: str) -> TokenizedPrompt:
     """Random ids with the roles of a ten-shot prompt; what is over goes to the demonstrations."""
     per_shot, over = divmod(n_tokens - 2 - len(QUERY), N_SHOTS)
     classes = ["bos"]
@@ -91,8 +92,8 @@ def random_prompt(n_tokens: int, vocabulary: int, device: str) -> TokenizedPromp
         classes += ["structural"] + ["demonstration"] * (words - words // 2) + ["separator", "structural", "predictive"]
         classes += ["label"] * (words // 2) + ["end_of_example", "separator"]
     classes += [*QUERY, "query_predictive"]
-    ids = torch.randint(vocabulary, (n_tokens,), generator=torch.Generator().manual_seed(1)).to(device)
-    return TokenizedPrompt(ids, list(range(n_tokens)), classes, 0)
+    ids = torch.randint(vocabulary, (n_tokens + n_answer,), generator=torch.Generator().manual_seed(1)).to(device)
+    return TokenizedPrompt(ids[:n_tokens], list(range(n_tokens)), classes, ids[n_tokens:])
 
 
 def main() -> None:
@@ -101,14 +102,15 @@ def main() -> None:
     loaded = LoadedModel("random", model, None, read_geometry(model))
     geometry, on_gpu = loaded.geometry, torch.device(arguments.device).type == "cuda"
     n_tokens, n_heads, n_layers = arguments.prompt_tokens, geometry.n_heads, geometry.n_layers
-    prompt = random_prompt(n_tokens, model.config.vocab_size, arguments.device)
+    prompt = random_prompt(n_tokens, arguments.answer_tokens, model.config.vocab_size, arguments.device)
     means = torch.randn(n_layers, n_heads, n_tokens, geometry.head_dim, generator=torch.Generator().manual_seed(2))
     classes = TOKEN_CLASSES if arguments.all_classes else LAST_TOKEN_CLASSES
     sweep = ForkingSweep(loaded)
 
     @torch.inference_mode()
     def forward():
-        return model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+        kept = len(prompt.answer)
+        return model(input_ids=prompt.sequence[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:]
 
     def timed(run, times: list[float]):
         if on_gpu:
@@ -120,9 +122,9 @@ def main() -> None:
         times.append(time.perf_counter() - started)
         return result
 
-    # The answer is the likeliest token; both ways are warmed up before anything is timed.
-    answer = int(forward().argmax())
-    prompt = TokenizedPrompt(prompt.ids, prompt.slots, prompt.classes, answer)
+    # The answer is the likeliest tokens; both ways are warmed up before anything is timed.
+    for place in range(len(prompt.answer)):
+        prompt.answer[place] = forward()[place].argmax()
     if on_gpu:
         indirect_effects(sweep, prompt, means, classes)
     draw = random.Random(3)
@@ -150,12 +152,13 @@ def main() -> None:
         "ratio": round((n_patches + 1) * statistics.median(slow) / own, 1),
         "max_abs_diff": max(differences),
         "max_abs_effect": effects.abs().max().item(),
-        "answer_probability": answer_probability(forward(), answer).item(),
+        "answer_probability": answer_probability(forward(), prompt.answer).item(),
         "peak_bytes": peak_bytes(arguments.device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{name: getattr(arguments, name) for name in ("layers", "heads", "width", "prompt_tokens", "dtype")},
         "kv_heads": model.config.num_key_value_heads,
         "all_classes": arguments.all_classes,
+        "answer_tokens": arguments.answer_tokens,
         "machine": machine(arguments.device),
         "torch": torch.__version__,
     }

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from soteria import cli
-from soteria.scoring.prompts import expand_datasets
-from soteria.scoring.run import ScoringSettings, score_datasets
+from soteria.scoring.prompts import ANSWERS, expand_datasets
+from soteria.scoring.run import ScoringSettings, describe_first_tokens, score_datasets
 from soteria.storage import paths
 
 
@@ -33,7 +33,7 @@ def parse_arguments() -> Namespace:
     add("--dataset_name", nargs="+", required=True, help="one or more <task>_<Language>, or globs such as '*_Hindi'")
     add("--model_name", default=default.model_name, help="hub id or local folder")
     add("--root_data_dir", type=Path, default=default.root_data_dir, help="folder of <task>_<Language>.json")
-    add("--save_path_root", type=Path, help="output folder (default: results/indirect_effect/<model slug>)")
+    add("--save_path_root", type=Path, help="output folder (default: results/indirect_effect/<model slug>[_whole])")
     add("--seed", type=int, default=default.seed, help="seed of python, numpy and torch, set once the model is loaded")
     add("--n_shots", type=cli.positive_int, default=default.n_shots, help="demonstrations in a prompt")
     add("--n_trials", type=cli.positive_int, default=default.n_trials, help="prompts averaged, and prompts scored")
@@ -41,6 +41,8 @@ def parse_arguments() -> Namespace:
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
     add("--mean_activations_path", type=Path, help="a *_mean_head_activations.pt to use instead of computing the means")
     add("--last_token_only", type=cli.truth, default=True, help="True: the last token; False: all ten token classes")
+    answer = "the effect is on the probability of the answer's first token, as in the original, or of the whole answer"
+    add("--answer", choices=ANSWERS, default=default.answer, help=answer)
     add("--prefixes", type=json_object, default=default.prefixes, help="JSON: input, output, instructions")
     add("--separators", type=json_object, default=default.separators, help="JSON: input, output, instructions")
     add("--max_rows", type=cli.positive_int, help="most tokens in a forward pass (default: from the free memory)")
@@ -53,7 +55,8 @@ def main() -> None:
     arguments = parse_arguments()
     settings = ScoringSettings(**{name: value for name, value in vars(arguments).items() if name != "dataset_name"})
     datasets = expand_datasets(arguments.dataset_name, settings.root_data_dir)
-    root = settings.save_path_root or paths.scores_folder(paths.RESULTS, paths.model_slug(settings.model_name))
+    slug = paths.model_slug(settings.model_name)
+    root = settings.save_path_root or paths.scores_folder(paths.RESULTS, slug, settings.answer)
 
     from soteria.models.loading import load_model  # transformers takes seconds to import: only for valid input
     from soteria.models.processes import Processes
@@ -64,6 +67,9 @@ def main() -> None:
         runs, n_scored = score_datasets(settings, datasets, root, processes, load)
         if processes.is_first and n_scored < len(runs):
             print(f"{len(runs) - n_scored} of {len(runs)} datasets are finished already")
+        if processes.is_first:
+            for line in describe_first_tokens(root, datasets, warnings_only=False):
+                print(line)
         if processes.is_first and n_scored:
             print(f"wrote {n_scored} datasets under {root} in {time.monotonic() - started:.1f} s")
 

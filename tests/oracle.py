@@ -87,7 +87,9 @@ def mean_slots(labels: list[str], n_slots: int) -> list[int]:
     return slots
 
 
-def score(loaded, data_file: Path, *, seed=42, n_shots=10, n_trials=25, test_split=0.3, last_token_only=True):
+def score(
+    loaded, data_file: Path, *, seed=42, n_shots=10, n_trials=25, test_split=0.3, last_token_only=True, answer="first"
+):
     """Effects (n_trials, n_layers, n_heads[, 10]) and mean head activations (n_layers, n_heads, n_slots, head_dim)."""
     model, tokenizer = loaded.model, loaded.tokenizer
     config = model.config
@@ -128,26 +130,31 @@ def score(loaded, data_file: Path, *, seed=42, n_shots=10, n_trials=25, test_spl
 
         handle = modules[layer].register_forward_pre_hook(overwrite) if layer is not None else None
         with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = model(torch.tensor([ids + answer]), use_cache=False).logits[0]
         if handle:
             handle.remove()
-        return logits.float().softmax(dim=-1)[answer].item()
+        found = 1.0
+        for place, token in enumerate(answer, start=len(ids) - 1):
+            found *= logits[place].float().softmax(dim=-1)[token].item()
+        return found
 
     effects = []
     for examples, query in shuffled:
         text, labels = label_tokens(examples, query, tokenizer)
         ids = tokenizer(text).input_ids
-        answer = tokenizer(f"{text} {query[1]}").input_ids[len(ids)]
+        target = tokenizer(f"{text} {query[1]}").input_ids[len(ids) :]
+        if answer == "first":
+            target = target[:1]
         slots = mean_slots(labels, n_slots)
         if last_token_only:
             token_sets = [[len(ids) - 1]]
         else:
             token_sets = [[t for t, label in enumerate(labels) if re.fullmatch(p, label)] for p in CLASS_PATTERNS]
-        base = probability(ids, answer)
+        base = probability(ids, target)
         effects.append(
             [
                 [
-                    [probability(ids, answer, layer, head, tokens, slots) - base for tokens in token_sets]
+                    [probability(ids, target, layer, head, tokens, slots) - base for tokens in token_sets]
                     for head in range(n_heads)
                 ]
                 for layer in range(n_layers)

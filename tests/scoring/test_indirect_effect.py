@@ -21,12 +21,15 @@ from soteria.models.geometry import read_geometry
 from soteria.models.loading import LoadedModel, load_geometry, load_model
 from soteria.scoring.indirect_effect import TokenizedPrompt, indirect_effects, tokenize
 from soteria.scoring.prompts import (
+    ANSWERS,
+    FIRST,
     TOKEN_CLASSES,
+    WHOLE,
     Example,
     MeanSlots,
     Prompt,
     PromptForm,
-    answer_token,
+    answer_tokens,
     load_examples,
     token_roles,
 )
@@ -37,23 +40,27 @@ ICL = paths.DATA / "icl"
 ENGLISH, HINDI = "country-capital_English", "country-capital_Hindi"
 
 
-def assert_same_scores(got, want):
+def assert_same_scores(got, want, least=2e-5):
     """Within 1e-6, and within a thousandth of the largest effect, which must stand out from rounding."""
     (effects, means), (expected_effects, expected_means) = got, want
     assert effects.shape == expected_effects.shape and means.shape == expected_means.shape
     largest = expected_effects.abs().max().item()
-    assert largest > 2e-5
+    assert largest > least
     assert (effects - expected_effects).abs().max().item() <= min(1e-6, 1e-3 * largest)
     torch.testing.assert_close(means, expected_means, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("last_token_only", [True, False], ids=["last-token", "all-classes"])
-def test_effects_and_means_equal_one_forward_a_head(architecture, last_token_only, tiny_loaded, tmp_path):
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_effects_and_means_equal_one_forward_a_head(architecture, last_token_only, answer, tiny_loaded, tmp_path):
     loaded = tiny_loaded(architecture, adds_bos=architecture != "gpt2")
-    got = shipped(loaded, tmp_path, ENGLISH, n_shots=3, last_token_only=last_token_only)
-    want = oracle.score(loaded, ICL / f"{ENGLISH}.json", n_shots=3, n_trials=2, last_token_only=last_token_only)
-    assert_same_scores(got, want)
+    options = {"n_shots": 3, "n_trials": 2, "last_token_only": last_token_only, "answer": answer}
+    got = shipped(loaded, tmp_path, ENGLISH, **options)
+    # A random model gives answers of several tokens tiny probabilities, of which the effects are parts.
+    assert_same_scores(
+        got, oracle.score(loaded, ICL / f"{ENGLISH}.json", **options), 2e-5 if answer == FIRST else 1e-30
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -100,28 +107,6 @@ def _planted_model(tokenizer) -> LoadedModel:
         layer.o_proj.weight[:, own_head] = 0
         layer.o_proj.weight[0, 16] = layer.o_proj.weight[1, 17] = 1
     return LoadedModel("planted", model, tokenizer, read_geometry(model))
-
-
-@pytest.fixture(scope="module")
-def planted_scores(tmp_path_factory):
-    """Effects of the planted model, and how often the means' prompts say each scored answer more than its own prompt.
-
-    Inputs are numbers of three digits, so that all prompts have as many tokens and a share is a count.
-    """
-    folder = tmp_path_factory.mktemp("planted")
-    rows = [{"input": str(101 + i), "output": "yes" if i % 3 == 0 else "no"} for i in range(120)]
-    files.write_json(folder / "numbers.json", rows)
-    options = {"seed": 3, "n_shots": 8, "n_trials": 12}
-    effects, _ = shipped(_planted_model(tiny_tokenizer()), folder / "out", "numbers", data=folder, **options)
-    clean, shuffled = oracle.draw(folder / "numbers.json", test_split=0.3, **options)
-
-    def count(examples, answer):
-        return sum(output == answer for _, output in examples)
-
-    excess = [
-        np.mean([count(examples, query[1]) for examples, _ in clean]) - count(own, query[1]) for own, query in shuffled
-    ]
-    return effects, torch.tensor(excess)
 
 
 def test_the_head_that_carries_the_answer_ranks_first_and_raises_it_where_the_mean_says_it_more(tmp_path):
@@ -223,7 +208,7 @@ def test_roles_and_mean_slots_of_a_known_prompt_are_those_written_by_hand():
     ]
     assert [slots.of(role) for role in roles] == [*range(12), 12, 12, 12, 13, 14, 15]  # Ġ, Z, z are one word
     assert len(slots) == 16
-    assert tokenizer.convert_ids_to_tokens(answer_token(HOT_COLD, tokenizer)) == "Ġsmall"
+    assert tokenizer.convert_ids_to_tokens(answer_tokens(HOT_COLD, tokenizer, FIRST)) == ["Ġsmall"]
 
 
 def test_punctuation_that_melts_into_a_newline_has_a_role_and_the_class_that_is_gone_no_effect(tiny_loaded):
@@ -264,7 +249,7 @@ def test_every_token_of_any_words_has_one_role_and_the_last_predicts(pairs, whic
     slots = MeanSlots(len(shown), form, tokenizer)
     assert all(0 <= slots.of(role) < len(slots) for role in roles)
     assert slots.of(roles[-1]) == len(slots) - 1
-    answer_token(prompt, tokenizer)
+    assert tokenizer.decode(answer_tokens(prompt, tokenizer, WHOLE)) == prompt.answer
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

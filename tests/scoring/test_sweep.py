@@ -39,12 +39,13 @@ from soteria.scoring.sweep import ForkingSweep
 from soteria.storage import files, paths
 
 
-def random_prompt(length: int, seed: int = 0) -> TokenizedPrompt:
+def random_prompt(length: int, seed: int = 0, n_answer: int = 1) -> TokenizedPrompt:
     """Random tokens in random classes, the last one as in every prompt."""
     draw = random.Random(seed)
     classes = [draw.choice(TOKEN_CLASSES[:-1]) for _ in range(length - 1)] + ["query_predictive"]
     ids = torch.tensor([draw.randrange(2, VOCABULARY) for _ in range(length)])
-    return TokenizedPrompt(ids, list(range(length)), classes, draw.randrange(2, VOCABULARY))
+    answer = torch.tensor([draw.randrange(2, VOCABULARY) for _ in range(n_answer)])
+    return TokenizedPrompt(ids, list(range(length)), classes, answer)
 
 
 def random_means(loaded: LoadedModel, n_slots: int) -> torch.Tensor:

@@ -132,6 +132,7 @@ class Scoring(Part):
     n_trials: int = Field(default=25, gt=0)
     seed: int = Field(default=SEED, ge=0, lt=2**32)
     test_split: float = Field(default=TEST_SPLIT, gt=0, lt=1)
+    answer: Literal["first", "whole"] = "first"
 
 
 class Limits(Part):
@@ -207,6 +208,10 @@ class Grid(Part):
                 "need a ranking of all heads; remove them or head_folder"
             )
         return self
+
+    def scores(self, results: Path, pair: Pair) -> Path:
+        """Where step 1 writes a model's scores."""
+        return paths.scores_folder(results, pair.slug, self.scoring.answer)
 
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)

@@ -83,7 +83,7 @@ class Plan:
     def left(self, pair: Pair, languages: list[str]) -> dict[str, int]:
         """Units of each step that a model's languages still need, judging by which files exist."""
         units, grid = dict.fromkeys(STEPS, 0), self.grid
-        scores = paths.scores_folder(self.results, pair.slug)
+        scores = grid.scores(self.results, pair)
         for language in languages:
             datasets = [f"{task}_{language}" for task in grid.tasks]
             units["score"] += sum(not paths.effect_path(scores, dataset).exists() for dataset in datasets)

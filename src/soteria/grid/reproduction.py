@@ -84,7 +84,7 @@ class Reproduction:
         if not self.processes.is_first:
             return
         slug = subject.pair.slug
-        folder = paths.heads_root(self.results) / slug
+        folder = paths.heads_root(self.results) / subject.scores.name
         scored = [name for name in self.grid.languages if not subject.unscored([name])]
         for language in scored:
             with self._noting(f"{slug}/{language}/heads"):

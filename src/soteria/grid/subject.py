@@ -65,7 +65,7 @@ class Subject:
 
     def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
         self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
-        self.scores = paths.scores_folder(results, pair.slug)
+        self.scores = grid.scores(results, pair)
         self.device = "none"  # until the model is loaded
         self._load = remembered(self._load_base)
         self.ranking = cache(self._ranking)

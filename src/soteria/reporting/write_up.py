@@ -112,7 +112,7 @@ def compose(grid: Grid, results: Path) -> WriteUp:
             found.tables.append(Table(name, title, text, tidy, read(tidy)))
     tidy = {table.name: table.tidy for table in found.tables}
     for pair in grid.models:
-        _draw(found, ModelNumbers(grid, pair.slug, paths.scores_folder(results, pair.slug), tidy))
+        _draw(found, ModelNumbers(grid, pair.slug, grid.scores(results, pair), tidy))
     return found
 
 
@@ -171,4 +171,6 @@ def _draw(found: WriteUp, own: ModelNumbers) -> None:
         places = tuple(f"tables/{found.path(table, 'csv').name}" for table in drawing.tables)
         title = f"{slug}: {drawing.title}" if several else drawing.title
         named = f"{name}_{slug}" if several else name
-        found.pictures.append(Picture(named, title, drawing.text, figure, places or (f"indirect_effect/{slug}",)))
+        found.pictures.append(
+            Picture(named, title, drawing.text, figure, places or (f"indirect_effect/{own.scores.name}",))
+        )

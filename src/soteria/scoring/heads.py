@@ -14,9 +14,9 @@ from torch import Tensor
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import load_tensor
-from soteria.scoring.prompts import TOKEN_CLASSES
+from soteria.scoring.prompts import FIRST, TOKEN_CLASSES
 from soteria.storage import files
-from soteria.storage.paths import effect_path, group_file, language_file
+from soteria.storage.paths import effect_path, group_file, language_file, scoring_file
 
 Head = tuple[int, int]  # (layer, head), both from 0
 
@@ -24,10 +24,14 @@ Head = tuple[int, int]  # (layer, head), both from 0
 def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
     """The effect of each head averaged over trials, then tasks: (n_layers, n_heads), float64.
 
-    A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files
-    and for effects that are not finite.
+    A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files,
+    effects that are not finite, and tasks that were scored by first tokens and by whole answers.
     """
     means = []
+    noted = {task: files.read_facts(scoring_file(results, f"{task}_{language}")).get("answer", FIRST) for task in tasks}
+    if len(set(noted.values())) > 1:
+        kinds = ", ".join(f"{task} by the {scored} answer" for task, scored in noted.items())
+        raise UserError(f"{results} has scores of {language} that do not mix ({kinds}); score all tasks alike")
     for task in tasks:
         path = effect_path(results, f"{task}_{language}")
         effect = load_tensor(path)

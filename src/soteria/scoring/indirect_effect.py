@@ -4,8 +4,10 @@ Input: tokenized prompts and a model. Output: mean head activations, and per pro
 
     P(y | prompt, the head's output replaced by its mean) - P(y | prompt),
 
-y being the first token of the query's answer. The prompt has shuffled labels; the mean is over prompts of the same form
-with the right labels. A head whose replacement raises P(y) carries the task.
+y being the first token of the query's answer, or the whole answer: then P(y) is the product of its tokens'
+probabilities, each after the tokens before it, and the head is replaced at tokens of the prompt only. The prompt has
+shuffled labels; the mean is over prompts of the same form with the right labels. A head whose replacement raises P(y)
+carries the task.
 """
 
 import random
@@ -19,7 +21,7 @@ from soteria.errors import UserError
 from soteria.models.geometry import AttentionGeometry
 from soteria.models.loading import LoadedModel
 from soteria.models.memory import MOST_TOKENS, TokenBudget
-from soteria.scoring.prompts import MeanSlots, Prompt, answer_token, token_roles
+from soteria.scoring.prompts import FIRST, MeanSlots, Prompt, answer_tokens, token_roles
 from soteria.scoring.sweep import ForkingSweep, head_outputs
 
 # What is scored if only the last token is patched.
@@ -28,29 +30,38 @@ LAST_TOKEN_CLASSES = ("query_predictive",)
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """Token ids (T,), the mean slot and the class of each token, and the id of the answer's first token."""
+    """Token ids (T,), the mean slot and the class of each token, and the ids of the answer's scored tokens (k,)."""
 
     ids: Tensor
     slots: list[int]
     classes: list[str]
-    answer: int
+    answer: Tensor
+
+    @property
+    def sequence(self) -> Tensor:
+        """The ids that predict the answer, (T + k - 1,): the prompt's, and the answer's but for the last."""
+        return torch.cat([self.ids, self.answer[:-1]])
 
 
-def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots) -> TokenizedPrompt:
-    """Tokenize a prompt. Raises UserError if it is longer than the model's context or the tokenizer adds to its end."""
+def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots, scored: str = FIRST) -> TokenizedPrompt:
+    """Tokenize a prompt and its answer, of which the `first` token or the `whole` is scored.
+
+    Raises UserError if they are longer than the model's context or the tokenizer adds to the prompt's end.
+    """
     ids = loaded.tokenizer(prompt.text).input_ids
     roles = token_roles(prompt, loaded.tokenizer)
     own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
     if len(roles) != len(ids) or ids[-len(own) :] != own:
         raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; its model cannot be scored")
-    if loaded.context_length and len(ids) > loaded.context_length:
-        most = loaded.context_length
-        raise UserError(f"a prompt has {len(ids)} tokens, but {loaded.name!r} takes {most}; use fewer --n_shots")
+    answer = answer_tokens(prompt, loaded.tokenizer, scored)
+    length, most = len(ids) + len(answer) - 1, loaded.context_length
+    if most and length > most:
+        raise UserError(f"a prompt has {length} tokens, but {loaded.name!r} takes {most}; use fewer --n_shots")
     return TokenizedPrompt(
         torch.tensor(ids, device=loaded.model.device),
         [slots.of(role) for role in roles],
         [role.token_class for role in roles],
-        answer_token(prompt, loaded.tokenizer),
+        torch.tensor(answer, device=loaded.model.device),
     )
 
 
@@ -107,16 +118,17 @@ def mean_head_activations(
     return sum(share(activations_of, batches(prompts, rows.most))) / len(prompts)
 
 
-def answer_probability(logits: Tensor, answer: int) -> Tensor:
-    """P(answer) for logits (…, vocabulary), with the softmax in float32."""
-    return logits.float().softmax(dim=-1)[..., answer]
+def answer_probability(logits: Tensor, answer: Tensor) -> Tensor:
+    """P(answer) (…,) for the logits (…, k, vocabulary) that predict its tokens (k,), with the softmax in float32."""
+    return logits.float().softmax(dim=-1)[..., torch.arange(len(answer)), answer].prod(dim=-1)
 
 
 def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
-    """The cost of a prompt's sweep in forward passes of the prompt: its own, and for every class and head the tokens
+    """The cost of a prompt's sweep in forward passes of its sequence: its own, and for every class and head the tokens
     from the class's first one on, through the layers from the head's up."""
-    after = sum(len(prompt.ids) - prompt.classes.index(name) for name in classes if name in prompt.classes)
-    return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * len(prompt.ids))
+    length = len(prompt.sequence)
+    after = sum(length - prompt.classes.index(name) for name in classes if name in prompt.classes)
+    return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * length)
 
 
 @torch.inference_mode()
@@ -136,13 +148,13 @@ def indirect_effects(
     targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
     places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
     effects = torch.zeros(len(targets), len(classes))
-    run = sweep.clean_run(prompt.ids)
+    run = sweep.clean_run(prompt.sequence, len(prompt.answer))
     clean = answer_probability(run.logits, prompt.answer)
     for column, at in enumerate(places.values()):
         if not at:
             continue
         replacements = means[:, :, [prompt.slots[place] for place in at]]
-        size = max(1, max_rows // (len(prompt.ids) - at[0]))
+        size = max(1, max_rows // (len(run.ids) - at[0]))
         for start in range(0, len(targets), size):
             logits = sweep.logits(run, at, replacements, targets[start : start + size])
             effects[start : start + size, column] = (answer_probability(logits, prompt.answer) - clean).cpu()
@@ -154,7 +166,7 @@ def effect_by_full_forward(
     loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, layer: int, head: int, token_class: str
 ) -> float:
     """One head's indirect effect by two ordinary forward passes: slow, to check the sweep against."""
-    at = [t for t, own in enumerate(prompt.classes) if own == token_class]
+    at, kept = [t for t, own in enumerate(prompt.classes) if own == token_class], len(prompt.answer)
     own = means[layer, head, [prompt.slots[place] for place in at]]
 
     def replace(here: int, heads: Tensor) -> Tensor | None:
@@ -164,10 +176,13 @@ def effect_by_full_forward(
         heads[0, at, loaded.geometry.head_slice(head)] = own.to(heads)
         return heads
 
-    clean = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+    def probability() -> Tensor:
+        found = loaded.model(input_ids=prompt.sequence[None], use_cache=False, logits_to_keep=kept)
+        return answer_probability(found.logits[0, -kept:], prompt.answer)
+
+    clean = probability()
     with head_outputs(loaded, replace):
-        patched = loaded.model(input_ids=prompt.ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
-    return (answer_probability(patched, prompt.answer) - answer_probability(clean, prompt.answer)).item()
+        return (probability() - clean).item()
 
 
 def check_sweep(

@@ -20,6 +20,7 @@ from soteria.errors import UserError
 
 TASKS = ("antonym", "country-capital", "country-currency", "sentiment", "ag_news")
 TEST_SPLIT, SEED = 0.3, 42  # the original release's
+FIRST, WHOLE = ANSWERS = ("first", "whole")  # what of the query's answer is scored: its first token, or all of it
 
 # The last dimension of a four-dimensional effect.
 TOKEN_CLASSES = (
@@ -215,7 +216,20 @@ class MeanSlots:
         return max(0, bisect_right(self._places, (role.part, role.place)) - 1)
 
 
-def answer_token(prompt: Prompt, tokenizer) -> int:
-    """The id of the first token of the query's answer, tokenized in context."""
-    n_prompt = len(tokenizer(prompt.text).input_ids)
-    return tokenizer(prompt.text + prompt.answer).input_ids[n_prompt]
+def answer_tokens(prompt: Prompt, tokenizer, scored: str) -> list[int]:
+    """The ids of the query's answer in context: its `first` token or the `whole`.
+
+    Raises UserError where the tokenizer merges the answer into the prompt.
+    """
+    own = tokenizer(prompt.text).input_ids
+    ids = tokenizer(prompt.text + prompt.answer).input_ids
+    if len(ids) == len(own) or (scored == WHOLE and ids[: len(own)] != own):
+        raise UserError(f"the tokenizer merges the answer {prompt.answer!r} into the prompt; it cannot be scored")
+    return ids[len(own) :] if scored == WHOLE else [ids[len(own)]]
+
+
+def count_first_tokens(examples: Sequence[Example], form: PromptForm, tokenizer) -> dict[str, int]:
+    """How many different `answers` a task has, and how many different `first_tokens` these have in context."""
+    prompts = [Prompt([], Example("a", output), form) for output in {example.output for example in examples}]
+    first = {token for prompt in prompts for token in answer_tokens(prompt, tokenizer, FIRST)}
+    return {"answers": len(prompts), "first_tokens": len(first)}

@@ -25,7 +25,6 @@ from soteria.storage import files, paths
 
 # What is written beside the scores but does not decide on their values. Scores made with other values of the rest are
 # neither skipped nor continued.
-SETTINGS_FILE = "indirect_effect_args.txt"
 INDECISIVE = ("dataset_name", "root_data_dir", "save_path_root", "device", "max_rows")
 
 
@@ -47,6 +46,7 @@ class ScoringSettings:
     separators: dict[str, str] = field(default_factory=lambda: PromptForm().separators)
     max_rows: int | None = None  # most tokens in a forward pass; None: from the free memory
     dtype: str = "auto"
+    answer: str = prompts.FIRST  # or WHOLE
 
 
 def score_datasets(
@@ -88,7 +88,7 @@ class DatasetRun:
         self.folder = self.effect_file.parent
         self.means_file = self.folder / f"{dataset}_mean_head_activations.pt"
         self.partial_file = self.folder / f"{dataset}_indirect_effect.partial.pt"
-        self.settings_file = self.folder / SETTINGS_FILE
+        self.settings_file = paths.scoring_file(root, dataset)
         data_file = Path(settings.root_data_dir) / f"{dataset}.json"
         self.examples = prompts.load_examples(data_file)
         self.described = {  # as it is written to the settings file
@@ -105,7 +105,7 @@ class DatasetRun:
                 raise UserError(f"{self.folder} has scores but no readable {self.settings_file.name}; {advice}")
             return False
         for name, now in self.described.items():
-            was = found.get(name)
+            was = found.get(name, prompts.FIRST if name == "answer" else None)
             if name == "model_name" and was and Path(was).exists() and Path(was).resolve() == Path(now).resolve():
                 continue
             if name not in INDECISIVE and was != now:
@@ -122,7 +122,7 @@ class DatasetRun:
         from soteria.scoring import indirect_effect as ie
 
         settings, loaded, started = self.settings, sweep.loaded, time.monotonic()
-        clean, shuffled, n_slots = self._tokenized_prompts(loaded)
+        clean, shuffled, n_slots, counts = self._tokenized_prompts(loaded)
         classes = ie.LAST_TOKEN_CLASSES if settings.last_token_only else prompts.TOKEN_CLASSES
         costs = [ie.forward_passes(prompt, classes, loaded.geometry) for prompt in shuffled]
         progress.begin(len(clean) + sum(costs))
@@ -130,7 +130,7 @@ class DatasetRun:
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
         started_with = files.read_facts(self.settings_file).get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
-        described = self.described | {"max_rows": rows.most}
+        described = self.described | {"max_rows": rows.most, "query_answers": counts}
 
         given = settings.mean_activations_path or (self.means_file if self.means_file.exists() else None)
         if given:
@@ -167,8 +167,11 @@ class DatasetRun:
             for left in self.folder.glob(".*.tmp"):  # by runs that were killed while writing
                 left.unlink()
 
-    def _tokenized_prompts(self, loaded) -> tuple[list, list, int]:
-        """The prompts to average, the prompts to score, and the number of mean slots, as the settings' seed has it."""
+    def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict[str, int]]:
+        """The prompts to average, the prompts to score, the number of mean slots, and `count_first_tokens` of the task.
+
+        The prompts are drawn as the settings' seed has it.
+        """
         from soteria.models.loading import BOS_TEXT
         from soteria.scoring import indirect_effect as ie
 
@@ -183,11 +186,12 @@ class DatasetRun:
         def draw(shuffle_labels: bool) -> list:
             trials = range(settings.n_trials)
             drawn = [prompts.draw_prompt(split, settings.n_shots, form, shuffle_labels=shuffle_labels) for _ in trials]
-            return [ie.tokenize(prompt, loaded, slots) for prompt in drawn]
+            return [ie.tokenize(prompt, loaded, slots, settings.answer) for prompt in drawn]
 
         # As in the original release, nothing is drawn for means that are given.
         clean = [] if settings.mean_activations_path else draw(shuffle_labels=False)
-        return clean, draw(shuffle_labels=True), len(slots)
+        counts = prompts.count_first_tokens(self.examples, form, loaded.tokenizer)
+        return clean, draw(shuffle_labels=True), len(slots), counts
 
 
 def _circumstances(model, processes: Processes, started: float) -> dict:
@@ -220,12 +224,36 @@ class Progress(tqdm):
         self.refresh()
 
 
+def describe_first_tokens(root: Path, datasets: list[str], *, warnings_only: bool = True) -> list[str]:
+    """A line per dataset under `root`: how many first tokens its different answers have.
+
+    A warning where they have fewer, so that the effect on the first token does not tell the answers apart. Datasets
+    without a warning are left out unless asked for.
+    """
+    lines = []
+    for dataset in datasets:
+        noted = files.read_facts(paths.scoring_file(root, dataset))
+        if "query_answers" not in noted:  # by an earlier version, or not scored
+            continue
+        answers, first = (noted["query_answers"][what] for what in ("answers", "first_tokens"))
+        line = f"{dataset}: {answers} different answers, {first} different first tokens"
+        if noted.get("answer", prompts.FIRST) == prompts.FIRST and first != answers:
+            if first == 1:
+                line += "; warning: the effect on the first token cannot mean the task"
+            else:
+                line += "; warning: the effect on the first token mixes some answers up"
+            lines.append(f"{line}; --answer {prompts.WHOLE} scores whole answers")
+        elif not warnings_only:
+            lines.append(line)
+    return lines
+
+
 def scored_split(root: Path, datasets: list[str]) -> tuple[float, int]:
     """The `test_split` and `seed` that datasets under `root` were scored with, the defaults where nothing says so.
 
     Raises UserError where the datasets differ: then no rows are unseen by all of them.
     """
-    noted = [files.read_facts(paths.effect_path(root, dataset).parent / SETTINGS_FILE) for dataset in datasets]
+    noted = [files.read_facts(paths.scoring_file(root, dataset)) for dataset in datasets]
     found = {(each.get("test_split", prompts.TEST_SPLIT), each.get("seed", prompts.SEED)) for each in noted}
     if len(found) > 1:
         raise UserError(f"{root}: {', '.join(datasets)} were scored with different splits or seeds; score them alike")

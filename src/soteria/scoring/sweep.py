@@ -1,13 +1,15 @@
 """The forking sweep: the logits of a prompt with each head replaced, for the price of a few forward passes.
 
-Input: a loaded model, a prompt's token ids, and replacements of the heads' outputs. Output: logits at the last token.
+Input: a loaded model, the token ids of a prompt and of the answer that follows it, and replacements of the heads'
+outputs. Output: the logits that predict the answer's tokens.
 
 A head replaced at some tokens changes nothing before the first of them and nothing in the layers below. So the prompt
 is run once, keeping what enters each layer and the keys and values of its attention. Then the tokens from the first
 patched one on go through the model's own, unmodified forward pass again as a batch that grows: at the entry of layer l,
 one copy of these tokens joins for each patched head of that layer, that head's output is replaced before the output
-projection, and all rows attend to the one kept prefix and to their own tokens. A prompt of T tokens, patched at its
-last one, costs 1 + n_heads * (n_layers + 1) / (2 T) forward passes of arithmetic. Nothing is approximated.
+projection, and all rows attend to the one kept prefix and to their own tokens. T tokens, of which the last k are run
+again (k = 1: patched at the last one, for the answer's first token), cost 1 + k * n_heads * (n_layers + 1) / (2 T)
+forward passes of arithmetic. Nothing is approximated.
 """
 
 import sys
@@ -41,10 +43,10 @@ Prefix = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass
 class CleanRun:
-    """What is kept of one unpatched forward pass of a prompt. The lists have an entry for each layer."""
+    """What is kept of one unpatched forward pass. The lists have an entry for each layer."""
 
     ids: Tensor  # (T,)
-    logits: Tensor | None = None  # (vocabulary,) at the last token
+    logits: Tensor | None = None  # (kept, vocabulary) at the last tokens
     hidden: list[Tensor] = field(default_factory=list)  # (T, width), at the layer's entry
     keys: list[Tensor] = field(default_factory=list)  # (n_kv_heads, T, head_dim), after the rotation, if any
     values: list[Tensor] = field(default_factory=list)
@@ -112,8 +114,8 @@ class ForkingSweep:
             raise self._refusal(f"its attention is computed by {self.implementation!r}, not {' or '.join(FOLLOWED)}")
         self.layers = [loaded.model.get_submodule(name) for name in loaded.geometry.layer_names]
 
-    def clean_run(self, ids: Tensor) -> CleanRun:
-        """Run a prompt, ids (T,), keeping what a sweep needs."""
+    def clean_run(self, ids: Tensor, kept: int = 1) -> CleanRun:
+        """Run ids (T,), keeping what a sweep needs and the logits at the last `kept` tokens."""
         run = CleanRun(ids)
 
         def enter(_layer: int, hidden: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class ForkingSweep:
             return original(module, query, key, value, mask, **terms)
 
         with self._followed(enter, attend):
-            run.logits = self.loaded.model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+            run.logits = self.loaded.model(input_ids=ids[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:]
         n_seen, n_layers = len(run.keys), len(self.layers)
         if not len(run.hidden) == n_seen == n_layers:
             raise self._refusal(f"{n_seen} of its {n_layers} layers attend through transformers' interface")
@@ -144,11 +146,11 @@ class ForkingSweep:
     def logits(
         self, run: CleanRun, places: Sequence[int], replacements: Tensor, targets: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Logits at the last token, (len(targets), vocabulary), each with one head replaced at `places`.
+        """Logits at the run's last tokens, (len(targets), kept, vocabulary), each with one head replaced at `places`.
 
         `targets` are (layer, head), sorted by layer. `replacements`: (n_layers, n_heads, len(places), head_dim).
         """
-        start, geometry = min(places), self.loaded.geometry
+        start, kept, geometry = min(places), len(run.logits), self.loaded.geometry
         own = torch.tensor([place - start for place in places], device=run.ids.device)
         heads_of: dict[int, list[int]] = {}
         for layer, head in targets:
@@ -179,8 +181,8 @@ class ForkingSweep:
         with self._followed(enter, attend), head_outputs(self.loaded, replace):
             positions = torch.arange(start, len(run.ids), device=run.ids.device)
             return self.loaded.model(
-                input_ids=run.ids[None, start:], position_ids=positions[None], use_cache=False, logits_to_keep=1
-            ).logits[:, -1]
+                input_ids=run.ids[None, start:], position_ids=positions[None], use_cache=False, logits_to_keep=kept
+            ).logits[:, -kept:]
 
     def _refusal(self, reason: str) -> UserError:
         name = type(self.loaded.model).__name__

@@ -29,13 +29,19 @@ def model_slug(name: str) -> str:
 # Step 1
 
 
-def scores_folder(results: Path, slug: str) -> Path:
-    return results / "indirect_effect" / slug
+def scores_folder(results: Path, slug: str, answer: str = "first") -> Path:
+    """The scores of a model: effects on the `first` token of the answer, or on the `whole` (a folder beside it)."""
+    return results / "indirect_effect" / (slug if answer == "first" else f"{slug}_{answer}")
 
 
 def effect_path(root: Path, dataset: str) -> Path:
     """The indirect effects of one dataset (`<task>_<Language>`) below a scores folder."""
     return root / dataset / f"{dataset}_indirect_effect.pt"
+
+
+def scoring_file(root: Path, dataset: str) -> Path:
+    """How a dataset was scored: the arguments of step 1 and what is noted of the run."""
+    return root / dataset / "indirect_effect_args.txt"
 
 
 # Step 2
