@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from soteria import cli
-from soteria.scoring.prompts import ANSWERS, expand_datasets
-from soteria.scoring.run import ScoringSettings, describe_first_tokens, score_datasets
+from soteria.scoring.notes import describe_first_tokens
+from soteria.scoring.prompts import ANSWERS, WHOLE, expand_datasets
+from soteria.scoring.run import ScoringSettings, score_datasets
 from soteria.storage import paths
 
 
@@ -55,8 +56,8 @@ def main() -> None:
     arguments = parse_arguments()
     settings = ScoringSettings(**{name: value for name, value in vars(arguments).items() if name != "dataset_name"})
     datasets = expand_datasets(arguments.dataset_name, settings.root_data_dir)
-    slug = paths.model_slug(settings.model_name)
-    root = settings.save_path_root or paths.scores_folder(paths.RESULTS, slug, settings.answer)
+    slug = paths.scored_slug(paths.model_slug(settings.model_name), whole=settings.answer == WHOLE)
+    root = settings.save_path_root or paths.scores_folder(paths.RESULTS, slug)
 
     from soteria.models.loading import load_model  # transformers takes seconds to import: only for valid input
     from soteria.models.processes import Processes
@@ -68,7 +69,7 @@ def main() -> None:
         if processes.is_first and n_scored < len(runs):
             print(f"{len(runs) - n_scored} of {len(runs)} datasets are finished already")
         if processes.is_first:
-            for line in describe_first_tokens(root, datasets, warnings_only=False):
+            for line in describe_first_tokens(root, datasets):
                 print(line)
         if processes.is_first and n_scored:
             print(f"wrote {n_scored} datasets under {root} in {time.monotonic() - started:.1f} s")

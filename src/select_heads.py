@@ -7,8 +7,8 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import language_names
 from soteria.scoring.heads import count_top, mean_effect, rank_heads, write_group, write_heads
+from soteria.scoring.notes import ambiguous_datasets, describe_first_tokens
 from soteria.scoring.prompts import TASKS
-from soteria.scoring.run import describe_first_tokens
 from soteria.storage import paths
 
 
@@ -43,7 +43,8 @@ def main() -> None:
             path, count = folder / paths.language_file(name), count_top(arguments.top, effect.numel())
             write_heads(path, rank_heads(effect)[:count])
             print(f"{path}: {count} of {effect.numel()} heads")
-            for line in describe_first_tokens(arguments.results, [f"{task}_{name}" for task in arguments.tasks]):
+            warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in arguments.tasks])
+            for line in describe_first_tokens(arguments.results, warned):
                 print(line)
     if arguments.group:
         heads = write_group(folder, arguments.group)

@@ -70,7 +70,7 @@ def main() -> None:
     from soteria.judging.refusal import RefusalJudge
     from soteria.models.loading import load_model
     from soteria.models.task_vector import TaskVector
-    from soteria.scoring.run import scored_split
+    from soteria.scoring.notes import scored_split
     from soteria.steering.checkpoint import fingerprint
     from soteria.steering.formula import open_steering
 

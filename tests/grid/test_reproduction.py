@@ -210,6 +210,30 @@ def test_what_other_heads_were_measured_with_is_measured_again(done, tmp_path, r
     assert (cell / "cell.json").read_bytes() != before
 
 
+def test_heads_scored_by_whole_answers_have_their_own_scores_lists_and_cells(
+    done, grid_file, tmp_path, run_script, capsys
+):
+    shutil.copytree(done, tmp_path / "results")
+    results, before = tmp_path / "results", tables(done)
+    whole = write_grid(tmp_path, scoring=GRID["scoring"] | {"answer": "whole"}, languages=["Hindi"], name="whole")
+    assert run_script(reproduce, *arguments(whole, results, "--steps", "tables")) == 0
+    blank = pd.read_csv(results / "tables" / "whole_main.csv")
+    assert blank["asr"].isna().all()  # the cells of first tokens are not taken for those of whole answers
+    assert run_script(reproduce, *arguments(whole, results, "--steps", *STEPS)) == 0
+    found = pd.read_csv(results / "tables" / "whole_main.csv")
+    assert found["asr"].notna().all() and all("cells/polyglot-base_whole/" in source for source in found["source"])
+    assert "by whole answers" in (results / "tables" / "whole_main.md").read_text()
+    lists = [
+        read_heads(results / "heads" / slug / "Hindi_Heads.json") for slug in ("polyglot-base", "polyglot-base_whole")
+    ]
+    assert lists[0] != lists[1]
+    said = capsys.readouterr().out
+    assert "begin with the same token" not in said
+    assert run_script(reproduce, *arguments(grid_file, results, "--steps", "tables")) == 0
+    assert "polyglot-base: in 6 of 6 datasets some answers begin with the same token" in capsys.readouterr().out
+    assert {name: content for name, content in tables(results).items() if name in before} == before
+
+
 def test_shards_make_what_one_run_makes_and_say_what_waits(done, grid_file, tmp_path, run_script, capsys):
     results = tmp_path / "results"
     first = arguments(grid_file, results, "--shard", "1/2", "--steps", *STEPS)

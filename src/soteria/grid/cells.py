@@ -1,7 +1,7 @@
 """A grid's cells: one model in one language under one treatment, steered once and asked all that the tables need."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +57,7 @@ class Cell:
     It answers the prompt sets `sets`. `with_cost`: what steering costs is measured too.
     """
 
-    pair: Pair = field(hash=False)
+    model: str  # the grid's `scored_slug`
     language: str
     treatment: Treatment | None
     sets: tuple[str, ...]
@@ -66,7 +66,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The cell in messages, and its folder under `results/cells`."""
-        return f"{self.pair.slug}/{self.language}/{self.treatment.name if self.treatment else 'base'}"
+        return f"{self.model}/{self.language}/{self.treatment.name if self.treatment else 'base'}"
 
     def files(self, results: Path) -> CellFiles:
         """Where its answers, verdicts and measurements lie."""
@@ -111,12 +111,13 @@ def language_cells(grid: Grid, pair: Pair, language: str) -> Iterator[Cell]:
     """A model's cells in one language, the base first: the others are compared with it."""
     sets = tuple(each.name for each in grid.prompt_sets if each.has(language))
     ablated = tuple(name for name in sets if name in grid.ablated_sets)
-    yield Cell(pair, language, None, sets)
-    yield Cell(pair, language, method_of(grid), sets)
+    model = grid.scored_slug(pair)
+    yield Cell(model, language, None, sets)
+    yield Cell(model, language, method_of(grid), sets)
     for treatment in _ablations(grid, language):
         asked = sets if (treatment.kind, treatment.of) == ("shared", UNIVERSAL) else ablated
         if asked:  # twelve by twelve transfers are many: their cost is not measured
-            yield Cell(pair, language, treatment, asked, with_cost=treatment.kind != "from")
+            yield Cell(model, language, treatment, asked, with_cost=treatment.kind != "from")
 
 
 def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from soteria.answering.questions import benign_set
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
-from soteria.scoring.prompts import SEED, TASKS, TEST_SPLIT
+from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
 
 UNIVERSAL, TIER = "Universal", "tier"
@@ -132,7 +132,7 @@ class Scoring(Part):
     n_trials: int = Field(default=25, gt=0)
     seed: int = Field(default=SEED, ge=0, lt=2**32)
     test_split: float = Field(default=TEST_SPLIT, gt=0, lt=1)
-    answer: Literal["first", "whole"] = "first"
+    answer: Literal[ANSWERS] = FIRST
 
 
 class Limits(Part):
@@ -209,9 +209,13 @@ class Grid(Part):
             )
         return self
 
+    def scored_slug(self, pair: Pair) -> str:
+        """The folder of a model's scores, head lists and cells: whole answers never mix with first tokens."""
+        return paths.scored_slug(pair.slug, whole=self.scoring.answer == WHOLE)
+
     def scores(self, results: Path, pair: Pair) -> Path:
         """Where step 1 writes a model's scores."""
-        return paths.scores_folder(results, pair.slug, self.scoring.answer)
+        return paths.scores_folder(results, self.scored_slug(pair))
 
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)

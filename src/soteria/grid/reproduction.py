@@ -84,7 +84,7 @@ class Reproduction:
         if not self.processes.is_first:
             return
         slug = subject.pair.slug
-        folder = paths.heads_root(self.results) / subject.scores.name
+        folder = paths.heads_root(self.results) / self.grid.scored_slug(subject.pair)
         scored = [name for name in self.grid.languages if not subject.unscored([name])]
         for language in scored:
             with self._noting(f"{slug}/{language}/heads"):

@@ -8,7 +8,6 @@ from soteria.grid.grid_file import Grid
 from soteria.reporting import figures, fonts, report
 from soteria.reporting.verdicts import verdicts
 from soteria.reporting.write_up import WriteUp, compose
-from soteria.scoring.run import describe_first_tokens
 from soteria.storage import files, paths
 from soteria.storage.table_formats import to_latex, to_markdown
 
@@ -82,21 +81,8 @@ def _page(found: WriteUp, grid_file: Path, command: str) -> str:
 
 
 def _left_out(found: WriteUp) -> list[str]:
-    """Pictures that could not be drawn, fonts that are missing, and effects that cannot tell answers apart."""
-    return [*found.left_out, *filter(None, [fonts.missing_fonts(found.grid.languages)]), *_shared_first_tokens(found)]
-
-
-def _shared_first_tokens(found: WriteUp) -> list[str]:
-    """The datasets of step 1 whose answers share first tokens, with what that means."""
-    grid = found.grid
-    if grid.head_folder:
-        return []
-    datasets = [f"{task}_{language}" for language in grid.languages for task in grid.tasks]
-    return [
-        f"{pair.slug}: {line}"
-        for pair in grid.models
-        for line in describe_first_tokens(grid.scores(found.results, pair), datasets)
-    ]
+    """Pictures that could not be drawn, and fonts that are missing."""
+    return [*found.left_out, *filter(None, [fonts.missing_fonts(found.grid.languages)])]
 
 
 def _shown_path(path: Path) -> str:

@@ -5,6 +5,7 @@ import pandas as pd
 from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
 from soteria.reporting.readable import points
 from soteria.reporting.write_up import GROUPS, WriteUp
+from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
 
 
 def verdicts(found: WriteUp) -> list[str]:
@@ -20,7 +21,7 @@ def verdicts(found: WriteUp) -> list[str]:
         sentences.append(f"{', '.join(named)}: ASR {base:.1%} → {rows[TOP]['asr']:.1%} with the top heads.")
         controls = [rows[name] for name in (RANDOM, BOTTOM) if name in rows]
         sentences += [_against(row) for row in controls if not pd.isna(row.get("over_top"))]
-    return sentences + _transfers(found) + _choices(found)
+    return sentences + _transfers(found) + _choices(found) + _first_tokens(found)
 
 
 def _against(row: dict) -> str:
@@ -47,6 +48,21 @@ def _choices(found: WriteUp) -> list[str]:
             f"refused, {limits.max_accuracy_loss:.0%} of in-context accuracy lost, {limits.max_changes:.0%} of benign "
             "answers changed)."
         )
+    return sentences
+
+
+def _first_tokens(found: WriteUp) -> list[str]:
+    """How far the heads rest on first tokens that do not tell a task's answers apart."""
+    grid, sentences = found.grid, []
+    datasets = [] if grid.head_folder else [f"{task}_{language}" for task in grid.tasks for language in grid.languages]
+    for pair in grid.models:
+        warned = ambiguous_datasets(grid.scores(found.results, pair), datasets)
+        without = [dataset for dataset, meaning in warned.items() if meaning == CANNOT_MEAN]
+        if warned:
+            sentences.append(
+                f"{pair.slug}: in {len(warned)} of {len(datasets)} datasets some answers begin with the same token, "
+                f"and the effect {MIXES}" + (f"; it {CANNOT_MEAN} in {', '.join(without)}." if without else ".")
+            )
     return sentences
 
 

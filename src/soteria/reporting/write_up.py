@@ -12,6 +12,7 @@ from soteria.judging.refusal import RefusalJudge
 from soteria.reporting import numbers, readable
 from soteria.reporting.conditions import Cells
 from soteria.reporting.grid_figures import DRAWINGS, ModelNumbers
+from soteria.scoring.prompts import WHOLE
 from soteria.storage import paths
 
 # The columns that are blank where a cell was not run; the first that a table has counts.
@@ -120,6 +121,8 @@ def _texts(grid: Grid) -> dict[str, tuple[str, str]]:
     """The title and the text of each table, by its name."""
     prompts = ", ".join(each.name for each in grid.prompt_sets)
     heads = "the given lists" if grid.head_folder else f"top {grid.heads:.0%} of the heads"
+    if grid.scoring.answer == WHOLE:
+        heads += " by whole answers"
     method = f"{heads}, λ = {grid.scaling_factor:g}"
     return {
         "main": (

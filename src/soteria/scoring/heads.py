@@ -14,9 +14,10 @@ from torch import Tensor
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import load_tensor
-from soteria.scoring.prompts import FIRST, TOKEN_CLASSES
+from soteria.scoring.notes import scored_with
+from soteria.scoring.prompts import TOKEN_CLASSES
 from soteria.storage import files
-from soteria.storage.paths import effect_path, group_file, language_file, scoring_file
+from soteria.storage.paths import effect_path, group_file, language_file
 
 Head = tuple[int, int]  # (layer, head), both from 0
 
@@ -28,7 +29,7 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
     effects that are not finite, and tasks that were scored by first tokens and by whole answers.
     """
     means = []
-    noted = {task: files.read_facts(scoring_file(results, f"{task}_{language}")).get("answer", FIRST) for task in tasks}
+    noted = {task: scored_with(results, f"{task}_{language}")["answer"] for task in tasks}
     if len(set(noted.values())) > 1:
         kinds = ", ".join(f"{task} by the {scored} answer" for task, scored in noted.items())
         raise UserError(f"{results} has scores of {language} that do not mix ({kinds}); score all tasks alike")

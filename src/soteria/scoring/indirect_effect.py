@@ -120,7 +120,8 @@ def mean_head_activations(
 
 def answer_probability(logits: Tensor, answer: Tensor) -> Tensor:
     """P(answer) (…,) for the logits (…, k, vocabulary) that predict its tokens (k,), with the softmax in float32."""
-    return logits.float().softmax(dim=-1)[..., torch.arange(len(answer)), answer].prod(dim=-1)
+    answer = answer.to(logits.device)  # a model that is spread over devices ends on another one than it begins
+    return logits.float().softmax(dim=-1)[..., torch.arange(len(answer), device=answer.device), answer].prod(dim=-1)
 
 
 def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:

@@ -20,6 +20,7 @@ from soteria.errors import UserError
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import prompts
+from soteria.scoring.notes import EARLIER_SETTINGS
 from soteria.scoring.prompts import PromptForm
 from soteria.storage import files, paths
 
@@ -104,8 +105,9 @@ class DatasetRun:
             if any(path.exists() for path in (self.effect_file, self.means_file, self.partial_file)):
                 raise UserError(f"{self.folder} has scores but no readable {self.settings_file.name}; {advice}")
             return False
+        found = EARLIER_SETTINGS | found
         for name, now in self.described.items():
-            was = found.get(name, prompts.FIRST if name == "answer" else None)
+            was = found.get(name)
             if name == "model_name" and was and Path(was).exists() and Path(was).resolve() == Path(now).resolve():
                 continue
             if name not in INDECISIVE and was != now:
@@ -222,39 +224,3 @@ class Progress(tqdm):
         self.costs.append(cost)
         self.total = round(sum(self.costs) / len(self.costs) * self.n_datasets)
         self.refresh()
-
-
-def describe_first_tokens(root: Path, datasets: list[str], *, warnings_only: bool = True) -> list[str]:
-    """A line per dataset under `root`: how many first tokens its different answers have.
-
-    A warning where they have fewer, so that the effect on the first token does not tell the answers apart. Datasets
-    without a warning are left out unless asked for.
-    """
-    lines = []
-    for dataset in datasets:
-        noted = files.read_facts(paths.scoring_file(root, dataset))
-        if "query_answers" not in noted:  # by an earlier version, or not scored
-            continue
-        answers, first = (noted["query_answers"][what] for what in ("answers", "first_tokens"))
-        line = f"{dataset}: {answers} different answers, {first} different first tokens"
-        if noted.get("answer", prompts.FIRST) == prompts.FIRST and first != answers:
-            if first == 1:
-                line += "; warning: the effect on the first token cannot mean the task"
-            else:
-                line += "; warning: the effect on the first token mixes some answers up"
-            lines.append(f"{line}; --answer {prompts.WHOLE} scores whole answers")
-        elif not warnings_only:
-            lines.append(line)
-    return lines
-
-
-def scored_split(root: Path, datasets: list[str]) -> tuple[float, int]:
-    """The `test_split` and `seed` that datasets under `root` were scored with, the defaults where nothing says so.
-
-    Raises UserError where the datasets differ: then no rows are unseen by all of them.
-    """
-    noted = [files.read_facts(paths.scoring_file(root, dataset)) for dataset in datasets]
-    found = {(each.get("test_split", prompts.TEST_SPLIT), each.get("seed", prompts.SEED)) for each in noted}
-    if len(found) > 1:
-        raise UserError(f"{root}: {', '.join(datasets)} were scored with different splits or seeds; score them alike")
-    return found.pop()

@@ -29,9 +29,13 @@ def model_slug(name: str) -> str:
 # Step 1
 
 
-def scores_folder(results: Path, slug: str, answer: str = "first") -> Path:
-    """The scores of a model: effects on the `first` token of the answer, or on the `whole` (a folder beside it)."""
-    return results / "indirect_effect" / (slug if answer == "first" else f"{slug}_{answer}")
+def scored_slug(slug: str, *, whole: bool) -> str:
+    """What a model's scores, and whatever is made from them, lie under: those of whole answers under another name."""
+    return f"{slug}_whole" if whole else slug
+
+
+def scores_folder(results: Path, slug: str) -> Path:
+    return results / "indirect_effect" / slug
 
 
 def effect_path(root: Path, dataset: str) -> Path:
@@ -160,7 +164,7 @@ RESERVED_SETS = (BENIGN, "cell", "utility")  # names of a cell's other files, so
 
 
 def cell_files(results: Path, name: str) -> CellFiles:
-    """The files of a cell by its name, `<model slug>/<language>/<steering>`."""
+    """The files of a cell by its name, `<scored slug>/<language>/<steering>`."""
     return CellFiles(results / "cells" / name)
 
 
