@@ -215,7 +215,8 @@ def test_heads_scored_by_whole_answers_have_their_own_scores_lists_and_cells(
 ):
     shutil.copytree(done, tmp_path / "results")
     results, before = tmp_path / "results", tables(done)
-    whole = write_grid(tmp_path, scoring=GRID["scoring"] | {"answer": "whole"}, languages=["Hindi"], name="whole")
+    changes = {"name": "whole", "languages": ["Hindi"], "ablations": {}, "benign": None}
+    whole = write_grid(tmp_path, scoring=GRID["scoring"] | {"answer": "whole"}, **changes)
     assert run_script(reproduce, *arguments(whole, results, "--steps", "tables")) == 0
     blank = pd.read_csv(results / "tables" / "whole_main.csv")
     assert blank["asr"].isna().all()  # the cells of first tokens are not taken for those of whole answers
@@ -223,12 +224,9 @@ def test_heads_scored_by_whole_answers_have_their_own_scores_lists_and_cells(
     found = pd.read_csv(results / "tables" / "whole_main.csv")
     assert found["asr"].notna().all() and all("cells/polyglot-base_whole/" in source for source in found["source"])
     assert "by whole answers" in (results / "tables" / "whole_main.md").read_text()
-    lists = [
-        read_heads(results / "heads" / slug / "Hindi_Heads.json") for slug in ("polyglot-base", "polyglot-base_whole")
-    ]
-    assert lists[0] != lists[1]
-    said = capsys.readouterr().out
-    assert "begin with the same token" not in said
+    first, by_whole = (results / "heads" / f"polyglot-base{kind}" / "Hindi_Heads.json" for kind in ("", "_whole"))
+    assert read_heads(first) != read_heads(by_whole)
+    assert "begin with the same token" not in capsys.readouterr().out
     assert run_script(reproduce, *arguments(grid_file, results, "--steps", "tables")) == 0
     assert "polyglot-base: in 6 of 6 datasets some answers begin with the same token" in capsys.readouterr().out
     assert {name: content for name, content in tables(results).items() if name in before} == before
