@@ -34,7 +34,7 @@ from soteria.scoring.indirect_effect import (
     indirect_effects,
     mean_head_activations,
 )
-from soteria.scoring.prompts import TOKEN_CLASSES
+from soteria.scoring.prompts import ANSWERS, TOKEN_CLASSES
 from soteria.scoring.sweep import ForkingSweep
 from soteria.storage import files, paths
 
@@ -279,10 +279,11 @@ def icl(tmp_path_factory) -> Path:
     return folder
 
 
-def command(model: Path, icl: Path, out: Path) -> list[str]:
+def command(model: Path, icl: Path, out: Path, answer: str) -> list[str]:
     options = f"--root_data_dir {icl} --save_path_root {out} --device cpu --n_shots 2 --n_trials {N_TRIALS}"
     # The default of --max_rows depends on the free memory, and the last bits depend on it.
-    return ["--dataset_name", "*_Hindi", "--model_name", str(model), *options.split(), "--max_rows", "1024"]
+    fixed = ["--max_rows", "1024", "--answer", answer]
+    return ["--dataset_name", "*_Hindi", "--model_name", str(model), *options.split(), *fixed]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -290,36 +291,34 @@ def tensors(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(tiny_folder, icl, tmp_path):
-    def run(out: Path, kill_after: float | None = None) -> float:
-        return run_in_child(compute_indirect_effect, command(tiny_folder("llama"), icl, out), kill_after)
+    def run(out: Path, answer: str, kill_after: float | None = None) -> float:
+        return run_in_child(compute_indirect_effect, command(tiny_folder("llama"), icl, out, answer), kill_after)
 
-    run(tmp_path / "warm")
-    seconds = run(tmp_path / "whole")
-    expected = tensors(tmp_path / "whole")
-    assert len(expected) == 4
+    run(tmp_path / "warm", ANSWERS[0])
+    seconds = {answer: run(tmp_path / answer, answer) for answer in ANSWERS}
     draw, stages = random.Random(0), set()
-    for index in range(8):
+    for index, answer in enumerate(ANSWERS * 5):
         out = tmp_path / str(index)
-        run(out, kill_after=draw.uniform(0, seconds))
+        run(out, answer, kill_after=draw.uniform(0, seconds[answer]))
         stages.add(tuple(sorted(path.name for path in out.rglob("*") if path.is_file())))
-        run(out)
-        assert tensors(out) == expected
+        run(out, answer)
+        assert tensors(out) == tensors(tmp_path / answer)
+        assert len(tensors(out)) == 4
         assert not list(out.rglob("*.tmp")) and not list(out.rglob("*.partial.pt"))
     assert len(stages) >= 3  # the kills fell into different stages
 
 
 def test_two_processes_write_the_same_bytes_as_one(tiny_folder, icl, tmp_path):
     model, environment = tiny_folder("llama"), {**os.environ, "OMP_NUM_THREADS": "1"}
-    run_in_child(compute_indirect_effect, command(model, icl, tmp_path / "one"))
+    for answer in ANSWERS:
+        run_in_child(compute_indirect_effect, command(model, icl, tmp_path / answer, answer))
     script = str(ROOT / "src" / "compute_indirect_effect.py")
-    launchers = {
-        "torch.distributed.run": ["--standalone", "--nproc_per_node", "2"],
-        "accelerate.commands.launch": ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
-    }
-    for launcher, options in launchers.items():
-        out = tmp_path / launcher
-        words = [sys.executable, "-m", launcher, *options, script, *command(model, icl, out)]
+    torchrun = "torch.distributed.run --standalone --nproc_per_node 2"
+    accelerate = "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
+    for answer, launcher in zip(ANSWERS, (torchrun, accelerate), strict=True):
+        out = tmp_path / f"{answer}-2"
+        words = [sys.executable, "-m", *launcher.split(), script, *command(model, icl, out, answer)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert tensors(out) == tensors(tmp_path / "one") != {}
+        assert tensors(out) == tensors(tmp_path / answer) != {}
         assert files.read_facts(out / "hot_Hindi" / "indirect_effect_args.txt")["processes"] == 2
