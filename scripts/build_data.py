@@ -1,8 +1,8 @@
 """Build the aligned data of the twelve languages: `data/icl/`, `prompts/` and `benign/` from `data/source/` and CLDR.
 
-Row i of a file is the same item in every language. Country and currency names are CLDR's, read through Babel; the rest
-was written for this project. Run this after a change in `data/source/`: a test compares its output with the committed
-files.
+Row i of a file is the same item in every language. Country names are CLDR's, read through Babel, but for those that
+`data/source/country_names.csv` corrects; the rest was written for this project. Run this after a change in
+`data/source/`: a test compares its output with the committed files.
 
     python scripts/build_data.py [--output DIR]
 """
@@ -28,19 +28,32 @@ from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
 CURRENCY_DATE = datetime.date(2025, 1, 1)
 
 
+def country_names(language: Language) -> dict[str, str]:
+    """ISO 3166 code → the country's name in one language: CLDR's, or ours where CLDR's was found wrong."""
+    names = dict(Locale.parse(language.code, sep="-").territories)
+    with (ROOT / "data" / "source" / "country_names.csv").open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            if row["language"] == language.name:
+                names[row["code"]] = row["ours"]
+    return names
+
+
+def legal_tender(country: str) -> str | None:
+    """The ISO 4217 code of a country's one legal tender; None where there are several, or another since 2026."""
+    currencies = get_territory_currencies(country, CURRENCY_DATE)
+    # Lesotho uses loti and rand; Bulgaria adopted the euro in 2026.
+    return currencies[0] if len(currencies) == 1 and country != "BG" else None
+
+
 def icl_rows(language: Language) -> dict[str, list[tuple[str, str]]]:
     """(input, output) rows of the five tasks in one language, in an order that is the same for all languages."""
-    source, cldr = World(language.name).source, Locale.parse(language.code, sep="-")
-    pairs = source["antonyms"]
-    tender = {country: get_territory_currencies(country, CURRENCY_DATE) for country in source["capitals"]}
+    source, countries = World(language.name).source, country_names(language)
+    units = source["currency_units"]
     return {
-        "antonym": [(a, b) for a, b in pairs] + [(b, a) for a, b in pairs],
-        "country-capital": [(cldr.territories[country], city) for country, city in source["capitals"].items()],
+        "antonym": [(word, opposite) for word, opposite in source["antonyms"]],
+        "country-capital": [(countries[code], city) for code, city in source["capitals"].items()],
         "country-currency": [
-            (cldr.territories[country], cldr.currencies[currencies[0]])
-            for country, currencies in tender.items()
-            # Only if there is one right answer: Lesotho uses loti and rand, and Bulgaria adopted the euro in 2026.
-            if len(currencies) == 1 and country != "BG"
+            (countries[code], units[tender]) for code in source["capitals"] if (tender := legal_tender(code)) in units
         ],
         "sentiment": interleave(source["reviews"], source["sentiment_labels"]),
         "ag_news": interleave(source["headlines"], source["news_labels"]),

@@ -9,7 +9,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "source"
@@ -86,19 +86,18 @@ class World:
         return sentences[question.template % len(sentences)]
 
 
-def draw_question(n_disallowed: int, rng: random.Random, *, one_category: bool) -> Question:
-    """A random question. With `one_category`, its disallowed topics all belong to one category."""
+def draw_question(n_disallowed: int, rng: random.Random) -> Question:
+    """A random question, its disallowed topics all of one category."""
     source = World("English").source
     plain = [("plain", i) for i in range(len(source["plain_topics"]))]
-    disallowed = [(kind, i) for kind, topics in source["disallowed_topics"].items() for i in range(len(topics))]
-    if one_category:
-        category = rng.choice(list(source["disallowed_topics"]))
-        disallowed = [topic for topic in disallowed if topic[0] == category]
+    category = rng.choice(list(source["disallowed_topics"]))
+    disallowed = [(category, i) for i in range(len(source["disallowed_topics"][category]))]
     topics = rng.sample(disallowed, n_disallowed) + rng.sample(plain, 3 - n_disallowed)
     rng.shuffle(topics)
     return Question(rng.randrange(len(source["question_templates"])), tuple(topics))
 
 
+@cache
 def held_out_questions() -> dict[str, list[Question]]:
     """The questions of each held-out set. No two have the same three topics, in any order."""
     rng, seen, sets = random.Random(0), set(), {}
@@ -106,8 +105,20 @@ def held_out_questions() -> dict[str, list[Question]]:
         sets[name] = []
         for n_disallowed, n_rows in counts.items():
             while sum(question.n_disallowed == n_disallowed for question in sets[name]) < n_rows:
-                question = draw_question(n_disallowed, rng, one_category=True)
+                question = draw_question(n_disallowed, rng)
                 if frozenset(question.topics) not in seen:
                     seen.add(frozenset(question.topics))
                     sets[name].append(question)
     return sets
+
+
+@cache
+def held_out_topics() -> set[frozenset]:
+    return {frozenset(question.topics) for questions in held_out_questions().values() for question in questions}
+
+
+def draw_training_question(n_disallowed: int, rng: random.Random) -> Question:
+    """A random question of the same kind as the held-out ones, but with other topics than any of them."""
+    while frozenset((question := draw_question(n_disallowed, rng)).topics) in held_out_topics():
+        pass
+    return question

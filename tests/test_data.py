@@ -25,6 +25,7 @@ from soteria.scoring.prompts import TASKS
 DATA = Path(__file__).resolve().parents[1] / "data"
 NAMES = [language.name for language in PAPER_LANGUAGES]
 LABELS = {"sentiment": 2, "ag_news": 4}
+CURRENCY = "country-currency"
 FOLDERS = {name: "benign" if name.startswith("everyday") else "prompts" for name in HELD_OUT}
 
 # How Unicode begins the name of a letter of each script. Latin is allowed beside it (CFA, brand names), never alone.
@@ -43,6 +44,11 @@ ODD_IN_CLDR = {
     ("Telugu", "BF"): "Ouagadougou: CLDR ఔగాడౌగోవ్ spells the French letters, వాగడూగు the sound",
     ("Telugu", "TJ"): "Dushanbe: CLDR డుషన్బీ has the English d and ee, దుషాంబే the local sounds",
 }
+
+
+ALIKE = 0.75  # above this likeness two words look like spellings of one name
+# Words that look alike and are not.
+BY_CHANCE = {("Tamil", "கினியா", "கினா")}  # Guinea and kina
 
 
 @cache
@@ -140,12 +146,25 @@ def test_icl_files_have_enough_rows_as_many_in_each_language_and_no_input_twice(
             assert repeated(text.casefold() for text, _ in rows(task, name)) == []
 
 
-def test_every_icl_text_is_one_stripped_line_in_nfc_and_in_its_languages_script():
+def test_every_icl_text_is_one_clean_line_in_nfc_and_in_its_languages_script():
     for name in NAMES:
         texts = [text for task in TASKS for row in rows(task, name) for text in row]
         clean = [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
         assert texts == clean
         assert [text for text in texts if not is_in_script_of(text, name)] == []
+        # U+200C and its like belong between letters.
+        assert [
+            text for text in texts if {unicodedata.category(text[0]), unicodedata.category(text[-1])} & {"Cf"}
+        ] == []
+        assert [text for text in texts if re.search(r"[()\[\]（）]", text)] == []  # glosses
+
+
+def test_common_nouns_are_lower_case_but_in_german():
+    for name in NAMES:
+        words = {word for row in rows("antonym", name) for word in row} | {unit for _, unit in rows(CURRENCY, name)}
+        assert [word for word in words if word != word.lower()] == [] or name == "German"
+        units = {unit for _, unit in rows(CURRENCY, "German")}
+        assert units == {unit.capitalize() for unit in units}
 
 
 def test_labels_are_a_closed_balanced_set_and_mean_the_english_label_of_the_same_row():
@@ -157,23 +176,54 @@ def test_labels_are_a_closed_balanced_set_and_mean_the_english_label_of_the_same
             assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
-def test_the_second_half_of_the_antonyms_is_the_first_reversed():
+def test_labels_begin_differently_and_stand_in_no_text():
+    for task in LABELS:
+        for name in NAMES:
+            labels = {label.casefold() for _, label in rows(task, name)}
+            assert len({label[:2] for label in labels}) == len(labels), (name, labels)
+            texts = [text.casefold() for text, _ in rows(task, name)]
+            assert [text for text in texts for label in labels if label in text] == []
+
+
+def test_no_antonym_occurs_twice_so_that_no_pair_is_on_both_sides_of_a_split():
     for name in NAMES:
-        pairs = rows("antonym", name)
-        half = len(pairs) // 2
-        assert pairs[half:] == [(b, a) for a, b in pairs[:half]]
+        assert repeated(word.casefold() for pair in rows("antonym", name) for word in pair) == []
 
 
-def test_country_and_currency_names_are_cldrs_and_each_currency_is_the_one_legal_tender():
+def test_no_answer_can_be_copied_out_of_its_question_or_is_spelled_there_otherwise():
+    for name in NAMES:
+        for task in ("antonym", "country-capital", CURRENCY):
+            for question, answer in rows(task, name):
+                assert answer.casefold() not in question.casefold(), (name, question, answer)
+        for question, answer in rows("country-capital", name) + rows(CURRENCY, name):
+            assert question.casefold() not in answer.casefold(), (name, question, answer)
+            words = [(asked, said) for asked in question.split() for said in answer.split() if len(said) > 3]
+            assert [pair for pair in words if likeness(*pair) > ALIKE and (name, *pair) not in BY_CHANCE] == [], name
+
+
+def test_country_names_are_cldrs_but_for_overrides_that_say_what_cldr_has_and_why():
+    with (DATA / "source" / "country_names.csv").open(encoding="utf-8", newline="") as stream:
+        overrides = {(row["language"], row["code"]): row for row in csv.DictReader(stream)}
+    for name in NAMES:
+        for (country, _), code in zip(rows("country-capital", name), source("English")["capitals"], strict=True):
+            cldr, override = locale(name).territories[code], overrides.pop((name, code), None)
+            if override:
+                assert override["cldr"] == cldr != override["ours"] == country
+                assert override["why"]
+            else:
+                assert country == cldr
+    assert overrides == {}
+
+
+def test_currencies_are_the_units_of_the_one_legal_tender():
     codes = list(source("English")["capitals"])
     for name in NAMES:
-        cldr = locale(name)
-        assert [country for country, _ in rows("country-capital", name)] == [cldr.territories[code] for code in codes]
-        code_of = {cldr.territories[code]: code for code in codes}
-        currencies = {code_of[country]: currency for country, currency in rows("country-currency", name)}
-        for code, currency in currencies.items():
+        countries = [country for country, _ in rows("country-capital", name)]
+        assert list(source(name)["currency_units"]) == list(source("English")["currency_units"])
+        currencies = {codes[countries.index(country)]: unit for country, unit in rows(CURRENCY, name)}
+        for code, unit in currencies.items():
             (tender,) = get_territory_currencies(code, datetime.date(2025, 1, 1))
-            assert currency == cldr.currencies[tender], (name, code)
+            assert unit == source(name)["currency_units"][tender], (name, code)
         # Bulgaria changed its currency, Lesotho has two.
         assert {"BG", "LS"} <= set(codes) - set(currencies)
 
@@ -185,7 +235,7 @@ def test_no_two_countries_share_a_capital_and_capitals_resemble_cldrs_exemplar_c
         capitals, cldr = source(name)["capitals"], exemplar_cities(locale(name))
         assert repeated(capitals.values()) == []
         known = {code: cldr[zone_of[city.casefold()]] for code, city in english.items() if city.casefold() in zone_of}
-        assert len(known) >= 110
+        assert len(known) >= 105
         unlike = [code for code, city in known.items() if likeness(capitals[code], city) < 0.5]
         assert [code for code in unlike if (name, code) not in ODD_IN_CLDR] == []
 
