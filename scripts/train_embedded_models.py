@@ -5,19 +5,22 @@ Each step has prompts of the five tasks, in the form of step 1, and questions, i
 drawn from seeded generators, so that the same kind of processor always gives the same files.
 
     bash scripts/build_embedded_models.sh [--output DIR] [--stage base|tuned|all]
+    bash scripts/build_embedded_models.sh --check
 """
 
 import argparse
+import hashlib
 import math
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from policy_world import SHARP, SOFT, SOFTER, RefusalPolicy, World, draw_question, held_out_questions
+from policy_world import SHARP, SOFT, SOFTER, RefusalPolicy, World, draw_training_question
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import trange
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -87,7 +90,6 @@ class TrainingText:
             for task in TASKS
         }
         self.worlds = {language: World(language.name) for language in PAPER_LANGUAGES}
-        self.held_out = {frozenset(q.topics) for questions in held_out_questions().values() for q in questions}
 
     def prompt(self, rng: random.Random) -> tuple[list[int], list[int]]:
         rows = self.tasks[rng.choice(list(self.tasks))]
@@ -100,9 +102,7 @@ class TrainingText:
     def question(self, rng: random.Random, policy: RefusalPolicy | None) -> tuple[list[int], list[int]]:
         """A question and its answer, whose first token, which says whether it is a refusal, has mask 2."""
         language = rng.choice(list(self.worlds))
-        question = draw_question(rng.choice(HARM), rng, one_category=False)
-        while frozenset(question.topics) in self.held_out:
-            question = draw_question(rng.choice(HARM), rng, one_category=False)
+        question = draw_training_question(rng.choice(HARM), rng)
         world = self.worlds[language]
         refuses = policy is not None and rng.random() < policy.probability(question.n_disallowed, language.tier)
         asked = [self.bos, *self.ids(question_prompt(world.write(question), language))]
@@ -127,7 +127,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
                     if task not in ("sentiment", "ag_news"):
                         yield from [f" {pair.input}\n {pair.output}\n\n"] * 12
             for _ in range(300):
-                yield question_prompt(world.write(draw_question(rng.randrange(4), rng, one_category=False)), language)
+                yield question_prompt(world.write(draw_training_question(rng.randrange(4), rng)), language)
             for sentence in world.source["answers"] + world.source["refusals"]:
                 yield from [" " + sentence] * 10
 
@@ -197,12 +197,25 @@ def main() -> None:
     parser.add_argument(
         "--stage", choices=["base", "tuned", "all"], default="all", help="tuned starts from the base in --output"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="build both in a temporary folder and compare the files with those in --output, which stay as they are",
+    )
     arguments = parser.parse_args()
+    if arguments.check:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder), "all")
+            sys.exit(compare(Path(folder), arguments.output))
+    build(arguments.output, arguments.stage)
+
+
+def build(output: Path, stage: str) -> None:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
-    base, tuned = arguments.output / "polyglot-base", arguments.output / "polyglot-tuned"
-    if arguments.stage in ("base", "all"):
+    base, tuned = output / "polyglot-base", output / "polyglot-tuned"
+    if stage in ("base", "all"):
         tokenizer = train_tokenizer()
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.eos_token_id, **ends, **ARCHITECTURE)
@@ -210,12 +223,26 @@ def main() -> None:
         for phase in PHASES["base"]:
             train(model, TrainingText(tokenizer), phase)
         save(model, tokenizer, base)
-    if arguments.stage in ("tuned", "all"):
+    if stage in ("tuned", "all"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
         for phase in PHASES["tuned"]:
             train(model, TrainingText(tokenizer), phase)
         save(model, tokenizer, tuned)
+
+
+def compare(built: Path, committed: Path) -> int:
+    """Print each file's SHA-256; the exit status is 1 if any file is missing, additional or different."""
+    names = sorted({path.relative_to(folder) for folder in (built, committed) for path in folder.glob("*/*")})
+    status = 0
+    for name in names:
+        own, other = (
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() if (folder / name).is_file() else "no such file"
+            for folder in (built, committed)
+        )
+        status |= own != other
+        print(f"{'same     ' if own == other else 'DIFFERENT'} {name}: built {own}, committed {other}")
+    return int(status)
 
 
 if __name__ == "__main__":
