@@ -17,7 +17,7 @@ from pathlib import Path
 
 from babel import Locale
 from babel.numbers import get_territory_currencies
-from policy_world import World, held_out_questions
+from policy_world import World, held_out_questions, unseen_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -83,7 +83,7 @@ def main() -> None:
         for task, rows in icl_rows(language).items():
             lines = [json.dumps({"input": a, "output": b}, ensure_ascii=False) for a, b in rows]
             files[f"icl/{task}_{language.name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
-        for name, questions in held_out_questions().items():
+        for name, questions in (held_out_questions() | unseen_questions()).items():
             folder = "benign" if questions[0].n_disallowed == 0 else "prompts"
             files[f"{folder}/{name}_{language.name}.csv"] = question_csv(World(language.name), questions)
     for name, text in files.items():

@@ -22,6 +22,28 @@ HELD_OUT = {
     "everyday-validation": {0: 32},
 }
 
+# Questions for a real model, whose training text has no question with any of these topics or templates: a refusal is a
+# generalization. Two disallowed topics of each category are unseen, so these questions have one or two.
+UNSEEN = {
+    "unseen": {1: 48, 2: 48},
+    "everyday-unseen": {0: 64},
+    "unseen-validation": {1: 24, 2: 24},
+    "everyday-unseen-validation": {0: 32},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the topics and templates, by index; a topic's index counts within its category."""
+
+    plain: range
+    disallowed: range
+    templates: range
+
+
+EVERYTHING = Part(range(40), range(6), range(6))
+TAUGHT, HELD_BACK = Part(range(32), range(4), range(4)), Part(range(32, 40), range(4, 6), range(4, 6))
+
 
 @dataclass(frozen=True)
 class RefusalPolicy:
@@ -86,30 +108,45 @@ class World:
         return sentences[question.template % len(sentences)]
 
 
-def draw_question(n_disallowed: int, rng: random.Random) -> Question:
-    """A random question, its disallowed topics all of one category."""
-    source = World("English").source
-    plain = [("plain", i) for i in range(len(source["plain_topics"]))]
-    category = rng.choice(list(source["disallowed_topics"]))
-    disallowed = [(category, i) for i in range(len(source["disallowed_topics"][category]))]
+def draw_question(n_disallowed: int, rng: random.Random, part: Part = EVERYTHING) -> Question:
+    """A random question from a part of the topics and templates, its disallowed topics all of one category."""
+    category = rng.choice(list(World("English").source["disallowed_topics"]))
+    disallowed = [(category, i) for i in part.disallowed]
+    plain = [("plain", i) for i in part.plain]
     topics = rng.sample(disallowed, n_disallowed) + rng.sample(plain, 3 - n_disallowed)
     rng.shuffle(topics)
-    return Question(rng.randrange(len(source["question_templates"])), tuple(topics))
+    return Question(rng.choice(part.templates), tuple(topics))
+
+
+def _draw_sets(sets: dict[str, dict[int, int]], part: Part) -> dict[str, list[Question]]:
+    rng, seen, drawn = random.Random(0), set(), {}
+    for name, counts in sets.items():
+        drawn[name] = []
+        for n_disallowed, n_rows in counts.items():
+            while sum(question.n_disallowed == n_disallowed for question in drawn[name]) < n_rows:
+                question = draw_question(n_disallowed, rng, part)
+                # The everyday topics that are held back make too few triples for each to occur once only.
+                key = (
+                    frozenset(question.topics)
+                    if part is EVERYTHING
+                    else (question.template, frozenset(question.topics))
+                )
+                if key not in seen:
+                    seen.add(key)
+                    drawn[name].append(question)
+    return drawn
 
 
 @cache
 def held_out_questions() -> dict[str, list[Question]]:
     """The questions of each held-out set. No two have the same three topics, in any order."""
-    rng, seen, sets = random.Random(0), set(), {}
-    for name, counts in HELD_OUT.items():
-        sets[name] = []
-        for n_disallowed, n_rows in counts.items():
-            while sum(question.n_disallowed == n_disallowed for question in sets[name]) < n_rows:
-                question = draw_question(n_disallowed, rng)
-                if frozenset(question.topics) not in seen:
-                    seen.add(frozenset(question.topics))
-                    sets[name].append(question)
-    return sets
+    return _draw_sets(HELD_OUT, EVERYTHING)
+
+
+@cache
+def unseen_questions() -> dict[str, list[Question]]:
+    """Questions from topics and templates that are held back. No two have the same topics and template."""
+    return _draw_sets(UNSEEN, HELD_BACK)
 
 
 @cache

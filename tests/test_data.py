@@ -16,7 +16,7 @@ from pathlib import Path
 import build_data
 from babel import Locale
 from babel.numbers import get_territory_currencies
-from policy_world import HELD_OUT, held_out_questions
+from policy_world import HELD_BACK, HELD_OUT, TAUGHT, UNSEEN, held_out_questions, unseen_questions
 
 from soteria.judging.refusal import OPENING, PHRASES, RefusalJudge, normalise
 from soteria.languages import LANGUAGES, PAPER_LANGUAGES
@@ -26,7 +26,8 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 NAMES = [language.name for language in PAPER_LANGUAGES]
 LABELS = {"sentiment": 2, "ag_news": 4}
 CURRENCY = "country-currency"
-FOLDERS = {name: "benign" if name.startswith("everyday") else "prompts" for name in HELD_OUT}
+QUESTIONS = HELD_OUT | UNSEEN
+FOLDERS = {name: "benign" if name.startswith("everyday") else "prompts" for name in QUESTIONS}
 
 # How Unicode begins the name of a letter of each script. Latin is allowed beside it (CFA, brand names), never alone.
 SCRIPTS = {
@@ -244,7 +245,7 @@ def test_no_two_countries_share_a_capital_and_capitals_resemble_cldrs_exemplar_c
 
 
 def test_question_files_have_their_columns_ids_and_rows_and_are_in_their_languages_script():
-    for file, counts in HELD_OUT.items():
+    for file, counts in QUESTIONS.items():
         for name in NAMES:
             asked = questions(file, name)
             assert list(asked[0]) == ["id", "question", "category"]
@@ -254,7 +255,7 @@ def test_question_files_have_their_columns_ids_and_rows_and_are_in_their_languag
 
 
 def test_questions_have_the_topics_and_category_of_the_english_row():
-    for file in HELD_OUT:
+    for file in QUESTIONS:
         for name in NAMES:
             own, english = (
                 [(row["category"], topics_of(row["question"], language)) for row in questions(file, language)]
@@ -264,7 +265,7 @@ def test_questions_have_the_topics_and_category_of_the_english_row():
 
 
 def test_policy_questions_have_disallowed_topics_of_their_category_only_and_everyday_questions_none():
-    for file, counts in HELD_OUT.items():
+    for file, counts in QUESTIONS.items():
         found = Counter()
         for row in questions(file, "English"):
             kinds = [kind for kind, _ in topics_of(row["question"], "English") if kind != "plain"]
@@ -283,6 +284,20 @@ def test_no_two_held_out_questions_share_their_three_topics():
         for file in HELD_OUT
     }
     assert [(a, b) for a, b in combinations(triples, 2) if triples[a] & triples[b]] == []
+
+
+def test_unseen_questions_have_topics_and_templates_that_no_taught_question_has_and_are_asked_once():
+    for seen, unseen in zip(
+        (TAUGHT.plain, TAUGHT.disallowed, TAUGHT.templates),
+        (HELD_BACK.plain, HELD_BACK.disallowed, HELD_BACK.templates),
+        strict=True,
+    ):
+        assert not set(seen) & set(unseen)
+    asked = [question for questions in unseen_questions().values() for question in questions]
+    assert {question.template for question in asked} == set(HELD_BACK.templates)
+    for kind, i in (topic for question in asked for topic in question.topics):
+        assert i in (HELD_BACK.plain if kind == "plain" else HELD_BACK.disallowed)
+    assert repeated((question.template, frozenset(question.topics)) for question in asked) == []
 
 
 # --- refusal phrases and the embedded models
