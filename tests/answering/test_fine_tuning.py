@@ -1,10 +1,10 @@
 """Fine-tuning: what is learned, that interruptions change nothing, and that the result goes through the other steps."""
 
 import json
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_in_child
+from conftest import _main_in_child, run_in_child
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import safe_globals
@@ -157,12 +157,20 @@ def test_a_loss_that_is_not_finite_is_refused(words, run_script, tmp_path, capsy
 
 
 def test_two_processes_learn_what_one_does_from_batches_twice_as_large(words, tmp_path):
-    one, two = words(output=tmp_path / "one"), words(output=tmp_path / "two", batch_size=2)
-    run_in_child(finetune, one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command, environment = [*launch, str(ROOT / "src" / "finetune.py"), *two], os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    def main(rank: int) -> None:
+        os.environ.update({"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        _main_in_child(finetune, words(output=tmp_path / "two", batch_size=2))
+
+    run_in_child(finetune, words(output=tmp_path / "one"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    children = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [0, 0]
     ours, theirs = (safetensors.torch.load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
