@@ -34,6 +34,10 @@ GENERATE = (
     "generate --model base --dataset questions.csv --language Hindi --output out.csv --column 'BASE ANSWER' "
     "--max_new_tokens 2 --device cpu "
 )
+FINETUNE = (
+    "finetune --base_model base --dataset pairs.csv --language Hindi --output out --rank 2 --max_steps 1 "
+    "--batch_size 2 --device cpu "
+)
 JUDGE = "judge --input answers.csv --output out.csv --judge refusal "
 TUNE = "tune --base_model base --finetune_model tuned --language Hindi --results scored --trials 2 "
 
@@ -45,6 +49,32 @@ def plan(tuned="tuned", base="base", language="Hindi", data="questions.csv", fac
 
 # What is wrong -> (command, what the sentence names)
 CASES = {
+    # step 0
+    "finetune: unknown language": (FINETUNE + "--language Klingon", "Klingon"),
+    "finetune: no such dataset": (FINETUNE + "--dataset nowhere", "nowhere"),
+    "finetune: no answer column": (FINETUNE + "--dataset questions.csv", "'answer'"),
+    "finetune: one column for both": (FINETUNE + "--answer_column question", "answers beside"),
+    "finetune: no such prompt column": (FINETUNE + "--prompt_column words", "'words'"),
+    "finetune: a blank answer": (FINETUNE + "--dataset unpaired.csv", "row 1"),
+    "finetune: a blank prompt": (FINETUNE + "--dataset unpaired.csv --prompt_column other", "row 0"),
+    "finetune: a subset of a file": (FINETUNE + "--subset hi", "'hi'"),
+    "finetune: no such base": (FINETUNE + "--base_model ./nowhere", "./nowhere"),
+    "finetune: layers beyond the model": (FINETUNE + "--layers 0-3", "layers 0 to 2"),
+    "finetune: layers the wrong way round": (FINETUNE + "--layers 2-1", "2-1"),
+    "finetune: no such modules": (FINETUNE + "--target_modules nope", "nope"),
+    "finetune: no such modules in layers": (FINETUNE + "--target_modules nope --layers 0-1", "nope"),
+    "finetune: modules that are not linear": (FINETUNE + "--target_modules embed_tokens", "embed_tokens"),
+    "finetune: rank 0": (FINETUNE + "--rank 0", "--rank"),
+    "finetune: learning rate 0": (FINETUNE + "--learning_rate 0", "--learning_rate"),
+    "finetune: learning rate nan": (FINETUNE + "--learning_rate nan", "--learning_rate"),
+    "finetune: epochs and steps": (FINETUNE + "--epochs 2", "--epochs"),
+    "finetune: a seed below zero": (FINETUNE + "--seed -1", "--seed"),
+    "finetune: a seed too large": (FINETUNE + "--seed 4294967296", "--seed"),
+    "finetune: no room for answers": (FINETUNE + "--max_tokens 3", "--max_tokens"),
+    "finetune: no chat template": (FINETUNE + "--chat_template", "chat template"),
+    "finetune: float16 on a CPU": (FINETUNE + "--dtype float16", "float16"),
+    "finetune: output over the base": (FINETUNE + "--output base", "base"),
+    "finetune: an output that holds something else": (FINETUNE + "--output icl", "icl"),
     # step 1
     "score: unknown dataset": (SCORE + "--dataset_name cold_Hindi", "cold_Hindi"),
     "score: no data folder": (SCORE + "--root_data_dir nowhere", "nowhere"),
@@ -204,6 +234,8 @@ def place(tmp_path_factory) -> Path:
         "gap": "id,question\n0,hot?\n1, \n",
         "comma": "question\nhot, or cold?\n",
         "long": "question\nhot?\n" + "word " * 5000 + "\n",
+        "pairs": "question,answer\nनमस्ते?,hot\nhot?,cold\n",
+        "unpaired": "question,other,answer\nhot?,,cold\ncold?,hot, \n",
         "torn": "Question,SAFE ANSWER\nWhy?,No\nWhy?\n",
         "ragged": "id,question\n0,hot?\n1,hot, or cold, or not?\n",
     }
@@ -252,7 +284,9 @@ def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, 
             assert listing(place) == before, case
 
 
-@pytest.mark.parametrize("text", [SCORE, SELECT, STEER, GENERATE, JUDGE, plan()], ids=lambda text: text.split()[0])
+@pytest.mark.parametrize(
+    "text", [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, plan()], ids=lambda text: text.split()[0]
+)
 def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_path):
     folder = shutil.copytree(place, tmp_path / "place")
     assert command(text, folder) == 0

@@ -52,7 +52,7 @@ def truth(text: str) -> bool:
     return meanings[word]
 
 
-def _number(text: str, kind: type, least: int, what: str) -> float:
+def _number(text: str, kind: type, least: float, what: str) -> float:
     with suppress(ValueError):
         if least <= (number := kind(text)) < math.inf:
             return number
@@ -65,6 +65,21 @@ def scaling_factor(text: str) -> float:
 
 def positive_int(text: str) -> int:
     return _number(text, int, 1, "whole number >= 1")
+
+
+def whole_number(text: str) -> int:
+    return _number(text, int, 0, "whole number >= 0")
+
+
+def seed(text: str) -> int:
+    """What numpy takes as a seed, which is the narrowest."""
+    if (number := whole_number(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 2**32")
+    return number
+
+
+def positive_number(text: str) -> float:
+    return _number(text, float, math.ulp(0.0), "number > 0")
 
 
 def csv_path(text: str) -> Path:

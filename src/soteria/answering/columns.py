@@ -112,7 +112,8 @@ class AnswerColumn:
         table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
         table[self.column] = answers
         write_table(table.filter(["Question", *ANSWER_COLUMNS]), self.output)
-        steered = self.steered or files.read_facts(Path(self.model) / FACTS)
+        found = files.read_facts(Path(self.model) / FACTS)
+        steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
         facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
         if self.questions.categories:

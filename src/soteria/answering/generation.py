@@ -20,20 +20,28 @@ from soteria.models.processes import Processes
 MAX_NEW_TOKENS = 512
 
 
+def prompt_text(loaded: LoadedModel, question: str, language: Language, chat_template: bool) -> str:
+    """What a model reads before it answers, with the special tokens of the chat template if that is used.
+
+    Raises UserError if the tokenizer lacks the chat template.
+    """
+    if not chat_template:
+        return question_prompt(question, language)
+    if not loaded.tokenizer.chat_template:
+        raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
+    message = [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
+    return loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
 def all_inputs(loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool) -> list[list[int]]:
     """The token ids of each question's prompt.
 
     Raises UserError if the tokenizer lacks the chat template, or, naming the row, if one leaves no room to answer.
     """
-    tokenizer, context, inputs = loaded.tokenizer, loaded.context_length, []
-    if chat_template and not tokenizer.chat_template:
-        raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
+    context, inputs = loaded.context_length, []
     for row, question in enumerate(questions):
-        prompt = question_prompt(question, language)
-        if chat_template:
-            message = [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
-            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        inputs.append(tokenizer(prompt, add_special_tokens=not chat_template).input_ids)
+        prompt = prompt_text(loaded, question, language, chat_template)
+        inputs.append(loaded.tokenizer(prompt, add_special_tokens=not chat_template).input_ids)
         if context is not None and len(inputs[-1]) >= context:
             raise UserError(
                 f"row {row} is a question of {len(inputs[-1])} tokens, but {loaded.name!r} reads at most {context}; "

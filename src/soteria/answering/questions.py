@@ -15,6 +15,7 @@ from soteria.storage import paths
 from soteria.storage.csv_files import CsvFile, is_text
 
 QUESTION_COLUMNS = ("question", "Question", "prompt")
+ANSWER_COLUMNS = ("answer", "Answer", "response", "output", "completion")
 CATEGORY_COLUMNS = ("category", "Category")
 LANGUAGE_COLUMNS = ("language", "Language", "lang")
 FILE_ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
@@ -70,40 +71,90 @@ def read_questions(
     Raises UserError if the set cannot be found or read or lacks the column, the split or rows, and, naming the row, if
     a question is empty or not text.
     """
-    path = find_local(dataset)
-    names = [column] if column else [*QUESTION_COLUMNS, *_names(language)]
-    if path is None or path.is_dir():
-        columns, rows = _from_hub(str(path or dataset), language, split)
-    elif split is not None:
-        raise UserError(f"{path} is a single file without splits; leave out the split {split!r}")
-    elif path.suffix == ".parquet":
-        columns, rows = _from_parquet(path)
-    elif path.suffix in (".json", ".jsonl"):
-        columns, rows = _from_json(path)
-    else:
-        columns, rows = _from_csv(path, [*names, *QUESTION_COLUMNS])
-    asked = _first(columns, names)
+    columns, rows = _open(dataset, language, split, None, _question_names(language, column))
+    asked = _question_column(dataset, columns, language, column)
+    filed = _first(columns, CATEGORY_COLUMNS)
+    questions, categories = [], []
+    for row, values in _spoken(dataset, columns, rows, language):
+        questions.append(_text(dataset, row, "question", values.get(asked)))
+        categories.append(str(values.get(filed)))
+    return QuestionSet(dataset_slug(dataset), questions, categories if filed else None)
+
+
+def read_pairs(
+    dataset: str,
+    language: Language,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[tuple[str, str]]:
+    """The (prompt, answer) pairs of a set that are in a language, to tune a model on.
+
+    `dataset`, the prompts' column and the errors raised are those of `read_questions`. The answers' column is
+    `answer_column` or the first of ANSWER_COLUMNS. `subset` is one of a hub dataset (default: the language's).
+    """
+    wanted = [answer_column] if answer_column else list(ANSWER_COLUMNS)
+    columns, rows = _open(dataset, language, split, subset, [*_question_names(language, prompt_column), *wanted])
+    asked, answered = _question_column(dataset, columns, language, prompt_column), _first(columns, wanted)
+    if answered is None or answered == asked:
+        names = "of answers beside that of the prompts" if answered else " or ".join(map(repr, wanted))
+        raise UserError(f"{dataset} has no column {names}; its columns are {', '.join(map(str, columns))}")
+    return [
+        (_text(dataset, row, "prompt", values.get(asked)), _text(dataset, row, "answer", values.get(answered)))
+        for row, values in _spoken(dataset, columns, rows, language)
+    ]
+
+
+def _question_names(language: Language, column: str | None) -> list[str]:
+    return [column] if column else [*QUESTION_COLUMNS, *_names(language)]
+
+
+def _question_column(dataset: str, columns: list[str], language: Language, column: str | None) -> str:
+    asked = _first(columns, _question_names(language, column))
     if asked is None:
         wanted = repr(column) if column else f"{' or '.join(QUESTION_COLUMNS)}, and none named for {language.name}"
         raise UserError(f"{dataset} has no column {wanted}; its columns are {', '.join(map(str, columns))}")
-    spoken, filed = _first(columns, LANGUAGE_COLUMNS), _first(columns, CATEGORY_COLUMNS)
-    questions, categories, others = [], [], set()
+    return asked
+
+
+def _open(dataset: str, language: Language, split: str | None, subset: str | None, names: list[str]) -> Table:
+    """A set's table. `names` are columns that it may have, by which the delimiter of a CSV is found."""
+    path = find_local(dataset)
+    if path is None or path.is_dir():
+        return _from_hub(str(path or dataset), language, split, subset)
+    for kind, value in (("split", split), ("subset", subset)):
+        if value is not None:
+            raise UserError(f"{path} is a single file without {kind}s; leave out the {kind} {value!r}")
+    if path.suffix == ".parquet":
+        return _from_parquet(path)
+    if path.suffix in (".json", ".jsonl"):
+        return _from_json(path)
+    return _from_csv(path, [*names, *QUESTION_COLUMNS])
+
+
+def _spoken(dataset: str, columns: list[str], rows: Iterator[dict], language: Language) -> Iterator[tuple[int, dict]]:
+    """The rows in a language, with their numbers; without a column of languages, all. Raises UserError for none."""
+    spoken, others, found = _first(columns, LANGUAGE_COLUMNS), set(), False
     for row, values in enumerate(rows):
         if spoken and not _is_in(values.get(spoken), language):
             others.add(str(values.get(spoken)))
             continue
-        question = values.get(asked)
-        if not is_text(question):
-            raise UserError(f"{dataset}: the question in row {row} is not valid text: {question!r:.80}")
-        if not question.strip():
-            raise UserError(f"{dataset}: row {row} has an empty question")
-        questions.append(question)
-        categories.append(str(values.get(filed)))
-    if not questions:
-        found = ", ".join(sorted(others)[:20])
-        why = f" in {language.name}; its column {spoken!r} has {found}" if others else ""
+        found = True
+        yield row, values
+    if not found:
+        named = ", ".join(sorted(others)[:20])
+        why = f" in {language.name}; its column {spoken!r} has {named}" if others else ""
         raise UserError(f"{dataset} has no rows{why}")
-    return QuestionSet(dataset_slug(dataset), questions, categories if filed else None)
+
+
+def _text(dataset: str, row: int, what: str, value: object) -> str:
+    if not is_text(value):
+        raise UserError(f"{dataset}: the {what} in row {row} is not valid text: {value!r:.80}")
+    if not value.strip():
+        raise UserError(f"{dataset}: row {row} has an empty {what}")
+    return value
 
 
 def _names(language: Language) -> list[str]:
@@ -160,23 +211,25 @@ def _from_parquet(path: Path) -> Table:
     return table.column_names, iter(table.to_pylist())
 
 
-def _from_hub(dataset: str, language: Language, split: str | None) -> Table:
-    """A dataset by hub id or folder: the language's subset and split if it has them, else the default and the first."""
+def _from_hub(dataset: str, language: Language, split: str | None, subset: str | None) -> Table:
+    """A dataset by hub id or folder, by default the language's subset and split, else the default and the first."""
     if not Path(dataset).is_dir() and (dataset.endswith(FILE_ENDINGS) or dataset.count("/") != 1):
         raise UserError(f"no question file {dataset!r}, neither as a path nor in {paths.DATA / 'prompts'}")
     import datasets
 
     try:
         subsets = datasets.get_dataset_config_names(dataset)
-        named = _first(subsets, _names(language))
+        named = subset or _first(subsets, _names(language))
         is_ambiguous = named is None and len(subsets) > 1 and "default" not in subsets
-        splits = {} if is_ambiguous else datasets.load_dataset(dataset, named)
+        is_unknown = subset is not None and subset not in subsets
+        splits = {} if is_ambiguous or is_unknown else datasets.load_dataset(dataset, named)
     except Exception as error:  # the hub client and the file readers raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = "could not be read as a dataset" if Path(dataset).is_dir() else "could not be downloaded from the hub"
         raise UserError(f"{dataset!r} is not a question file and {what} ({reason})") from None
-    if is_ambiguous:
-        raise UserError(f"{dataset!r} has no subset for {language.name}; its subsets are {', '.join(subsets)}")
+    if is_ambiguous or is_unknown:
+        which = repr(subset) if subset else f"for {language.name}"
+        raise UserError(f"{dataset!r} has no subset {which}; its subsets are {', '.join(subsets)}")
     if split is not None and split not in splits:
         raise UserError(f"{dataset!r} has no split {split!r}; its splits are {', '.join(splits)}")
     rows = splits[split or next((name for name in splits if name in _names(language)), next(iter(splits)))]

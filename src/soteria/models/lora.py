@@ -31,6 +31,13 @@ class LoraAdapter:
             raise UserError(f"{self._what} has no usable lora_alpha in its adapter_config.json; fix that file")
         self._rank_stabilized = bool(config.get("use_rslora"))
 
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules that the adapter changes, as the base model has them."""
+        ending = ".lora_A.weight"
+        keys = [key.removesuffix(ending) for key in self.checkpoint.places if key.endswith(ending)]
+        return [key.removeprefix("base_model.model.") for key in keys]
+
     def factors(self, module: str) -> tuple[Place, Place] | None:
         """A (rank, in) and B (out, rank) of a module, or None if the adapter does not change it."""
         a, b = (

@@ -111,6 +111,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
+def replace_tensor(place: Place, tensor: Tensor) -> None:
+    """Replace a tensor in its safetensors file by another of the same dtype and shape."""
+    with place.file.open("r+b") as file:
+        file.seek(place.start)
+        file.write(tensor_bytes(tensor))
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity. The sum, tried first, is several times faster to check."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -6,6 +6,7 @@ Every other tensor is the base's, bit for bit. `soteria.json` in the folder says
 import hashlib
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import safetensors
@@ -20,7 +21,7 @@ from soteria.languages import find_language
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import all_finite, read_tensor, tensor_bytes
+from soteria.models.tensors import all_finite, read_tensor, replace_tensor
 from soteria.steering.formula import Steering, head_list_hash, steer
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS
@@ -44,7 +45,7 @@ def steer_checkpoint(
         "dtype": dtype or "base",
         "head_list_sha256": head_list_hash(steering.heads),
     }
-    if made := made_before(output, inputs, vector, overwrite):
+    if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     with files.whole_folder(output) as folder:
         stored_as = DTYPES[dtype] if dtype else None
@@ -83,9 +84,7 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
         steered[at] = steer(weight[at], task_vector[at], steering.scaling_factor)
     if not all_finite(steered):
         raise UserError(f"{place.key} is not finite once steered; give a smaller scaling factor or another base")
-    with written.file.open("r+b") as file:
-        file.seek(written.start)
-        file.write(tensor_bytes(steered))
+    replace_tensor(written, steered)
     moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
     return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()
 
@@ -104,22 +103,32 @@ def versions() -> dict[str, str]:
     return {it.__name__: it.__version__ for it in libraries} | {"python": sys.version.split()[0]}
 
 
-def made_before(output: Path, inputs: dict, vector: TaskVector, overwrite: bool) -> dict | None:
+def made_before(
+    output: Path,
+    inputs: dict,
+    models: Iterable[Checkpoint],
+    overwrite: bool = False,
+    *,
+    kind: str = "steered",
+    key: str = "finetune_model",
+    mend: str = "--overwrite",
+) -> dict | None:
     """The facts of a folder already made from these inputs, or None if it has yet to be made.
 
-    Raises UserError for a folder that steering did not write, or wrote from other inputs unless `overwrite`.
+    `key` is in the facts of every such folder. Raises UserError for a folder that lacks it, was made from other inputs
+    unless `overwrite`, or holds one of the models read; `kind` and `mend` are words of its sentence.
     """
-    if any(model.folder.resolve().is_relative_to(output.resolve()) for model in (vector.base, vector.tuned)):
-        raise UserError(f"{output} holds one of the models to steer with; give another --output")
+    if any(model.folder.resolve().is_relative_to(output.resolve()) for model in models):
+        raise UserError(f"{output} holds one of the models to read; give another --output")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     found = files.read_json(output / FACTS)
-    if not isinstance(found, dict):
-        raise UserError(f"{output} exists and is not a steered model; remove it or give another --output")
+    if not isinstance(found, dict) or key not in found:
+        raise UserError(f"{output} exists and is not a {kind} model; remove it or give another --output")
     if overwrite:
         return None
     if any(found.get(key) != value for key, value in inputs.items()):
-        raise UserError(f"{output} exists and was not made from these inputs; remove it or give --overwrite")
+        raise UserError(f"{output} exists and was not made from these inputs; remove it or give {mend}")
     return found
 
 
@@ -145,14 +154,22 @@ def progress(title: str, n_bytes: int) -> tqdm:
     return tqdm(total=n_bytes, desc=title, unit="B", unit_scale=True, disable=None)
 
 
-def describe(folder: Path, card: str, languages: list[str], facts: dict) -> None:
+def describe(
+    folder: Path,
+    card: str,
+    languages: list[str],
+    facts: dict,
+    *,
+    library: str = "transformers",
+    tags: Sequence[str] = ("safety", "steering"),
+) -> None:
     """Write `soteria.json` and the model card. The card gives only the folder name of a local base, for privacy."""
     base = facts["base_model"]
     data = ModelCardData(
         base_model=Path(base).resolve().name if Path(base).is_dir() else base,
         language=[find_language(language).code.split("-")[0] for language in languages],
-        library_name="transformers",
-        tags=["soteria", "safety", "steering"],
+        library_name=library,
+        tags=["soteria", *tags],
     )
     files.write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{card}")
     files.write_json(folder / FACTS, facts)

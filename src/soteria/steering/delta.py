@@ -47,7 +47,7 @@ def write_delta(
         "scaling_factor": scaling_factor,
         "dtype": dtype or "float32",
     }
-    if made := made_before(output, inputs, vector, overwrite):
+    if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     vector.check_finite(range(vector.geometry.n_layers))
     places = [vector.place(vector.base, layer) for layer in range(vector.geometry.n_layers)]

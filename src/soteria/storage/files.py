@@ -89,6 +89,18 @@ def wait_for_lock(descriptor: int, place: Path) -> None:
             lock_descriptor(descriptor)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it while the block runs, waiting for another process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        wait_for_lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with whole_file(path) as sibling:

@@ -16,7 +16,7 @@ SAFE_ANSWER, BASE_ANSWER = "SAFE ANSWER", "BASE ANSWER"
 # Answer column -> (verdict column, name in the JSON)
 ANSWER_COLUMNS = {SAFE_ANSWER: ("Verdict_Safe", "safe"), BASE_ANSWER: ("Verdict_Base", "base")}
 
-FACTS = "soteria.json"  # in a steered model's folder: how it was made
+FACTS = "soteria.json"  # in a steered or fine-tuned model's folder: how it was made
 BENIGN = "benign"  # harmless questions: a folder beside answers, and a set of a cell
 
 
@@ -24,6 +24,14 @@ def model_slug(name: str) -> str:
     """A model's name in paths: a hub id with `/` replaced by `_`, or a local folder's own name."""
     path = Path(name)
     return path.resolve().name if path.is_dir() else name.strip("/").replace("/", "_")
+
+
+# Step 0
+
+
+def partial_folder(output: Path) -> Path:
+    """What an unfinished fine-tuning has saved so far."""
+    return output.with_name(f"{output.name}.partial")
 
 
 # Step 1
