@@ -92,7 +92,7 @@ class AnswerColumn:
             return False
         found = read_table(self.output, ["Question"])
         if list(found.get("Question", [])) != self.questions.questions:
-            raise UserError(f"{self.output} has answers to other questions; remove it or give another --output")
+            raise UserError(f"{self.output} has answers to other questions; remove it, or write to another place")
         made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
         complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
