@@ -132,9 +132,8 @@ def test_what_cannot_be_steered_whole_is_refused_and_leaves_the_model_as_it_was(
 def test_the_norm_of_a_heads_slice_is_that_of_its_columns_or_rows(tiny_folder, tmp_path):
     for architecture, name in (("llama", "model.layers.1.self_attn.o_proj"), ("gpt2", "transformer.h.1.attn.c_proj")):
         base, twin = tiny_folder(architecture), write_twin(tmp_path / architecture, architecture)
-        weights = [
-            AutoModelForCausalLM.from_pretrained(folder).state_dict()[f"{name}.weight"] for folder in (base, twin)
-        ]
+        folders = (base, twin)
+        weights = [AutoModelForCausalLM.from_pretrained(each).state_dict()[f"{name}.weight"] for each in folders]
         change = (weights[1] - weights[0]).double()
         own = change[16:24] if architecture == "gpt2" else change[:, 16:24]
         found = TaskVector.open(str(base), str(twin)).head_norms[1, 2]
