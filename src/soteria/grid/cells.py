@@ -162,6 +162,6 @@ def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:
         others = [other for other in grid.languages if other != language]
         found += [Treatment("from", grid.method_share, factor, of=other) for other in others]
     for ranking in wanted.rankings:
-        for other in grid.trade_off_factors:
+        for other in grid.trade_off_factors(ranking):
             found += rival_treatments(grid, ranking, other)
     return (treatment for treatment in dict.fromkeys(found) if treatment != method_of(grid))

@@ -128,6 +128,7 @@ class Ablations(Part):
     transfer: bool = False
     prompt_sets: list[str] | None = None
     rankings: Annotated[list[Literal[RIVALS]], AfterValidator(_distinct)] = []
+    all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(_distinct)] = []  # default: those of heads
     draws: Draws | None = None
 
 
@@ -308,10 +309,13 @@ class Grid(Part):
         named = name.replace("{language}", language).replace("{code}", find_language(language).code)
         return benign_set(named, find_language(language))
 
-    @property
-    def trade_off_factors(self) -> list[float]:
-        """The scaling factors along which the method and its rivals are compared."""
-        return sorted({*self.ablations.scaling_factors, self.scaling_factor})
+    def trade_off_factors(self, ranking: str = "") -> list[float]:
+        """The scaling factors along which the method and its rivals are compared.
+
+        Steering all parameters changes so much more that its factors are others.
+        """
+        own = self.ablations.all_parameters_factors if ranking == ALL_PARAMETERS else []
+        return sorted(own or {*self.ablations.scaling_factors, self.scaling_factor})
 
     def group(self, name: str) -> list[str]:
         """The grid's languages of a tier, or all of them for `Universal`."""
