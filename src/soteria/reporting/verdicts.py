@@ -38,10 +38,10 @@ def _against(row: dict) -> str:
 def _places(found: WriteUp) -> list[str]:
     """The method's place among random draws over all languages, a sentence for each kind of draw."""
     sentences, table = [], found.tidy("draws")
-    table = table[table["name"] == table["name"].iloc[-1]] if len(table) else table  # the widest scope is the last
-    for (*named, drawn), group in table.groupby([*GROUPS, "drawn"], sort=False):
-        rows = group.to_dict("records")
-        if not group["p"].isna().any():
+    for (*named, drawn), group in table.groupby([*GROUPS, "drawn"], sort=False) if len(table) else ():
+        widest = group[group["name"] == group["name"].iloc[-1]]
+        rows = widest.to_dict("records")
+        if not widest["p"].isna().any():
             places = ", ".join(f"{placed_among(row)} in {MEASURES[row['measure']][1]}" for row in rows)
             sentences.append(
                 f"{', '.join(named)}: among {rows[0]['draws']} random draws of {drawn}, on {rows[0]['questions']} "
