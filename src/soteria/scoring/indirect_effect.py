@@ -206,13 +206,14 @@ def check_sweep(
     effects: Tensor,
     classes: Sequence[str],
     reading: Reading | None = None,
+    slack: float = 1,
 ) -> None:
     """Check a prompt's effects against full forward passes for two random heads, so that no wrong score is written.
 
-    Raises UserError if they differ by more than the rounding of the model's dtype.
+    Raises UserError if they differ by more than the rounding of the model's dtype, times `slack`.
     """
     loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # not the generator of the sampling protocol
-    tolerance = max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
+    tolerance = slack * max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
     present = [name for name in classes if name in prompt.classes]
     for _ in range(2):
         layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)

@@ -89,6 +89,7 @@ class DatasetRun:
     """The scores of one dataset under `root`. Raises UserError for a missing or malformed task file."""
 
     reading: Callable | None = None  # what is read off patched logits; None: how far the answer's probability moves
+    slack = 1  # how much more coarsely than a probability that is rounded
 
     def __init__(self, dataset: str, root: Path, settings: ScoringSettings):
         self._lies_in(paths.effect_path(root, dataset))
@@ -161,7 +162,7 @@ class DatasetRun:
             prompt = shuffled[index]
             effects = rows.fit(lambda most: ie.indirect_effects(sweep, prompt, means, classes, most, self.reading))
             if index == 0:
-                ie.check_sweep(sweep, prompt, means, effects, classes, self.reading)
+                ie.check_sweep(sweep, prompt, means, effects, classes, self.reading, self.slack)
             return effects[..., 0] if settings.last_token_only else effects
 
         effects = list(load_tensor(self.partial_file)) if self.partial_file.exists() else []

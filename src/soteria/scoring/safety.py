@@ -45,6 +45,7 @@ class SafetyRun(DatasetRun):
     """
 
     reading = staticmethod(divergence)
+    slack = 10  # it sums what all logits are off by
 
     def __init__(
         self, language: str, root: Path, settings: ScoringSettings, asked: object, inputs: Callable[[LoadedModel], list]
