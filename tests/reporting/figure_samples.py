@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from soteria.languages import PAPER_LANGUAGES
 from soteria.reporting import fonts, head_figures, steering_figures
-from soteria.reporting.labels import BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
+from soteria.reporting.labels import BASE, BOTTOM, RANDOM, RANKINGS, SHARED_TIER, TOP
 
 NAMES = [language.name for language in PAPER_LANGUAGES]
 FEW = ["English", "Hindi", "Bengali"]
@@ -71,6 +71,15 @@ def some_factors(factors=(0, 3, 4, 5, 6, 7, 8)) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def some_rankings(factors=(2, 4, 6)) -> pd.DataFrame:
+    """All rankings along λ, close to one another; all parameters cost most."""
+    tables = [pd.DataFrame([{"heads": BASE, "asr": 0.4, "low": 0.3, "high": 0.5, "kl": 0.0, "benign_refusals": 0.0}])]
+    for i, name in enumerate(RANKINGS.values()):
+        own = some_factors(factors).assign(heads=name)
+        tables.append(own.assign(kl=own["kl"] * (1 + i), benign_refusals=own["benign_refusals"] * (1 + i / 3)))
+    return pd.concat(tables, ignore_index=True)
+
+
 def some_transfer(names=NAMES, lists=LISTS, missing=((1, 0), (2, 2))) -> pd.DataFrame:
     """ASR of every pair, lower with a language's own heads; `missing` are (row, column) of pairs that were not run."""
     rows = []
@@ -100,6 +109,10 @@ FIGURES = {
     "factors": lambda: steering_figures.plot_scaling(some_factors(), chosen=5),
     "broken factors": lambda: steering_figures.plot_scaling(some_factors(np.linspace(0, 8, 17)), chosen=0.5),
     "one factor": lambda: steering_figures.plot_scaling(some_factors([5])),
+    "rankings": lambda: steering_figures.plot_rankings(some_rankings()),
+    "two rankings": lambda: steering_figures.plot_rankings(
+        some_rankings().query("heads in [@BASE, @RANDOM, 'safety']")
+    ),
     "transfer": lambda: steering_figures.plot_transfer(some_transfer()),
     "transfer of shared lists": lambda: steering_figures.plot_transfer(some_transfer().query("heads_of in @LISTS")),
     "transfer of three": lambda: steering_figures.plot_transfer(some_transfer(FEW)),

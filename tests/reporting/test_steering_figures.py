@@ -15,6 +15,7 @@ from figure_samples import (
     some_bars,
     some_effects,
     some_factors,
+    some_rankings,
     some_shares,
     some_trade_off,
     some_transfer,
@@ -27,7 +28,7 @@ from matplotlib.text import Text
 
 from soteria.errors import UserError
 from soteria.reporting import figures, grid_figures, steering_figures
-from soteria.reporting.labels import ALL_HEADS, BASE, TOP
+from soteria.reporting.labels import ALL_HEADS, BASE, RANDOM, TOP
 
 INTERVAL = ["low", "high"]
 
@@ -195,6 +196,25 @@ def test_unknown_languages_and_pairs_that_appear_twice_are_refused():
         steering_figures.plot_transfer(pd.concat([some_transfer(FEW)] * 2))
 
 
+# Rankings
+
+
+def test_each_ranking_is_a_line_from_the_base_and_random_heads_are_the_band_of_their_intervals():
+    table = some_rankings()
+    figure = steering_figures.plot_rankings(table.sample(frac=1, random_state=0))
+    for axes, measure in zip(figure.axes, ("benign_refusals", "kl"), strict=True):
+        for name in set(table["heads"]) - {BASE, RANDOM}:
+            wanted = table[table["heads"].isin([BASE, name])][[measure, "asr"]].to_numpy()
+            assert np.allclose(line_of(axes, name)[0], wanted)
+        (band,) = axes.collections
+        wanted = table[table["heads"].isin([BASE, RANDOM])]
+        corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(9)}
+        for end in INTERVAL:
+            assert set(map(tuple, wanted[[measure, end]].round(9).to_numpy())) <= corners
+        assert {text.get_text() for text in axes.texts} <= {"2", "4", "6"}
+    assert set(legend(figure)) == set(table["heads"])
+
+
 # A grid's
 
 
@@ -206,6 +226,7 @@ def grid_numbers(languages=tuple(FEW)) -> grid_figures.ModelNumbers:
         "heads": some_shares().assign(**extra).replace({"share": {0.0: np.nan}}),
         "scaling": some_factors([0, 3, 4, 5]).assign(share=0.5, heads=[BASE, TOP, TOP, TOP]),
         "transfer": some_transfer(FEW),
+        "rankings": some_rankings(),
     }
     own = {"model": "m", "prompts": "policy", "judge": "refusal"}
     strange = [{"model": "other"}, {"prompts": "other"}, {"judge": "other"}]

@@ -4,7 +4,7 @@ In: a file, a name under `data/prompts/` or a hub dataset, and a language. Out: 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,16 @@ class QuestionSet:
     name: str
     questions: list[str]
     categories: list[str] | None = None
+
+    def at(self, rows: Sequence[int]) -> "QuestionSet":
+        """These rows of the set, under its name."""
+        categories = [self.categories[row] for row in rows] if self.categories else None
+        return QuestionSet(self.name, [self.questions[row] for row in rows], categories)
+
+
+def spread_rows(n_rows: int, n_wanted: int) -> list[int]:
+    """So many rows at equal distances from row 0 on, every k-th where k divides; all rows where there are no more."""
+    return [row * n_rows // n_wanted for row in range(n_wanted)] if n_wanted < n_rows else list(range(n_rows))
 
 
 def dataset_slug(dataset: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.generation import fill
 from soteria.errors import UserError
-from soteria.grid.cells import Cell
+from soteria.grid.cells import MATCHED, Cell
+from soteria.grid.grid_file import ALL_PARAMETERS
 from soteria.grid.subject import NotScored, Subject, remembered
 from soteria.judging import costs
 from soteria.judging.interface import Judge
@@ -23,6 +24,7 @@ from soteria.languages import find_language
 from soteria.scoring.heads import Head
 from soteria.steering.checkpoint import fingerprint
 from soteria.steering.formula import Steering, head_list_hash, open_steering, steered_in_place
+from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import files
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER
 
@@ -36,46 +38,54 @@ class CellWork:
         self.subject, self.cell, self.grid = subject, cell, subject.grid
         self.language, self.files = find_language(cell.language), cell.files(subject.results)
         self.refused: dict[str, UserError] = {}  # what cannot be asked or measured, and why
+        self.steers_all = bool(cell.treatment) and cell.treatment.kind == ALL_PARAMETERS
 
     @cached_property
     def heads(self) -> list[Head]:
-        return self.subject.heads(self.cell.treatment, self.cell.language) if self.cell.treatment else []
+        """The heads that are steered by themselves; none in the base and where all parameters are."""
+        by_heads = self.cell.treatment and not self.steers_all
+        return self.subject.heads(self.cell.treatment, self.cell.language) if by_heads else []
+
+    @cached_property
+    def scaling_factor(self) -> float:
+        return self.subject.scaling_factor(self.cell.treatment, self.cell.language)
 
     @cached_property
     def steering(self) -> Steering:
         """The cell's steering, checked. Raises UserError for heads that would steer nothing."""
-        treatment = self.cell.treatment
-        return open_steering(
-            self.subject.vector, self.heads, treatment.scaling_factor, source=f"the head list {treatment.heads_name}"
-        )
+        source = f"the head list {self.cell.treatment.heads_name}"
+        return open_steering(self.subject.vector, self.heads, self.scaling_factor, source=source)
 
     @cached_property
     def settings(self) -> dict:
         """What the cell's answers depend on beside the questions."""
         settings = self.subject.base_settings | {"language": self.cell.language}
         if self.cell.treatment:
-            tuned, heads = fingerprint(self.subject.vector.tuned), head_list_hash(self.heads)
-            settings["model_sha256"] = _sha256(
-                [settings["model_sha256"], tuned, heads, self.cell.treatment.scaling_factor]
-            )
+            vector, base = self.subject.vector, settings["model_sha256"]
+            if self.steers_all:
+                steered = [fingerprint(vector.whole_tuned), ALL_PARAMETERS]
+            else:
+                steered = [fingerprint(vector.tuned), head_list_hash(self.heads)]
+            settings["model_sha256"] = _sha256([base, *steered, self.scaling_factor])
         return settings
 
     @property
     def sets(self) -> list[str]:
-        return [*self.cell.sets, *([BENIGN] if self.cell.with_cost and self.grid.benign else [])]
+        asks_benign = self.grid.benign and (self.cell.with_cost or self.cell.n_questions)
+        return [*self.cell.sets, *([BENIGN] if asks_benign else [])]
 
     def column(self, name: str) -> AnswerColumn:
         treatment, pair = self.cell.treatment, self.subject.pair
         steered = treatment and {
             "base_model": pair.base,
             "finetune_model": pair.tuned,
-            "scaling_factor": treatment.scaling_factor,
+            "scaling_factor": self.scaling_factor,
             "heads": treatment.heads_name,
         }
         return AnswerColumn(
             self.files.answers(name),
             SAFE_ANSWER if treatment else BASE_ANSWER,
-            self.subject.questions(name, self.cell.language),
+            self.subject.questions(name, self.cell.language, self.cell.n_questions),
             pair.base,
             self.settings,
             steered=steered,
@@ -92,6 +102,8 @@ class CellWork:
             "scaling_factor": treatment.scaling_factor if treatment else None,
             "answers_from": self.settings,
         }
+        if treatment and treatment.kind == MATCHED:
+            facts["matched_scaling_factor"] = self.scaling_factor
         if self.cell.with_cost:
             language = self.cell.language
             benign = self.subject.questions(BENIGN, language).questions if self.grid.benign else []
@@ -158,19 +170,25 @@ class CellWork:
 
     def steered(self) -> AbstractContextManager:
         """The loaded model is this cell's for the length of a block."""
-        return steered_in_place(self.subject.loaded, self.steering) if self.cell.treatment else nullcontext()
+        if not self.cell.treatment:
+            return nullcontext()
+        if self.steers_all:
+            return all_parameters_steered(self.subject.loaded, self.subject.vector, self.scaling_factor)
+        return steered_in_place(self.subject.loaded, self.steering)
 
     def _steered_facts(self) -> dict:
         if not self.cell.treatment:
             return {"n_heads": 0, "share_of_parameters": 0.0}
-        geometry, changed = self.subject.vector.geometry, self.steering.n_parameters
+        geometry = self.subject.vector.geometry
+        total = geometry.n_layers * geometry.n_heads
+        changed = self.subject.n_parameters if self.steers_all else self.steering.n_parameters
         return {
             "finetune_model": self.subject.pair.tuned,
-            "n_heads": len(self.heads),
-            "n_heads_total": geometry.n_layers * geometry.n_heads,
+            "n_heads": total if self.steers_all else len(self.heads),
+            "n_heads_total": total,
             "parameters_changed": changed,
             "share_of_parameters": changed / self.subject.n_parameters,
-            "head_list": [list(head) for head in self.heads],
+            **({} if self.steers_all else {"head_list": [list(head) for head in self.heads]}),
         }
 
     def _cost(self, base_log_probs: Tensor | None) -> dict:

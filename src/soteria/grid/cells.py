@@ -5,22 +5,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
+from soteria.grid.grid_file import ALL_PARAMETERS, RANDOM, RIVALS, TASK_VECTOR, TIER, UNIVERSAL, Grid, Pair
 from soteria.languages import find_language
 from soteria.storage import paths
 from soteria.storage.paths import CellFiles
+
+DRAW, MATCHED = "draw", "matched"  # a random draw on few questions, and one with the method's norm of the change
+DRAWN = (RANDOM, DRAW, MATCHED)
 
 
 @dataclass(frozen=True)
 class Treatment:
     """Which heads are steered, and by how much.
 
-    kind: top (the language's own best), bottom, random (`of`: the draw's seed), all, shared (`of`: a tier or
-    Universal), from (`of`: the language whose best heads they are). `share` is of all heads; None means as many as the
-    list in the grid's `head_folder` has.
+    kind: top (the language's own best), bottom, random, draw and matched (`of`: the draw's seed), all, shared (`of`: a
+    tier or Universal), from (`of`: the language whose best heads they are), the best by a rival ranking (first, whole,
+    absolute, task_vector, safety), all_parameters. `share` is of all heads; None means as many as the list in the
+    grid's `head_folder` has. The heads of `matched` are steered by another λ, which its cell notes.
     """
 
-    kind: Literal["top", "bottom", "random", "all", "shared", "from"]
+    kind: Literal["top", "bottom", "all", "shared", "from", "draw", "matched", *RIVALS]
     share: float | None
     scaling_factor: float
     of: str = ""
@@ -33,8 +37,8 @@ class Treatment:
     @property
     def heads_name(self) -> str:
         """The heads in file names."""
-        if self.kind in ("all", "shared"):
-            return "all" if self.kind == "all" else f"shared_{self.of}"
+        if self.kind in ("all", "shared", ALL_PARAMETERS):
+            return f"shared_{self.of}" if self.kind == "shared" else self.kind
         share = "given" if self.share is None else f"{100 * self.share:g}"
         return f"{self.kind}_{share}" + (f"_{self.of}" if self.of else "")
 
@@ -45,7 +49,7 @@ class Treatment:
 
     def needs(self, grid: Grid, language: str) -> list[str]:
         """The languages whose rankings its heads come from."""
-        if self.kind in ("random", "all"):
+        if self.kind in (RANDOM, DRAW, "all", TASK_VECTOR, ALL_PARAMETERS):
             return []
         return grid.group(self.of) if self.kind == "shared" else [self.of if self.kind == "from" else language]
 
@@ -54,7 +58,8 @@ class Treatment:
 class Cell:
     """One model in one language under one treatment (None: the base).
 
-    It answers the prompt sets `sets`. `with_cost`: what steering costs is measured too.
+    It answers the prompt sets `sets`, or only `n_questions` spread over each of them and over the harmless ones.
+    `with_cost`: what steering costs is measured too.
     """
 
     model: str  # the grid's `scored_slug`
@@ -62,6 +67,7 @@ class Cell:
     treatment: Treatment | None
     sets: tuple[str, ...]
     with_cost: bool = True
+    n_questions: int | None = None
 
     @property
     def name(self) -> str:
@@ -118,6 +124,24 @@ def language_cells(grid: Grid, pair: Pair, language: str) -> Iterator[Cell]:
         asked = sets if (treatment.kind, treatment.of) == ("shared", UNIVERSAL) else ablated
         if asked:  # twelve by twelve transfers are many: their cost is not measured
             yield Cell(model, language, treatment, asked, with_cost=treatment.kind != "from")
+    if grid.ablations.draws and ablated:
+        for kind in (DRAW, MATCHED):
+            for treatment in draw_treatments(grid, kind):
+                yield Cell(model, language, treatment, ablated, False, grid.ablations.draws.questions)
+
+
+def draw_treatments(grid: Grid, kind: str) -> list[Treatment]:
+    """The draws of a kind that the method is placed among. A seed draws the same heads for both kinds."""
+    drawn = range(grid.ablations.draws.number)
+    return [Treatment(kind, grid.method_share, grid.scaling_factor, of=str(draw)) for draw in drawn]
+
+
+def rival_treatments(grid: Grid, ranking: str, factor: float) -> list[Treatment]:
+    """What a rival of the method steers at one λ; several treatments where draws are pooled."""
+    if ranking == RANDOM:
+        draws = range(grid.ablations.random_draws)
+        return [Treatment(RANDOM, grid.method_share, factor, of=str(draw)) for draw in draws]
+    return [Treatment(ranking, None if ranking == ALL_PARAMETERS else grid.method_share, factor)]
 
 
 def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:
@@ -137,4 +161,7 @@ def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:
     if wanted.transfer:
         others = [other for other in grid.languages if other != language]
         found += [Treatment("from", grid.method_share, factor, of=other) for other in others]
+    for ranking in wanted.rankings:
+        for other in grid.trade_off_factors(ranking):
+            found += rival_treatments(grid, ranking, other)
     return (treatment for treatment in dict.fromkeys(found) if treatment != method_of(grid))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from soteria.answering.questions import benign_set
+from soteria.answering.questions import benign_set, find_local
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
@@ -15,6 +15,9 @@ from soteria.storage import paths
 UNIVERSAL, TIER = "Universal", "tier"
 # Seed of the in-context prompts that accuracy is measured on. It is not step 1's: its prompts chose the heads.
 ACCURACY_SEED = 1042
+# What heads are ranked by beside the method's own indirect effect, then what is steered in place of ranked heads.
+ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS = "absolute", "task_vector", "safety", "random", "all_parameters"
+RIVALS = (*ANSWERS, ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS)
 ROUNDING = 1e-9  # 98.4 % - 96.4 % is more than 2 % in floating point
 
 
@@ -97,6 +100,23 @@ class PromptSet(Part):
         return self.languages is None or language in self.languages
 
 
+class Draws(Part):
+    """Random draws of as many heads as the method's, with its λ and with its norm of the change.
+
+    They answer `questions` of each set, spread over it.
+    """
+
+    number: int = Field(default=30, gt=0)
+    questions: int = Field(default=48, gt=0)
+
+
+class SafetyQuestions(Part):
+    """What heads are ranked by safety on. `harmless`: like `benign`."""
+
+    harmful: PromptSet
+    harmless: str
+
+
 class Ablations(Part):
     """What is measured beside the method itself, on `prompt_sets` (default: the first)."""
 
@@ -107,6 +127,9 @@ class Ablations(Part):
     shared: list[Literal["tier", "Universal"]] = [UNIVERSAL]
     transfer: bool = False
     prompt_sets: list[str] | None = None
+    rankings: Annotated[list[Literal[RIVALS]], AfterValidator(_distinct)] = []
+    all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(_distinct)] = []  # default: those of heads
+    draws: Draws | None = None
 
 
 class Utility(Part):
@@ -184,6 +207,7 @@ class Grid(Part):
     answers: Answers = Answers()
     accuracy_seed: int = Field(default=ACCURACY_SEED, ge=0, lt=2**32)
     limits: Limits | None = None
+    safety_questions: SafetyQuestions | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
@@ -209,13 +233,52 @@ class Grid(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rivals_can_be_had(self) -> "Grid":
+        wanted, own = {*self.ablations.rankings}, self.scoring.answer
+        if own in wanted:
+            raise ValueError(f"ablations.rankings: {own} is how the method itself ranks heads; remove it")
+        if self.head_folder and wanted & {*ANSWERS, ABSOLUTE}:
+            raise ValueError("ablations.rankings by effect need scores, and with head_folder nothing is scored")
+        if self.method_share == 1 and (wanted or self.ablations.draws):
+            raise ValueError("heads: 1 steers all heads; ablations.rankings and ablations.draws need a share below 1")
+        if RANDOM in wanted and not self.ablations.random_draws:
+            raise ValueError("ablations.rankings: random needs ablations.random_draws")
+        if SAFETY in wanted:
+            self._check_safety_questions()
+        return self
+
+    def _check_safety_questions(self) -> None:
+        """Raise ValueError where they are missing or would choose heads on what the tables report."""
+        asked = self.safety_questions
+        if not asked:
+            raise ValueError("ablations.rankings: safety needs safety_questions, with harmful and harmless")
+        for language in self.languages:
+            reported = [each.dataset_in(language) for each in self.prompt_sets if each.has(language)]
+            reported = {_place(each) for each in (*reported, self.benign_in(language)) if each}
+            if {_place(asked.harmful.dataset_in(language)), _place(self.harmless_in(language))} & reported:
+                raise ValueError("safety_questions are reported on as prompt_sets or benign; give others")
+
     def scored_slug(self, pair: Pair) -> str:
         """The folder of a model's scores, head lists and cells: whole answers never mix with first tokens."""
         return paths.scored_slug(pair.slug, whole=self.scoring.answer == WHOLE)
 
-    def scores(self, results: Path, pair: Pair) -> Path:
-        """Where step 1 writes a model's scores."""
-        return paths.scores_folder(results, self.scored_slug(pair))
+    def scores(self, results: Path, pair: Pair, answer: str | None = None) -> Path:
+        """Where step 1 writes a model's scores, of the first or whole `answer` (default: as the method needs)."""
+        answer = answer or self.scoring.answer
+        return paths.scores_folder(results, paths.scored_slug(pair.slug, whole=answer == WHOLE))
+
+    @property
+    def scored_answers(self) -> list[str]:
+        """What of the answers is scored: what the method needs, then what a rival ranking does."""
+        return [self.scoring.answer, *(answer for answer in ANSWERS if answer in self.ablations.rankings)]
+
+    def score_files(self, results: Path, pair: Pair, language: str) -> list[Path]:
+        """All files of scores that a language's rankings are made from."""
+        folders = [self.scores(results, pair, answer) for answer in self.scored_answers]
+        found = [paths.effect_path(folder, f"{task}_{language}") for folder in folders for task in self.tasks]
+        safety = [paths.safety_path(folders[0], language)] if SAFETY in self.ablations.rankings else []
+        return found + safety
 
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)
@@ -236,15 +299,34 @@ class Grid(Part):
 
     def benign_in(self, language: str) -> str | None:
         """A language's harmless questions, as `read_questions` takes them; None where the grid has none."""
-        if not self.benign:
-            return None
-        named = self.benign.replace("{language}", language).replace("{code}", find_language(language).code)
+        return self._benign_named(self.benign, language) if self.benign else None
+
+    def harmless_in(self, language: str) -> str:
+        """A language's harmless questions that heads are ranked by safety on."""
+        return self._benign_named(self.safety_questions.harmless, language)
+
+    def _benign_named(self, name: str, language: str) -> str:
+        named = name.replace("{language}", language).replace("{code}", find_language(language).code)
         return benign_set(named, find_language(language))
+
+    def trade_off_factors(self, ranking: str = "") -> list[float]:
+        """The scaling factors along which the method and its rivals are compared.
+
+        Steering all parameters changes so much more that its factors are others.
+        """
+        own = self.ablations.all_parameters_factors if ranking == ALL_PARAMETERS else []
+        return sorted(own or {*self.ablations.scaling_factors, self.scaling_factor})
 
     def group(self, name: str) -> list[str]:
         """The grid's languages of a tier, or all of them for `Universal`."""
         paper = [language for language in map(find_language, self.languages) if language.tier]
         return [language.name for language in paper if name in (UNIVERSAL, language.tier)]
+
+
+def _place(dataset: str) -> str:
+    """A question set as what it is read from: a name and a path may mean one file."""
+    found = find_local(dataset)
+    return str(found.resolve()) if found else dataset
 
 
 def read_grid(path: Path, **changes: object) -> Grid:

@@ -83,19 +83,19 @@ class Plan:
     def left(self, pair: Pair, languages: list[str]) -> dict[str, int]:
         """Units of each step that a model's languages still need, judging by which files exist."""
         units, grid = dict.fromkeys(STEPS, 0), self.grid
-        scores = grid.scores(self.results, pair)
         for language in languages:
-            datasets = [f"{task}_{language}" for task in grid.tasks]
-            units["score"] += sum(not paths.effect_path(scores, dataset).exists() for dataset in datasets)
+            units["score"] += sum(not path.exists() for path in grid.score_files(self.results, pair, language))
             for at, cell in enumerate(language_cells(grid, pair, language)):
                 found = cell.files(self.results)
                 for name in cell.sets:
-                    rows, _ = self.rows(name, language)
+                    rows = min(self.rows(name, language)[0], cell.n_questions or math.inf)
                     units["answers"] += 0 if found.answers(name).exists() else rows
                     units["judge"] += rows * sum(not found.verdicts(name, judge).exists() for judge in grid.judges)
                 if cell.with_cost and not found.facts.exists():
                     units["cost"] += 1
                     units["answers"] += BENIGN_ROWS if grid.benign else 0
+                if cell.n_questions and grid.benign and not found.answers(paths.BENIGN).exists():
+                    units["answers"] += min(BENIGN_ROWS, cell.n_questions)
                 # A language's first two cells are the base and the method.
                 asks_utility = at < 2 and grid.utility and language in (grid.utility.languages or grid.languages)
                 units["utility"] += bool(asks_utility and not found.utility.exists())

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from soteria.errors import UserError
 from soteria.grid.cell_work import CellWork, Judges
 from soteria.grid.cells import Cell, Shard, language_cells, method_of
-from soteria.grid.grid_file import Grid
+from soteria.grid.grid_file import SAFETY, Grid
 from soteria.grid.subject import NotScored, Subject
 from soteria.languages import TIERS, group_languages
 from soteria.models.processes import Processes
 from soteria.scoring.heads import write_heads
-from soteria.scoring.run import score_datasets
+from soteria.scoring.run import score_datasets, score_runs
 from soteria.storage import files, paths
 
 
@@ -55,11 +55,16 @@ class Reproduction:
         slug = subject.pair.slug
         if not self._opens(slug, lambda: subject.base_settings):
             return
-        if "score" in steps and not self.grid.head_folder:
+        if "score" in steps:
             for language in languages:
-                with self._noting(f"{slug}/{language}/scores"):
-                    self._score(subject, language)
-            self._select(subject)
+                if not self.grid.head_folder:
+                    with self._noting(f"{slug}/{language}/scores"):
+                        self._score(subject, language)
+                if SAFETY in self.grid.ablations.rankings:
+                    with self._noting(f"{slug}/{language}/safety"):
+                        self._score_safety(subject, language)
+            if not self.grid.head_folder:
+                self._select(subject)
             self.processes.wait()  # the first one writes what all read
         if {"answer", "utility"} & set(steps) and self._opens(slug, lambda: subject.vector):
             if "answer" in steps:
@@ -75,8 +80,17 @@ class Reproduction:
 
     def _score(self, subject: Subject, language: str) -> None:
         """Step 1 of a language."""
-        started, datasets = time.monotonic(), [f"{task}_{language}" for task in self.grid.tasks]
-        _, scored = score_datasets(subject.scoring, datasets, subject.scores, self.processes, lambda: subject.loaded)
+        datasets = [f"{task}_{language}" for task in self.grid.tasks]
+        for answer in self.grid.scored_answers:
+            started, settings = time.monotonic(), subject.scoring(answer)
+            root = settings.save_path_root
+            _, scored = score_datasets(settings, datasets, root, self.processes, lambda: subject.loaded)
+            subject.note_duration("score", scored, time.monotonic() - started)
+
+    def _score_safety(self, subject: Subject, language: str) -> None:
+        """The rival ranking by safety; as much work as a dataset of step 1."""
+        started = time.monotonic()
+        scored = score_runs([subject.safety_run(language)], self.processes, lambda: subject.loaded)
         subject.note_duration("score", scored, time.monotonic() - started)
 
     def _select(self, subject: Subject) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from soteria.answering.columns import model_settings
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs
-from soteria.answering.questions import QuestionSet, read_questions
+from soteria.answering.questions import QuestionSet, read_questions, spread_rows
 from soteria.errors import UserError
-from soteria.grid.cells import Treatment, method_of
-from soteria.grid.grid_file import Grid, Pair
+from soteria.grid.cells import DRAWN, MATCHED, Treatment, method_of
+from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair
 from soteria.judging.costs import read_tasks
 from soteria.languages import find_language
 from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
@@ -30,8 +30,9 @@ from soteria.scoring.heads import (
     rank_heads,
     read_heads,
 )
-from soteria.scoring.prompts import Split
+from soteria.scoring.prompts import ANSWERS, Split
 from soteria.scoring.run import ScoringSettings
+from soteria.scoring.safety import SafetyRun, mean_divergence
 from soteria.steering.formula import is_steered
 from soteria.storage import files, paths
 from soteria.storage.paths import BENIGN
@@ -131,39 +132,63 @@ class Subject:
 
     # Heads
 
-    @property
-    def scoring(self) -> ScoringSettings:
+    def scoring(self, answer: str) -> ScoringSettings:
+        """Step 1's settings, by an answer's first token or the whole of it."""
         return ScoringSettings(
             model_name=self.pair.base,
             root_data_dir=self.grid.icl,
-            save_path_root=self.scores,
+            save_path_root=self.grid.scores(self.results, self.pair, answer),
             dtype=self.grid.dtype,
-            **self.grid.scoring.model_dump(),
+            **self.grid.scoring.model_dump() | {"answer": answer},
         )
 
-    def _ranking(self, language: str) -> list[Head]:
-        """The language's heads, best first: all of the model's, or the list in the grid's `head_folder`.
+    def safety_run(self, language: str) -> SafetyRun:
+        """The scoring of a language's heads by safety, on the grid's questions for that."""
+        spoken, asked = find_language(language), self.grid.safety_questions
+        sets = [
+            self._read(self.grid.harmless_in(language), language),
+            self._read(asked.harmful.dataset_in(language), language, asked.harmful.split, asked.harmful.column),
+        ]
+
+        def inputs(loaded: LoadedModel) -> list[list[list[int]]]:
+            return [all_inputs(loaded, each.questions, spoken, self.pair.chat_template) for each in sets]
+
+        asked = [self.base_settings[name] for name in ("chat_template", "model_sha256")]
+        asked += [[each.questions for each in sets], spoken.instruction]
+        return SafetyRun(language, self.scores, self.scoring(self.grid.scoring.answer), asked, inputs)
+
+    def _ranking(self, language: str, by: str = "top") -> list[Head]:
+        """The language's heads, best first: by the method's ranking, its list in `head_folder`, or a rival ranking.
 
         Raises NotScored where step 1 has not run yet, UserError for a missing or broken list.
         """
+        if by == TASK_VECTOR:
+            return rank_heads(self.vector.head_norms)
+        if by == SAFETY:
+            if not paths.safety_path(self.scores, language).exists():
+                raise NotScored(f"waits for the safety scores of {language}")
+            return rank_heads(mean_divergence(self.scores, language))
         if self.grid.head_folder:
             return read_heads(paths.head_folder(self.grid.head_folder) / paths.language_file(language))
-        self.need_scores([language])
-        return rank_heads(mean_effect(self.scores, language, self.grid.tasks))
+        answer = by if by in ANSWERS else self.grid.scoring.answer
+        self.need_scores([language], answer)
+        effect = mean_effect(self.grid.scores(self.results, self.pair, answer), language, self.grid.tasks)
+        return rank_heads(effect.abs() if by == ABSOLUTE else effect)
 
-    def unscored(self, languages: list[str]) -> list[str]:
+    def unscored(self, languages: list[str], answer: str | None = None) -> list[str]:
         """Those of the languages that lack the scores of a task."""
         if self.grid.head_folder:
             return []
+        scores = self.grid.scores(self.results, self.pair, answer)
         return [
             language
             for language in languages
-            if not all(paths.effect_path(self.scores, f"{task}_{language}").exists() for task in self.grid.tasks)
+            if not all(paths.effect_path(scores, f"{task}_{language}").exists() for task in self.grid.tasks)
         ]
 
-    def need_scores(self, languages: list[str]) -> None:
+    def need_scores(self, languages: list[str], answer: str | None = None) -> None:
         """Raise NotScored where one of the languages lacks scores."""
-        if missing := self.unscored(languages):
+        if missing := self.unscored(languages, answer):
             raise NotScored(f"waits for the scores of {', '.join(missing)}")
 
     def heads(self, treatment: Treatment, language: str) -> list[Head]:
@@ -177,9 +202,25 @@ class Subject:
             return [divmod(index, geometry.n_heads) for index in range(total)]
         of, share = treatment.of if treatment.kind == "from" else language, treatment.share
         count = len(self.ranking(of)) if share is None else count_share(share, total)
-        if treatment.kind == "random":
+        if treatment.kind in DRAWN:
             return random_heads(geometry.n_layers, geometry.n_heads, count, int(treatment.of))
+        if treatment.kind in RIVALS:
+            return self.ranking(of, treatment.kind)[:count]
         return self.ranking(of)[-count:] if treatment.kind == "bottom" else self.ranking(of)[:count]
+
+    def scaling_factor(self, treatment: Treatment, language: str) -> float:
+        """A treatment's λ. That of matched heads changes their slices by the norm that the method changes its own by.
+
+        It is kept to nine digits: the last ones depend on the machine.
+        """
+        if treatment.kind != MATCHED:
+            return treatment.scaling_factor
+        norms = self.vector.head_norms
+        own, method = (
+            math.hypot(*(norms[head].item() for head in heads))
+            for heads in (self.heads(treatment, language), self.method_heads(language))
+        )
+        return float(f"{treatment.scaling_factor * method / own:.9g}") if own else treatment.scaling_factor
 
     def method_heads(self, language: str) -> list[Head]:
         return self.heads(method_of(self.grid), language)
@@ -193,17 +234,20 @@ class Subject:
 
     # Questions and prompts
 
-    def _questions(self, name: str, language: str) -> QuestionSet:
-        """A prompt set's questions in a language, or the harmless ones."""
+    def _questions(self, name: str, language: str, n: int | None = None) -> QuestionSet:
+        """A prompt set's questions in a language, or the harmless ones; `n`: only so many, spread over the set."""
+        if n is not None:
+            every = self.questions(name, language)
+            return every.at(spread_rows(len(every.questions), n))
         if name == BENIGN:
-            found = read_questions(self.grid.benign_in(language), find_language(language))
-        else:
-            asked = self.grid.prompt_set(name)
-            found = read_questions(
-                asked.dataset_in(language), find_language(language), split=asked.split, column=asked.column
-            )
-        first = self.grid.answers.questions
-        return QuestionSet(found.name, found.questions[:first], found.categories[:first] if found.categories else None)
+            return self._read(self.grid.benign_in(language), language)
+        asked = self.grid.prompt_set(name)
+        return self._read(asked.dataset_in(language), language, asked.split, asked.column)
+
+    def _read(self, dataset: str, language: str, split: str | None = None, column: str | None = None) -> QuestionSet:
+        """A set's questions, or the first ones where the grid is a trial run."""
+        found = read_questions(dataset, find_language(language), split=split, column=column)
+        return found.at(range(len(found.questions))[: self.grid.answers.questions])
 
     def _tasks(self, language: str) -> dict[str, Split]:
         """The in-context rows, split as step 1 splits them."""

@@ -76,6 +76,18 @@ class TaskVector:
         changes = (self.at(layer).abs().amax(int(self.geometry.transposed)) for layer in range(self.geometry.n_layers))
         return torch.stack([change.view(self.geometry.n_heads, -1).amax(1) for change in changes])
 
+    @cached_property
+    def head_norms(self) -> Tensor:
+        """The norm of each head's slice, (n_layers, n_heads), float64, read one layer at a time."""
+        geometry = self.geometry
+        squares = (self.at(layer).double().square().sum(int(geometry.transposed)) for layer in range(geometry.n_layers))
+        return torch.stack([square.view(geometry.n_heads, -1).sum(1) for square in squares]).sqrt()
+
+    @cached_property
+    def whole_tuned(self) -> Checkpoint:
+        """The tuned model with all of its files: `tuned` may have only those that hold output projections."""
+        return Checkpoint.open(self.tuned.name)
+
     def check_finite(self, layers: Iterable[int]) -> None:
         """Raise UserError if the task vector of any of the layers is not finite."""
         for layer in sorted(layers):

@@ -5,10 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from soteria.grid.cells import Cell, Treatment, grid_cells, method_of
+from soteria.grid.cells import Cell, Treatment, grid_cells, method_of, rival_treatments
 from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
 from soteria.languages import find_language
-from soteria.reporting.labels import ALL_HEADS, BASE, METHOD, SHARED_ALL, SHARED_TIER, TOP
+from soteria.reporting.labels import ALL_HEADS, BASE, GIVEN, METHOD, RANKINGS, SHARED_ALL, SHARED_TIER, TOP
 from soteria.storage import files
 from soteria.storage.csv_files import read_table
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER, CellFiles
@@ -121,5 +121,19 @@ def head_conditions(grid: Grid) -> list[Condition]:
 
 def scaling_conditions(grid: Grid) -> list[Condition]:
     """The ablation over λ: base, then the method at each."""
-    factors = sorted({*grid.ablations.scaling_factors, grid.scaling_factor})
-    return [BASE_CONDITION, *(Condition(TOP, [Treatment.best(grid.method_share, factor)]) for factor in factors)]
+    return [BASE_CONDITION, *_along_factors(grid, TOP)]
+
+
+def ranking_conditions(grid: Grid) -> list[Condition]:
+    """Base, then the method and each of its rivals at each λ; none where the grid asks for no rivals."""
+    rivals = [
+        Condition(RANKINGS[name], rival_treatments(grid, name, factor))
+        for name in grid.ablations.rankings
+        for factor in grid.trade_off_factors(name)
+    ]
+    own = GIVEN if grid.head_folder else RANKINGS[grid.scoring.answer]
+    return [BASE_CONDITION, *_along_factors(grid, own), *rivals] if rivals else []
+
+
+def _along_factors(grid: Grid, name: str) -> list[Condition]:
+    return [Condition(name, [Treatment.best(grid.method_share, factor)]) for factor in grid.trade_off_factors()]

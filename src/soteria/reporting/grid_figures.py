@@ -80,6 +80,13 @@ def scaling(numbers: ModelNumbers) -> Figure:
     return steering_figures.plot_scaling(rows, chosen=numbers.grid.scaling_factor)
 
 
+def rankings(numbers: ModelNumbers) -> Figure:
+    rows = numbers.rows("rankings").dropna(subset=["asr", "kl", "benign_refusals"])
+    if len(rows) < 3:
+        raise UserError("too few of its numbers were measured")
+    return steering_figures.plot_rankings(rows)
+
+
 def overlaps(numbers: ModelNumbers) -> Figure:
     if len(numbers.selected) < 2:
         raise UserError("one language overlaps with no other")
@@ -108,6 +115,13 @@ DRAWINGS = {
         "Gain and cost over the share of heads", "The method beside its controls.", head_shares, ("heads",)
     ),
     "scaling": Drawing("Gain and cost over λ", "The grid's own is marked.", scaling, ("scaling",)),
+    "rankings": Drawing(
+        "Rankings along λ",
+        "ASR against benign questions refused and against KL, a line for each ranking; random heads are a band of 95 % "
+        "intervals.",
+        rankings,
+        ("rankings",),
+    ),
     "transfer": Drawing(
         "Transfer between languages",
         "ASR with the heads of one language on prompts in another.",

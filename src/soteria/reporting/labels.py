@@ -5,6 +5,17 @@ BASE, METHOD = "base", "language-specific"
 SHARED_TIER, SHARED_ALL = "shared by the tier", "universal"
 TOP, RANDOM, BOTTOM, ALL_HEADS = "top heads", "random heads", "bottom heads", "all heads"
 ALL = "all languages"
+# What is compared along λ: how heads are ranked, or what is steered in place of ranked heads.
+GIVEN = "given lists"
+RANKINGS = {
+    "first": "effect, first token",
+    "whole": "effect, whole answer",
+    "absolute": "absolute effect",
+    "task_vector": "task vector",
+    "safety": "safety",
+    "random": RANDOM,
+    "all_parameters": "all parameters",
+}
 
 
 def percent(value: float) -> str:

@@ -24,6 +24,7 @@ from soteria.reporting.conditions import (
     control_conditions,
     head_conditions,
     method_conditions,
+    ranking_conditions,
     scaling_conditions,
 )
 from soteria.reporting.labels import ALL, BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
@@ -204,6 +205,11 @@ def scaling_rows(cells: Cells) -> pd.DataFrame:
     if len(table):
         table.loc[table["heads"] == BASE, ["share", "scaling_factor"]] = 0.0
     return table
+
+
+def ranking_rows(cells: Cells) -> pd.DataFrame:
+    """The method and its rivals at each λ, pooled over languages; tidy."""
+    return ablation_rows(cells, ranking_conditions(cells.grid))
 
 
 def control_rows(cells: Cells) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from matplotlib import patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from soteria.languages import LANGUAGES, TIERS, find_language
@@ -134,10 +134,7 @@ def plot_trade_off(table: pd.DataFrame) -> plt.Figure:
         look = {"color": color, "marker": marker, "linestyle": line, "markersize": 5}
         axes.plot(rows["kl"], rows["asr"], label=f"{share:.0%} of heads", **look)
     # KL grows with the square of a small step: on this scale, equal steps of the scaling factor are about equally wide.
-    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.abs(kl)) * np.sign(kl), lambda x: x * np.abs(x)))
-    highest = table["kl"].max()
-    axes.set_xticks(sorted({0.0, *(float(f"{highest * part:.1g}") for part in (0.02, 0.1, 0.25, 0.5, 0.75, 1))}))
-    axes.xaxis.set_major_formatter(NUMBER)
+    _scale_by_root(axes, table["kl"].max(), NUMBER, (0.02, 0.1, 0.25, 0.5, 0.75, 1))
     axes.set(xlabel="benign damage: KL from the base, first token (nats)", ylabel="attack success rate (ASR)")
     axes.yaxis.set_major_formatter(PERCENT)
     axes.margins(0.08)
@@ -201,6 +198,45 @@ def plot_head_shares(table: pd.DataFrame) -> plt.Figure:
         axes.set_xlabel("share of heads steered")
     add_legend(figure, panels[0, 0])
     return figure
+
+
+@printed
+def plot_rankings(table: pd.DataFrame) -> plt.Figure:
+    """ASR against benign refusals and against KL, a line for each ranking over its scaling factors.
+
+    Columns of `table`: `heads` (the ranking; random heads are a band of 95 % intervals), `scaling_factor`, with which
+    the points of the first ranking are labeled, `asr`, `low`, `high`, `benign_refusals`, `kl` (nats).
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True, layout="constrained")
+    base, steered = table[table["heads"] == BASE], table[table["heads"] != BASE]
+    for axes, measure, form in zip(panels, ("benign_refusals", "kl"), (PERCENT, NUMBER), strict=True):
+        axes.plot(base[measure], base["asr"], "k*", markersize=8, label=BASE, zorder=4)
+        for i, (heads, rows) in enumerate(steered.groupby("heads", sort=False)):
+            rows = pd.concat([base, rows.sort_values("scaling_factor")])  # every line begins at λ = 0
+            if heads == RANDOM:
+                axes.plot(rows[measure], rows["asr"], color="0.5", linewidth=1, zorder=1)
+                axes.fill_between(rows[measure], rows["low"], rows["high"], color="0.82", zorder=0, label=heads)
+                continue
+            color, marker, line = SHARE_LINES[i % len(SHARE_LINES)]
+            look = {"color": color, "marker": marker, "linestyle": line, "markersize": 4.5, "linewidth": 1.2}
+            axes.plot(rows[measure], rows["asr"], label=heads, **look)
+        _scale_by_root(axes, table[measure].max(), form, (0.03, 0.2, 0.5, 1))
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.grid(alpha=0.3)
+        first = steered[steered["heads"] == steered["heads"].iloc[0]]
+        texts = [f"{factor:g}" for factor in first["scaling_factor"]]
+        label_points(axes, first[[measure, "asr"]].to_numpy(), texts)
+    panels[0].set(xlabel=COSTS["benign_refusals"][3], ylabel=ASR_TITLE.partition(" (")[0])
+    panels[1].set_xlabel(KL_TITLE.replace("\n", " "))
+    add_legend(figure, panels[0])
+    return figure
+
+
+def _scale_by_root(axes: Axes, highest: float, form: Formatter, parts: tuple[float, ...]) -> None:
+    """Small costs get room: an x axis by the square root, with ticks at 0 and at parts of `highest`."""
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.abs(x)) * np.sign(x), lambda x: x * np.abs(x)))
+    axes.set_xticks(sorted({0.0, *(float(f"{highest * part:.1g}") for part in parts)}))
+    axes.xaxis.set_major_formatter(form)
 
 
 @printed

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from soteria.reporting.draws import MEASURES, placed_among
 from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
 from soteria.reporting.readable import points
 from soteria.reporting.write_up import GROUPS, WriteUp
@@ -21,7 +22,7 @@ def verdicts(found: WriteUp) -> list[str]:
         sentences.append(f"{', '.join(named)}: ASR {base:.1%} → {rows[TOP]['asr']:.1%} with the top heads.")
         controls = [rows[name] for name in (RANDOM, BOTTOM) if name in rows]
         sentences += [_against(row) for row in controls if not pd.isna(row.get("over_top"))]
-    return sentences + _transfers(found) + _choices(found) + _first_tokens(found)
+    return sentences + _places(found) + _transfers(found) + _choices(found) + _first_tokens(found)
 
 
 def _against(row: dict) -> str:
@@ -32,6 +33,21 @@ def _against(row: dict) -> str:
         f"The functional heads do {verdict} as many {row['heads']} here: ASR {row['asr']:.1%} with those, "
         f"a difference of {points(row, 'over_top')}."
     )
+
+
+def _places(found: WriteUp) -> list[str]:
+    """The method's place among random draws over all languages, a sentence for each kind of draw."""
+    sentences, table = [], found.tidy("draws")
+    for (*named, drawn), group in table.groupby([*GROUPS, "drawn"], sort=False) if len(table) else ():
+        widest = group[group["name"] == group["name"].iloc[-1]]
+        rows = widest.to_dict("records")
+        if not widest["p"].isna().any():
+            places = ", ".join(f"{placed_among(row)} in {MEASURES[row['measure']][1]}" for row in rows)
+            sentences.append(
+                f"{', '.join(named)}: among {rows[0]['draws']} random draws of {drawn}, on {rows[0]['questions']} "
+                f"questions a language, the method has place {places}."
+            )
+    return sentences
 
 
 def _choices(found: WriteUp) -> list[str]:

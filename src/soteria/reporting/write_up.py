@@ -9,20 +9,22 @@ from matplotlib.figure import Figure
 from soteria.errors import UserError
 from soteria.grid.grid_file import Grid
 from soteria.judging.refusal import RefusalJudge
-from soteria.reporting import numbers, readable
+from soteria.reporting import draws, numbers, readable
 from soteria.reporting.conditions import Cells
 from soteria.reporting.grid_figures import DRAWINGS, ModelNumbers
 from soteria.scoring.prompts import WHOLE
 from soteria.storage import paths
 
 # The columns that are blank where a cell was not run; the first that a table has counts.
-NUMBERS = ("asr", "safe", "share_of_parameters")
+NUMBERS = ("asr", "safe", "share_of_parameters", "p")
 # How each table's numbers are computed, and how they are laid out for readers.
 CONTENTS = {
     "main": (numbers.main_rows, readable.readable_main),
     "heads": (numbers.head_rows, readable.readable_ablation),
     "controls": (numbers.control_rows, readable.readable_ablation),
     "scaling": (numbers.scaling_rows, readable.readable_ablation),
+    "rankings": (numbers.ranking_rows, readable.readable_ablation),
+    "draws": (draws.draw_rows, draws.readable_draws),
     "transfer": (numbers.transfer_rows, readable.readable_transfer),
     "utility": (numbers.utility_rows, readable.readable_utility),
     "parameters": (numbers.parameter_rows, readable.readable_parameters),
@@ -98,7 +100,7 @@ class WriteUp:
         return paths.table_file(self.results, self.grid.name, name, ending)
 
     def caption(self, table: Table) -> str:
-        judged = f"Judge: {self.judged_by}. " if table.number == "asr" else ""
+        judged = f"Judge: {self.judged_by}. " if table.number in ("asr", "p") else ""
         return f"{table.title}. {judged}{table.counted}"
 
 
@@ -146,6 +148,18 @@ def _texts(grid: Grid) -> dict[str, tuple[str, str]]:
             f"Heads: {heads}. Choose λ on other questions than those reported: configs/validation.yaml and src/tune.py "
             "do.",
         ),
+        "rankings": (
+            "The method and its rivals along λ",
+            "As many heads by each ranking; draws of random heads are pooled; all parameters are the plain baseline of "
+            "task arithmetic, which steers every weight. Over all languages.",
+        ),
+        "draws": (
+            f"The method's place among random draws ({method})",
+            "Method and draws answer the same questions, spread over the sets. Draws have as many heads, at the same λ "
+            "or, matched, at a λ that changes their slices by the method's norm of the change; a draw's heads are the "
+            "same in every language. Place 1 is below all draws, ties count against the method, and the exact p-value "
+            "is the place divided by the number of places.",
+        ),
         "transfer": (
             "Heads of language A (down), prompts in language B (across): ASR",
             "Where the two are one language, the heads are its own.",
@@ -166,6 +180,8 @@ def _draw(found: WriteUp, own: ModelNumbers) -> None:
     """Add a model's pictures. One whose numbers do not suffice is left out, and said to be."""
     several, slug = len(found.grid.models) > 1, own.slug
     for name, drawing in DRAWINGS.items():
+        if name == "rankings" and not found.grid.ablations.rankings:
+            continue
         try:
             figure = drawing.draw(own)
         except UserError as error:

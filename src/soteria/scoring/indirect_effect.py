@@ -24,6 +24,8 @@ from soteria.models.memory import MOST_TOKENS, TokenBudget
 from soteria.scoring.prompts import FIRST, MeanSlots, Prompt, answer_tokens, token_roles
 from soteria.scoring.sweep import ForkingSweep, head_outputs
 
+# What a patched pass shows: patched logits (…, k, vocabulary) and the clean ones (k, vocabulary) -> (…,).
+Reading = Callable[[Tensor, Tensor], Tensor]
 # What is scored if only the last token is patched.
 LAST_TOKEN_CLASSES = ("query_predictive",)
 
@@ -124,6 +126,11 @@ def answer_probability(logits: Tensor, answer: Tensor) -> Tensor:
     return logits.float().softmax(dim=-1)[..., torch.arange(len(answer), device=answer.device), answer].prod(dim=-1)
 
 
+def probability_change(answer: Tensor) -> Reading:
+    """The indirect effect: how far P(answer) moves."""
+    return lambda patched, clean: answer_probability(patched, answer) - answer_probability(clean, answer)
+
+
 def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
     """The cost of a prompt's sweep in forward passes of its sequence: its own, and for every class and head the tokens
     from the class's first one on, through the layers from the head's up."""
@@ -139,18 +146,18 @@ def indirect_effects(
     means: Tensor,
     classes: Sequence[str] = LAST_TOKEN_CLASSES,
     max_rows: int = MOST_TOKENS,
+    reading: Reading | None = None,
 ) -> Tensor:
-    """Indirect effects of all heads for each token class, (n_layers, n_heads, len(classes)), float32.
+    """Indirect effects, or another `reading`, of all heads by token class, (n_layers, n_heads, len(classes)), float32.
 
     All tokens of a class are replaced at once; a class without tokens in the prompt has effect 0. `means` is
     (n_layers, n_heads, n_slots, head_dim). A forward pass has at most `max_rows` tokens, but always a patched prompt.
     """
-    geometry = sweep.loaded.geometry
+    geometry, reading = sweep.loaded.geometry, reading or probability_change(prompt.answer)
     targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
     places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
     effects = torch.zeros(len(targets), len(classes))
     run = sweep.clean_run(prompt.sequence, len(prompt.answer))
-    clean = answer_probability(run.logits, prompt.answer)
     for column, at in enumerate(places.values()):
         if not at:
             continue
@@ -158,15 +165,22 @@ def indirect_effects(
         size = max(1, max_rows // (len(run.ids) - at[0]))
         for start in range(0, len(targets), size):
             logits = sweep.logits(run, at, replacements, targets[start : start + size])
-            effects[start : start + size, column] = (answer_probability(logits, prompt.answer) - clean).cpu()
+            effects[start : start + size, column] = reading(logits, run.logits).cpu()
     return effects.view(geometry.n_layers, geometry.n_heads, len(classes))
 
 
 @torch.inference_mode()
 def effect_by_full_forward(
-    loaded: LoadedModel, prompt: TokenizedPrompt, means: Tensor, layer: int, head: int, token_class: str
+    loaded: LoadedModel,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    layer: int,
+    head: int,
+    token_class: str,
+    reading: Reading | None = None,
 ) -> float:
     """One head's indirect effect by two ordinary forward passes: slow, to check the sweep against."""
+    reading = reading or probability_change(prompt.answer)
     at, kept = [t for t, own in enumerate(prompt.classes) if own == token_class], len(prompt.answer)
     own = means[layer, head, [prompt.slots[place] for place in at]]
 
@@ -177,31 +191,36 @@ def effect_by_full_forward(
         heads[0, at, loaded.geometry.head_slice(head)] = own.to(heads)
         return heads
 
-    def probability() -> Tensor:
-        found = loaded.model(input_ids=prompt.sequence[None], use_cache=False, logits_to_keep=kept)
-        return answer_probability(found.logits[0, -kept:], prompt.answer)
+    def logits() -> Tensor:
+        return loaded.model(input_ids=prompt.sequence[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:]
 
-    clean = probability()
+    clean = logits()
     with head_outputs(loaded, replace):
-        return (probability() - clean).item()
+        return reading(logits(), clean).item()
 
 
 def check_sweep(
-    sweep: ForkingSweep, prompt: TokenizedPrompt, means: Tensor, effects: Tensor, classes: Sequence[str]
+    sweep: ForkingSweep,
+    prompt: TokenizedPrompt,
+    means: Tensor,
+    effects: Tensor,
+    classes: Sequence[str],
+    reading: Reading | None = None,
+    slack: float = 1,
 ) -> None:
     """Check a prompt's effects against full forward passes for two random heads, so that no wrong score is written.
 
-    Raises UserError if they differ by more than the rounding of the model's dtype.
+    Raises UserError if they differ by more than the rounding of the model's dtype, times `slack`.
     """
     loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # not the generator of the sampling protocol
-    tolerance = max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
+    tolerance = slack * max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
     present = [name for name in classes if name in prompt.classes]
     for _ in range(2):
         layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)
         name = draw.choice(present)
-        slow = effect_by_full_forward(loaded, prompt, means, layer, head, name)
+        slow = effect_by_full_forward(loaded, prompt, means, layer, head, name, reading)
         fast = effects[layer, head, classes.index(name)].item()
-        if not abs(fast - slow) <= tolerance:  # true for NaN too
+        if not abs(fast - slow) <= tolerance * max(1, abs(slow)):  # true for NaN too
             raise UserError(
                 f"{type(loaded.model).__name__} cannot be scored: head {head} of layer {layer} has effect {slow:.3g} "
                 f"by a full forward pass, but {fast:.3g} by the sweep; please report the architecture"

@@ -58,6 +58,11 @@ def score_datasets(
     `load` returns the LoadedModel; it is called only if there is a dataset to score.
     """
     runs = [DatasetRun(dataset, root, settings) for dataset in datasets]
+    return runs, score_runs(runs, processes, load)
+
+
+def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -> int:
+    """Score those of the runs that are not finished; returns how many that were. `load` is as in `score_datasets`."""
     pending = [run for run in runs if not run.is_finished()]
     if pending:
         from soteria.scoring.sweep import ForkingSweep
@@ -67,7 +72,7 @@ def score_datasets(
         with Progress(len(pending), silent=not processes.is_first) as progress:
             for run in pending:
                 run.score(sweep, processes, progress)
-    return runs, len(pending)
+    return len(pending)
 
 
 def seed_everything(seed: int) -> None:
@@ -83,13 +88,12 @@ def seed_everything(seed: int) -> None:
 class DatasetRun:
     """The scores of one dataset under `root`. Raises UserError for a missing or malformed task file."""
 
+    reading: Callable | None = None  # what is read off patched logits; None: how far the answer's probability moves
+    slack = 1  # how much more coarsely than a probability that is rounded
+
     def __init__(self, dataset: str, root: Path, settings: ScoringSettings):
+        self._lies_in(paths.effect_path(root, dataset))
         self.settings = settings
-        self.effect_file = paths.effect_path(root, dataset)
-        self.folder = self.effect_file.parent
-        self.means_file = self.folder / f"{dataset}_mean_head_activations.pt"
-        self.partial_file = self.folder / f"{dataset}_indirect_effect.partial.pt"
-        self.settings_file = paths.scoring_file(root, dataset)
         data_file = Path(settings.root_data_dir) / f"{dataset}.json"
         self.examples = prompts.load_examples(data_file)
         self.described = {  # as it is written to the settings file
@@ -97,6 +101,12 @@ class DatasetRun:
             **{name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
             "data_sha256": hashlib.sha256(data_file.read_bytes()).hexdigest(),
         }
+
+    def _lies_in(self, effect_file: Path) -> None:
+        self.effect_file, self.folder = effect_file, effect_file.parent
+        self.means_file = self.folder / f"{self.folder.name}_mean_head_activations.pt"
+        self.partial_file = effect_file.with_suffix(".partial.pt")
+        self.settings_file = paths.scoring_file(self.folder.parent, self.folder.name)
 
     def is_finished(self) -> bool:
         """Whether the scores are complete. Raises UserError for any, even partial, that other settings made."""
@@ -124,7 +134,7 @@ class DatasetRun:
         from soteria.scoring import indirect_effect as ie
 
         settings, loaded, started = self.settings, sweep.loaded, time.monotonic()
-        clean, shuffled, n_slots, counts = self._tokenized_prompts(loaded)
+        clean, shuffled, n_slots, noted = self._tokenized_prompts(loaded)
         classes = ie.LAST_TOKEN_CLASSES if settings.last_token_only else prompts.TOKEN_CLASSES
         costs = [ie.forward_passes(prompt, classes, loaded.geometry) for prompt in shuffled]
         progress.begin(len(clean) + sum(costs))
@@ -132,7 +142,7 @@ class DatasetRun:
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
         started_with = files.read_facts(self.settings_file).get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
-        described = self.described | {"max_rows": rows.most, "query_answers": counts}
+        described = self.described | {"max_rows": rows.most} | noted
 
         given = settings.mean_activations_path or (self.means_file if self.means_file.exists() else None)
         if given:
@@ -150,9 +160,9 @@ class DatasetRun:
 
         def effects_of(index: int) -> Tensor:
             prompt = shuffled[index]
-            effects = rows.fit(lambda most: ie.indirect_effects(sweep, prompt, means, classes, most))
+            effects = rows.fit(lambda most: ie.indirect_effects(sweep, prompt, means, classes, most, self.reading))
             if index == 0:
-                ie.check_sweep(sweep, prompt, means, effects, classes)
+                ie.check_sweep(sweep, prompt, means, effects, classes, self.reading, self.slack)
             return effects[..., 0] if settings.last_token_only else effects
 
         effects = list(load_tensor(self.partial_file)) if self.partial_file.exists() else []
@@ -169,8 +179,8 @@ class DatasetRun:
             for left in self.folder.glob(".*.tmp"):  # by runs that were killed while writing
                 left.unlink()
 
-    def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict[str, int]]:
-        """The prompts to average, the prompts to score, the number of mean slots, and `count_first_tokens` of the task.
+    def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict]:
+        """The prompts to average, those to score, the number of mean slots, and what is noted of the task's answers.
 
         The prompts are drawn as the settings' seed has it.
         """
@@ -193,7 +203,7 @@ class DatasetRun:
         # As in the original release, nothing is drawn for means that are given.
         clean = [] if settings.mean_activations_path else draw(shuffle_labels=False)
         counts = prompts.count_first_tokens(self.examples, form, loaded.tokenizer)
-        return clean, draw(shuffle_labels=True), len(slots), counts
+        return clean, draw(shuffle_labels=True), len(slots), {"query_answers": counts}
 
 
 def _circumstances(model, processes: Processes, started: float) -> dict:

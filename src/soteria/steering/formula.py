@@ -6,7 +6,7 @@ Every steering, whether written to files or applied to a loaded model, is first 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -20,8 +20,10 @@ from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import Head
 
 Slice = tuple[slice, slice]
-# What is overwritten in each loaded model that is steered now: (weight, where, the base's values).
-_overwritten: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Slice, Tensor]]] = WeakKeyDictionary()
+# A weight, where it is overwritten, and the base's values there, or how to read them again.
+Overwritten = tuple[Tensor, Slice | slice, Tensor | Callable[[], Tensor]]
+# What is overwritten in each loaded model that is steered now.
+_overwritten: WeakKeyDictionary[nn.Module, list[Overwritten]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,35 @@ def is_steered(loaded: LoadedModel) -> bool:
     return bool(_overwritten.get(loaded.model))
 
 
+def overwritten(loaded: LoadedModel) -> list[Overwritten]:
+    """What `restore` will undo; whoever overwrites more adds it here first."""
+    return _overwritten.setdefault(loaded.model, [])
+
+
 @contextmanager
-def steered_in_place(loaded: LoadedModel, steering: Steering) -> Iterator[None]:
-    """Steer a loaded model for the duration of a block, then restore its weights exactly.
+def restoring(loaded: LoadedModel, vector: TaskVector) -> Iterator[None]:
+    """A block that may overwrite a loaded model's weights, which are restored exactly when it ends.
 
     Raises UserError for a model that is steered already, is not all in memory, or does not fit the task vector.
     """
     if is_steered(loaded):
         raise UserError(f"{loaded.name!r} is steered already; end that steering before starting another")
-    check_fits(loaded, steering.vector)
+    check_fits(loaded, vector)
     try:
-        apply(loaded, steering)
         yield
     finally:
         restore(loaded)
+
+
+@contextmanager
+def steered_in_place(loaded: LoadedModel, steering: Steering) -> Iterator[None]:
+    """Steer a loaded model for the duration of a block, then restore its weights exactly.
+
+    Raises UserError as `restoring` does.
+    """
+    with restoring(loaded, steering.vector):
+        apply(loaded, steering)
+        yield
 
 
 def check_fits(loaded: LoadedModel, vector: TaskVector) -> None:
@@ -125,7 +142,7 @@ def check_fits(loaded: LoadedModel, vector: TaskVector) -> None:
 @torch.no_grad()
 def apply(loaded: LoadedModel, steering: Steering) -> None:
     """Steer a loaded model's weights in place. `restore` undoes it, also after an interruption half way."""
-    kept = _overwritten.setdefault(loaded.model, [])
+    kept = overwritten(loaded)
     for layer, projection in enumerate(loaded.projections):
         weight = projection.weight.data
         for at in steering.slices(layer):
@@ -140,5 +157,5 @@ def restore(loaded: LoadedModel) -> None:
     kept = _overwritten.get(loaded.model, [])
     while kept:  # each value is forgotten only once it is back, so that Ctrl-C may come at any moment
         weight, at, values = kept[-1]
-        weight[at] = values
+        weight[at] = values if isinstance(values, Tensor) else values()
         kept.pop()

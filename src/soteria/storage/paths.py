@@ -51,6 +51,11 @@ def effect_path(root: Path, dataset: str) -> Path:
     return root / dataset / f"{dataset}_indirect_effect.pt"
 
 
+def safety_path(root: Path, language: str) -> Path:
+    """How far each head moves a language's answers to disallowed questions, beside the indirect effects."""
+    return root / f"safety_{language}" / f"safety_{language}_divergence.pt"
+
+
 def scoring_file(root: Path, dataset: str) -> Path:
     """How a dataset was scored: the arguments of step 1 and what is noted of the run."""
     return root / dataset / "indirect_effect_args.txt"
