@@ -4,6 +4,8 @@ In: a file, a name under `data/prompts/` or a hub dataset, and a language. Out: 
 """
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ QUESTION_COLUMNS = ("question", "Question", "prompt")
 CATEGORY_COLUMNS = ("category", "Category")
 LANGUAGE_COLUMNS = ("language", "Language", "lang")
 FILE_ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
+
+_log = logging.getLogger(__name__)
 
 Table = tuple[list[str], Iterator[dict]]  # column names, rows
 
@@ -63,15 +67,15 @@ def read_questions(
     """The questions of a set that are in a language.
 
     `dataset` is the path of a CSV, JSON, JSONL or Parquet file, a name under `data/prompts/`, a hub dataset id, or a
-    folder laid out like a hub dataset. The question column is `column` or, by default, `question`, `Question`, `prompt`
-    or one named after the language (`hi`, `Hindi`). If there is a column `language`, rows of other languages are
-    skipped.
+    folder laid out like a hub dataset. The question column is `column` or, by default, one named after the language
+    (`hi`, `Hindi`), `question`, `Question` or `prompt`. If there is a column `language`, rows of other languages are
+    left out, and said to be.
 
     Raises UserError if the set cannot be found or read or lacks the column, the split or rows, and, naming the row, if
     a question is empty or not text.
     """
     path = find_local(dataset)
-    names = [column] if column else [*QUESTION_COLUMNS, *_names(language)]
+    names = [column] if column else [*_names(language), *QUESTION_COLUMNS]
     if path is None or path.is_dir():
         columns, rows = _from_hub(str(path or dataset), language, split)
     elif split is not None:
@@ -87,10 +91,10 @@ def read_questions(
         wanted = repr(column) if column else f"{' or '.join(QUESTION_COLUMNS)}, and none named for {language.name}"
         raise UserError(f"{dataset} has no column {wanted}; its columns are {', '.join(map(str, columns))}")
     spoken, filed = _first(columns, LANGUAGE_COLUMNS), _first(columns, CATEGORY_COLUMNS)
-    questions, categories, others = [], [], set()
+    questions, categories, others = [], [], Counter()
     for row, values in enumerate(rows):
         if spoken and not _is_in(values.get(spoken), language):
-            others.add(str(values.get(spoken)))
+            others[str(values.get(spoken))] += 1
             continue
         question = values.get(asked)
         if not is_text(question):
@@ -103,6 +107,10 @@ def read_questions(
         found = ", ".join(sorted(others)[:20])
         why = f" in {language.name}; its column {spoken!r} has {found}" if others else ""
         raise UserError(f"{dataset} has no rows{why}")
+    if others:
+        named = ", ".join(f"{n} × {other!r}" for other, n in others.most_common(20))
+        kept = f"{len(questions)} of {len(questions) + others.total()} rows are in {language.name}"
+        _log.warning("%s: %s; left out by the column %r: %s", dataset, kept, spoken, named)
     return QuestionSet(dataset_slug(dataset), questions, categories if filed else None)
 
 
