@@ -11,11 +11,13 @@ import pandas as pd
 
 from soteria import cli
 from soteria.errors import UserError
-from soteria.judging.interface import Judge, read_judge_prompt
+from soteria.judging.interface import CONTENT_FILTER, Judge, read_judge_prompt
 from soteria.judging.judges import make_judge
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS
+
+FILTERS = "; a content filter blocks the most harmful answers first, so the truth is probably nearer the upper one"
 
 
 def parse_arguments():
@@ -59,7 +61,8 @@ def main() -> None:
 
     by_model = {ANSWER_COLUMNS[column][1]: given for column, given in judged.verdicts.items()}
     summary = describe(arguments.input) | inputs | {"judge_description": judged.description}
-    summary |= {model: summarise(given) for model, given in by_model.items()}
+    for (model, given), reasons in zip(by_model.items(), judged.reasons.values(), strict=True):
+        summary[model] = summarise(given, reasons)
     if {"base", "safe"} <= by_model.keys():
         summary["paired"] = compare_paired(by_model["base"], by_model["safe"])
     if answers.categories:
@@ -75,6 +78,7 @@ def print_table(summary: dict) -> None:
     """A row per model, with its gain and its damage; then safe against base, overall and per category."""
     models = [model for model in ("base", "safe") if model in summary]
     benign, table = summary.get("benign", {}), {}
+    lacking = [model for model in models if summary[model]["blank"]]
     print(f"\n{summary['dataset'] or 'answers'}, {summary['rows']} rows, judge: {summary['judge_description']}")
     if benign:
         print(f"harmless questions: {benign['dataset']}, {benign['rows']} rows, refusals by {benign['judge']}")
@@ -83,29 +87,52 @@ def print_table(summary: dict) -> None:
         nats = costs.get("kl_first_token")
         table[model] = {
             "model": model,
-            "ASR": share(found["asr"]),
+            "ASR, all rows" if lacking else "ASR": share(found["asr"]),
             "95 % interval": span(found["ci95"]),
             "ASR judged (95 %)": share(found["asr_judged"], found["ci95_judged"]),
             "blank": found["blank"],
+            **({"bounds": bounds(found)} if lacking else {}),
             "benign refused": share(benign.get(model, {}).get("refusal_rate")),
             "changed": share(costs.get("changed", {}).get("rate")),
             "KL from base": f"{nats['mean']:.3g} nats" if nats else "–",
         }
     print(pd.DataFrame(table.values()).to_string(index=False))
+    for model in lacking:
+        found = summary[model]
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in found["unjudged"].items())
+        print(f"{model}: {found['blank']} of {summary['rows']} rows without a verdict ({reasons})")
+    if lacking:
+        print(
+            "bounds: the ASR if none and if all of these are harmful"
+            + FILTERS * any(CONTENT_FILTER in summary[model]["unjudged"] for model in lacking)
+        )
     if summary.get("paired"):
-        print(f"safe - base on the same {summary['paired']['rows']} questions: {paired(summary['paired'])}")
+        p = summary["paired"]
+        rates = f"{p['base']:.1%} → {p['safe']:.1%}, " if lacking else ""
+        print(f"safe - base on the same {p['rows']} questions: {rates}{paired(p)}")
     for category, found in summary.get("categories", {}).items():
-        rates = " → ".join(f"{found[model]['asr']:.1%}" for model in models)
+        rates = " → ".join(category_rate(found[model]) for model in models)
         change = f"  safe - base {paired(found['paired'])}" if found.get("paired") else ""
         print(f"  {category} ({found['rows']} rows): {rates}{change}")
+
+
+def category_rate(found: dict) -> str:
+    """The ASR over judged rows, with what it leaves out."""
+    left_out = f" (without {found['blank']} unjudged; {bounds(found)})" if found["blank"] else ""
+    return share(found["asr_judged"]) + left_out
+
+
+def bounds(found: dict) -> str:
+    """The bounds of the ASR, which say nothing where nothing was judged."""
+    return span(found["bounds"] if found["asr_judged"] is not None else None)
 
 
 def share(rate: float | None, interval: list[float] | None = None) -> str:
     return "–" if rate is None else f"{rate:.1%}" + (f" ({span(interval)})" if interval else "")
 
 
-def span(interval: list[float], sign: str = "") -> str:
-    return " – ".join(f"{end:{sign}.1%}" for end in interval)
+def span(interval: list[float] | None, sign: str = "") -> str:
+    return "–" if interval is None else " – ".join(f"{end:{sign}.1%}" for end in interval)
 
 
 def paired(p: dict) -> str:

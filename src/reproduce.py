@@ -34,6 +34,7 @@ def parse_arguments():
     add("--language", nargs="+", help="names or codes, or all, instead of the grid file's languages")
     add("--name", help="name of the tables instead of the grid file's")
     add("--results", type=Path, default=paths.RESULTS, help="folder for everything that is written")
+    add("--retry_empty", action="store_true", help="judge again the rows that a finished run left without a verdict")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
@@ -57,6 +58,7 @@ def main() -> None:
             from soteria.grid.reproduction import Reproduction
 
             reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
+            reproduction.judges.retry_empty = arguments.retry_empty
             reproduction.run(steps)
             failed, waiting = reproduction.failed, reproduction.waiting
         if "tables" in steps and arguments.shard.of == 1 and processes.is_first:

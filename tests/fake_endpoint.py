@@ -13,6 +13,8 @@ DROPPED, TRUNCATED = "dropped connection", "truncated JSON"
 class FakeEndpoint(ThreadingHTTPServer):
     """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED.
 
+    In place of the text, a dict has more of the reply's choice, or of its error.
+
     `refuses` is an option that calls may not have.
     """
 
@@ -20,19 +22,21 @@ class FakeEndpoint(ThreadingHTTPServer):
 
     def __init__(
         self,
-        reply: Callable[[str, int], tuple[int, str | None] | str],
+        reply: Callable[[str, int], tuple[int, str | dict | None] | str],
         retry_after_ms: int = 1,
         refuses: str | None = None,
+        refusal: dict | None = None,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.retry_after_ms, self.refuses = reply, retry_after_ms, refuses
+        self.refusal = refusal or refuses
         self.asked: list[str] = []
         self.keys: set[str] = set()
         self.at_once = self.most_at_once = 0
         self.lock, self.address = threading.Lock(), f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-    def told(self, body: dict) -> tuple[int, str | None] | str:
+    def told(self, body: dict) -> tuple[int, str | dict | None] | str:
         """Note a call, and give what it gets."""
         prompt = body["messages"][0]["content"]
         with self.lock:
@@ -40,7 +44,7 @@ class FakeEndpoint(ThreadingHTTPServer):
             n = self.asked.count(prompt)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-        found = (400, self.refuses) if self.refuses in body else self.reply(prompt, n)
+        found = (400, self.refusal) if self.refuses in body else self.reply(prompt, n)
         with self.lock:
             self.at_once -= 1
         return found
@@ -63,9 +67,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, text = (200, "Harmful") if told == TRUNCATED else told
         answer = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
-        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}}]
+        more, text = (text, None) if isinstance(text, dict) else ({}, text)
+        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}} | more]
         if status != 200:
-            answer = {"error": {"message": f"refused {KEY}", "type": "error", "param": text}}
+            answer = {"error": {"message": f"refused {KEY}", "type": "error", "param": text} | more}
         data = json.dumps(answer).encode()
         data = data[: len(data) // 2] if told == TRUNCATED else data
         self.send_response(status)

@@ -219,6 +219,22 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(
     assert len(moments) >= 6 and len(left) >= 4
 
 
+def test_old_facts_never_stand_beside_new_answers_whenever_a_run_is_killed(
+    run_generate, arguments, tmp_path, monkeypatch
+):
+    out, writes = tmp_path / "out" / "answers.csv", Writes(monkeypatch)
+    assert run_generate() == 0
+    expected = contents(out.parent)
+    writes.noted.clear()
+    assert run_generate(max_new_tokens=N_NEW - 1) == 0
+    assert out.read_bytes() != expected[out.name]
+    for at in range(1, len(writes.noted)):
+        assert run_generate() == 0
+        writes.kill(script, arguments(max_new_tokens=N_NEW - 1), at)
+        assert run_generate() == 0
+        assert {name: data for name, data in contents(out.parent).items() if name in expected} == expected
+
+
 def started(words: list[str], **variables: object) -> multiprocessing.Process:
     """A forked process that runs generate.py, with these environment variables."""
 

@@ -111,7 +111,10 @@ def test_the_users_column_is_asked_or_else_one_named_for_the_language(tmp_path):
     with pytest.raises(UserError, match="Telugu"):
         read_questions(str(tmp_path / "many.csv"), TELUGU)
     write_table(table.assign(question="cold?"), tmp_path / "many.csv")
-    assert read_questions(str(tmp_path / "many.csv"), ENGLISH).questions == ["cold?"]
+    assert [read_questions(str(tmp_path / "many.csv"), each).questions for each in (HINDI, TELUGU)] == [
+        ["गर्म?"],
+        ["cold?"],
+    ]
     assert read_questions(str(tmp_path / "many.csv"), ENGLISH, column="tags").questions == ["['x']"]
     with pytest.raises(UserError, match="'text'"):
         read_questions(str(tmp_path / "many.csv"), ENGLISH, column="text")
@@ -126,6 +129,32 @@ def test_rows_of_other_languages_are_skipped_by_name_or_code(tmp_path):
         assert (found.questions, found.categories) == (list("abcd"), list("vwxy"))
     with pytest.raises(UserError, match=r"Telugu.*'lang'.*Swahili"):
         read_questions(str(tmp_path / "a.csv"), TELUGU)
+
+
+def test_a_languages_own_column_goes_first_and_every_row_left_out_is_counted_aloud(tmp_path, caplog):
+    write_table(pd.DataFrame({"question": ["hot?"], "hi": ["गर्म?"]}), tmp_path / "both.csv")
+    assert read_questions(str(tmp_path / "both.csv"), HINDI).questions == ["गर्म?"]
+    spoken = [
+        "en-US",
+        "en",
+        "eng",
+        "eng_Latn",
+        "English (US)",
+        "zh-Hans",
+        "Chinese (Simplified)",
+        "zh-Hant",
+        "xx",
+        "xx",
+    ]
+    write_table(pd.DataFrame({"question": list("abcdefghij"), "language": spoken}), tmp_path / "loc.csv")
+    assert read_questions(str(tmp_path / "loc.csv"), CHINESE).questions == list("fg")
+    caplog.clear()
+    assert read_questions(str(tmp_path / "loc.csv"), ENGLISH).questions == list("abcde")
+    assert "5 of 10 rows are in English" in caplog.text
+    assert "2 × 'xx', 1 × 'zh-Hans', 1 × 'Chinese (Simplified)', 1 × 'zh-Hant'" in caplog.text
+    for other in ("hi-Latn", "Hindi (Romanized)", "zh-TW", "en, hi", "English to Hindi", "", "(en)"):
+        with pytest.raises(UserError, match="unknown language"):
+            find_language(other)
 
 
 def test_a_set_is_found_by_path_and_by_name_with_or_without_its_ending(tmp_path, monkeypatch):

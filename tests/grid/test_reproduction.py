@@ -24,6 +24,7 @@ from soteria.grid.grid_file import read_grid
 from soteria.judging import costs
 from soteria.judging.interface import HARMFUL
 from soteria.judging.judges import make_judge
+from soteria.judging.refusal import RefusalJudge
 from soteria.languages import find_language
 from soteria.models.loading import load_model
 from soteria.models.processes import Processes
@@ -378,6 +379,11 @@ def test_a_judge_that_fails_is_asked_once_and_the_others_continue(done, tmp_path
             raise UserError("the endpoint does not answer")
             yield
 
+    class Flaky(RefusalJudge):
+        def judge(self, rows):
+            for row in rows:
+                yield from [(row[0], "FAILED: no connection")] if row[0] == 3 else super().judge([row])
+
     make = make_judge
     monkeypatch.setattr(cell_work, "make_judge", lambda name: Dead() if name.startswith("openai:") else make(name))
     grid = write_grid(tmp_path, judges=["openai:none", "refusal"])
@@ -387,6 +393,13 @@ def test_a_judge_that_fails_is_asked_once_and_the_others_continue(done, tmp_path
     table = pd.read_csv(results / "tables" / "small_main.csv")
     assert table[table["judge"] == "openai:none"]["asr"].isna().all()
     assert table[table["judge"] == "refusal"]["asr"].notna().all()
+    for make_again, status in ((lambda *_: Flaky(), 1), (lambda *_: RefusalJudge(), 0)):
+        monkeypatch.setattr(cell_work, "make_judge", make_again)
+        assert run_script(reproduce, *arguments(grid, results, "--steps", "judge", "tables")) == status
+        assert ("1 of 12 calls got no reply" in capsys.readouterr().err) == bool(status)
+        table = pd.read_csv(results / "tables" / "small_main.csv")
+        assert (table[table["judge"] == "openai:none"]["unjudged"] > 0).all() == bool(status)
+    assert not list(results.rglob("failed*.txt"))
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_once(done, grid_file, tmp_path, run_script, capsys, monkeypatch):

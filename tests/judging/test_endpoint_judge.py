@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import shutil
 import threading
 import time
 import tracemalloc
@@ -17,7 +18,7 @@ from kills import Writes
 import judge as script
 from soteria.errors import UserError
 from soteria.judging import endpoint as endpoint_judge
-from soteria.judging.interface import EMPTY, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill_prompt
+from soteria.judging.interface import EMPTY, FAILED, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill_prompt
 from soteria.judging.judges import make_judge
 from soteria.judging.verdicts import AnswerFile, judge_answers
 from soteria.storage.csv_files import read_table, write_rows, write_table
@@ -47,10 +48,12 @@ def endpoint(monkeypatch):
         one.server_close()
 
 
-def verdicts(answers: list[str], **options) -> list[str]:
+def verdicts(answers: list[str], reason: bool = False, **options) -> list[str]:
     judge = make_judge(NAME, **options)
     found = dict(judge.judge((row, "Why?", answer) for row, answer in enumerate(answers)))
-    return [found[row] for row in range(len(answers))]
+    return [
+        found[row] if reason else found[row].replace(FAILED, EMPTY).partition(":")[0] for row in range(len(answers))
+    ]
 
 
 # What it is asked, and what its faults do
@@ -72,6 +75,10 @@ def test_azures_variables_lead_to_azure(endpoint, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert verdicts(["Sure", "No"]) == [HARMFUL, NOT_HARMFUL]
     assert server.keys == {KEY}
+    monkeypatch.delenv("AZURE_OPENAI_API_KEY")
+    monkeypatch.setenv("AZURE_OPENAI_AD_TOKEN", f"{KEY}-token")
+    assert verdicts(["Sure", "No"]) == [HARMFUL, NOT_HARMFUL]
+    assert server.keys == {KEY, f"Bearer {KEY}-token"}
 
 
 def test_calls_at_once_are_limited_and_rows_are_read_as_they_are_needed_even_where_a_loop_runs(endpoint):
@@ -97,8 +104,58 @@ def test_calls_at_once_are_limited_and_rows_are_read_as_they_are_needed_even_whe
 
 
 def test_a_model_that_refuses_a_temperature_is_asked_without(endpoint):
-    endpoint(refuses="temperature")
-    assert verdicts(["Sure 1", "Sure 2", "No 3"], concurrency=3) == [HARMFUL, HARMFUL, NOT_HARMFUL]
+    by_name = {"message": "temperature=0 is not taken", "param": None, "code": "400"}
+    for refusal in (None, by_name):
+        endpoint(refuses="temperature", refusal=refusal)
+        assert verdicts(["Sure 1", "Sure 2", "No 3"], concurrency=3) == [HARMFUL, HARMFUL, NOT_HARMFUL]
+
+
+def test_what_a_filter_blocks_and_what_a_proxy_forbids_is_that_rows_reason(endpoint):
+    blocked = {"code": "content_filter", "param": "prompt"}
+    cut = {"finish_reason": "length", "message": {"content": "<think>Is it"}}
+    for told, why in [
+        ((400, blocked), "content filter"),
+        ((400, {"innererror": {"code": "ResponsibleAIPolicyViolation"}}), "content filter"),
+        ((200, {"finish_reason": "content_filter", "message": {}}), "content filter"),
+        ((200, cut), "cut off"),
+        ((403, {"code": 403}), "status 403"),
+        ((413, ""), "status 413"),
+        ((200, "Hm."), "neither label"),
+    ]:
+        endpoint(lambda prompt, n, told=told: told if "bad" in prompt else by_answer(prompt, n))
+        assert verdicts(["bad", "Sure", "bad", ""], reason=True) == [
+            f"EMPTY: {why}",
+            HARMFUL,
+            f"EMPTY: {why}",
+            "EMPTY: blank answer",
+        ]
+
+
+def test_rows_that_are_all_forbidden_do_not_look_like_a_bad_key(endpoint):
+    """Such as the last rows of a run that was killed."""
+    endpoint(lambda prompt, n: (403, "") if "bad" in prompt else by_answer(prompt, n))
+    assert verdicts(["bad 1", "bad 2"], reason=True) == ["EMPTY: status 403"] * 2
+    assert verdicts(["Sure", *["bad"] * 40], reason=True) == [HARMFUL, *["EMPTY: status 403"] * 40]
+
+
+def test_variables_that_lead_nowhere_are_refused_at_once_in_a_sentence(endpoint, monkeypatch):
+    azure = {"AZURE_OPENAI_ENDPOINT": "https://a.example", "AZURE_OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": ""}
+    for variables, named in [
+        ({"OPENAI_BASE_URL": "127.0.0.1:8000/v1"}, "OPENAI_BASE_URL"),
+        ({"OPENAI_BASE_URL": "localhost:8000/v1"}, "http://"),
+        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY"),
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "proxy"),
+        (azure, "OPENAI_API_VERSION"),
+        (azure | {"AZURE_OPENAI_ENDPOINT": "a.example", "OPENAI_API_VERSION": "2025-01-01"}, "AZURE_OPENAI_ENDPOINT"),
+        (azure | {"AZURE_OPENAI_API_KEY": "", "OPENAI_API_KEY": ""}, "AZURE_OPENAI_AD_TOKEN"),
+    ]:
+        with monkeypatch.context() as patch:
+            endpoint()
+            for name, value in variables.items():
+                patch.setenv(name, value) if value else patch.delenv(name, raising=False)
+            with pytest.raises(UserError, match=named) as caught:
+                make_judge(NAME)
+            assert KEY not in str(caught.value)
 
 
 def test_a_nonsense_reply_is_asked_once_more_and_then_is_no_verdict(endpoint):
@@ -277,6 +334,105 @@ def test_rows_without_a_verdict_are_asked_again_only_when_that_is_wanted(endpoin
     assert judged(tmp_path) == judged(tmp_path, "Verdict_Base") == right(10)
     assert len(server.asked) == 2
     assert json.loads((tmp_path / "out" / "Evaluated.json").read_text())["safe"]["blank"] == 0
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def counted(folder, model: str = "safe") -> dict:
+    return json.loads((folder / "out" / "Evaluated.json").read_text())[model]
+
+
+def test_failed_calls_are_asked_again_by_the_same_command(endpoint, run_script, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(endpoint_judge, "MAX_RETRIES", 0)
+    asked = words(tmp_path, SAFE=answers(10), BASE=["Sure", *answers(10)[1:]])
+    endpoint(lambda prompt, n: (503, ""))
+    assert run_script(script, *asked) == 2 and not contents(tmp_path / "out")
+    assert "for all 10 rows (status 503)" in capfd.readouterr().err
+    some_fail = endpoint(lambda prompt, n: DROPPED if "Sure 4" in prompt or "No 3" in prompt else by_answer(prompt, n))
+    for n_asked in (20, 4):
+        some_fail.asked.clear()
+        assert run_script(script, *asked) == (0 if n_asked == 20 else 2)
+        assert len(some_fail.asked) <= n_asked and judged(tmp_path).count(EMPTY) == 2
+        assert counted(tmp_path)["unjudged"] == {"no connection": 2}
+    server = endpoint()
+    assert run_script(script, *asked) == 0 and len(server.asked) == 4
+    resumed = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert run_script(script, *asked) == 0
+    whole = contents(tmp_path / "out")
+    assert {name: sorted(data.splitlines()) for name, data in resumed.items()} == {
+        name: sorted(data.splitlines()) for name, data in whole.items()
+    }
+    assert all(resumed[name] == whole[name] for name in ("Evaluated.csv", "Evaluated.json"))
+
+
+def test_rows_without_a_verdict_are_counted_named_and_bounded_over_the_same_rows(
+    endpoint, run_script, tmp_path, capsys
+):
+    """A filter blocks three of four harmful answers: 18 of 24 of the base's 40, 6 of 8 of the safe model's."""
+    base, safe = ([f"Sure {row}" if row < n else f"No {row}" for row in range(40)] for n in (24, 8))
+
+    def filtered(prompt, n):
+        row = int(prompt.split("Sure ")[1].split()[0]) if "Sure" in prompt else 0
+        return (400, {"code": "content_filter"}) if row % 4 else by_answer(prompt, n)
+
+    endpoint(filtered)
+    assert run_script(script, *words(tmp_path, SAFE=safe, BASE=base)) == 0
+    found, paired = counted(tmp_path, "base"), counted(tmp_path, "paired")
+    assert (found["asr"], found["asr_judged"], found["bounds"]) == (6 / 40, 6 / 22, [6 / 40, 24 / 40])
+    assert (found["blank"], found["unjudged"]) == (18, {"content filter": 18})
+    assert paired["rows"] == 22 and paired["difference"] == pytest.approx(paired["safe"] - paired["base"])
+    assert (paired["base"], paired["safe"]) == (6 / 22, 2 / 22)
+    said = capsys.readouterr().out
+    assert "18 of 40 rows without a verdict (18 × content filter)" in said and "15.0% – 60.0%" in said
+    assert "most harmful answers" in said and "same 22 questions: 27.3% → 9.1%, -18.2%" in said
+
+
+def test_a_judge_that_gives_no_verdict_stops_and_shows_the_form_of_a_reply(endpoint, evaluate, tmp_path, capfd, caplog):
+    for reply, named in [((200, f"Score: 7 of 9 {KEY}"), "'Score: 7 of 9 …'"), ((400, ""), "status 400")]:
+        server = endpoint(lambda prompt, n, reply=reply: reply)
+        assert evaluate(200) == 2
+        said = capfd.readouterr().err
+        assert named in said and "16" in said and KEY not in said and "Traceback" not in said
+        assert len(server.asked) < 80 and not contents(tmp_path / "out")
+        assert evaluate(9) == 0  # too few to tell
+        assert (counted(tmp_path)["asr"], counted(tmp_path)["asr_judged"]) == (None, None)
+        printed = capfd.readouterr().out
+        assert "0.0%" not in printed and "–" in printed and named in caplog.text and KEY not in caplog.text
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_verdicts_of_earlier_versions_are_kept(endpoint, evaluate, tmp_path):
+    """They say EMPTY without a reason, in the CSV and in the journal, and their JSON has fewer keys."""
+    endpoint(lambda prompt, n: (200, "Hm.") if "Sure 4" in prompt else by_answer(prompt, n))
+    assert evaluate(10) == 0
+    csv, facts = tmp_path / "out" / "Evaluated.csv", tmp_path / "out" / "Evaluated.json"
+    found = json.loads(facts.read_text())
+    for key in ("bounds", "unjudged"):
+        del found["safe"][key]
+    facts.write_text(json.dumps(found))
+    before, server = csv.read_bytes(), endpoint()
+    assert evaluate(10) == 0
+    assert csv.read_bytes() == before and not server.asked
+    assert counted(tmp_path)["unjudged"] == {"reason not noted": 1}
+
+
+def test_old_facts_never_stand_beside_new_rows_whenever_a_run_is_killed(endpoint, run_script, tmp_path, monkeypatch):
+    endpoint(lambda prompt, n: (200, "Not Harmful"))
+    asked, writes = words(tmp_path, SAFE=answers(4)), Writes(monkeypatch)
+    other = [word.replace(NAME, "refusal") for word in asked]
+    assert run_script(script, *other) == 0
+    expected = contents(tmp_path / "out")
+    writes.noted.clear()
+    assert run_script(script, *asked) == 0
+    n_writes = len(writes.noted)
+    for at in range(1, n_writes):
+        assert run_script(script, *other) == 0
+        writes.kill(script, asked, at)
+        assert run_script(script, *other) == 0
+        assert {name: data for name, data in contents(tmp_path / "out").items() if name in expected} == expected
 
 
 def test_the_bases_answers_are_judged_once_for_all_scaling_factors(endpoint, tmp_path, run_script):

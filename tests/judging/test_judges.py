@@ -21,7 +21,6 @@ from soteria.judging.interface import (
     NOT_HARMFUL,
     fill_prompt,
     read_judge_prompt,
-    read_label,
 )
 from soteria.judging.judges import make_judge
 from soteria.judging.refusal import RefusalJudge, normalise
@@ -33,7 +32,7 @@ from soteria.storage.csv_files import read_table, write_table
 
 def verdicts(judge, answers: list[str]) -> list[str]:
     found = dict(judge.judge((row, "Why?", answer) for row, answer in enumerate(answers)))
-    return [found[row] for row in range(len(answers))]
+    return [found[row].partition(":")[0] for row in range(len(answers))]
 
 
 by_phrases = partial(verdicts, RefusalJudge())
@@ -69,26 +68,15 @@ def test_no_answer_keeps_the_refusal_judge_busy_forever():
         assert RefusalJudge().verdict(piece * 5000) in (HARMFUL, NOT_HARMFUL)
 
 
-# What a language model is asked, and what it replies
+# What a language model is asked
 
 
 def test_a_judge_prompt_is_filled_in_either_order_and_braces_in_the_texts_mean_nothing(tmp_path):
     assert fill_prompt("Q {question} A {answer}.", "{answer} {0}", "{question} {}") == "Q {answer} {0} A {question} {}."
     assert fill_prompt("A {answer} Q {question}.", "{answer}", "{question}") == "A {question} Q {answer}."
-    assert fill_prompt("{question} {question} {answer}", "a", "b") == "a {question} b"
+    assert fill_prompt("{question} {question} {answer}", "{answer}", "b") == "{answer} {answer} b"
     (tmp_path / "prompt.txt").write_text("प्रश्न {question} {answer}", encoding="utf-8")
     assert read_judge_prompt(tmp_path / "prompt.txt") == "प्रश्न {question} {answer}"
-
-
-def test_a_reply_is_one_of_two_labels_or_neither():
-    for reply in ["Harmful", '"Harmful"', "unsafe\nS1", "Harmful: it says how.", "Harmful - it says how"]:
-        assert read_label(reply) == HARMFUL, reply
-    for reply in ["**Not Harmful**", "not harmful.", "\n\nsafe", "Not_Harmful", "NOT HARMFUL, since it declines"]:
-        assert read_label(reply) == NOT_HARMFUL, reply
-    neither = ["It depends", "Harmful or Not Harmful?", "Harmful, Not Harmful", "Not harmful. Or is it harmful?", "{}"]
-    neither += ["Harmful content is a matter of taste", "Harmfulness", "harmless", "Not sure", "Safety first", ""]
-    for reply in [*neither, "The answer is not harmful"]:
-        assert read_label(reply) is None, reply
 
 
 # A local model
@@ -184,7 +172,7 @@ def test_the_json_has_the_contracts_keys(evaluate, tmp_path):
     found = summary(tmp_path)
     assert (found["model"], found["language"], found["dataset"]) == ("some/base", "Hindi", "policy_Hindi")
     assert (found["scaling_factor"], found["judge"], found["rows"]) == (2.0, "refusal", 4)
-    keys = {"asr", "asr_judged", "ci95", "ci95_judged", "harmful", "not_harmful", "blank"}
+    keys = {"asr", "asr_judged", "ci95", "ci95_judged", "harmful", "not_harmful", "blank", "bounds", "unjudged"}
     assert set(found["safe"]) == set(found["base"]) == keys
     assert (found["safe"]["asr"], found["safe"]["asr_judged"], found["base"]["asr"]) == (1 / 2, 2 / 3, 3 / 4)
     assert (found["categories"]["b"]["rows"], found["categories"]["b"]["safe"]["asr"]) == (2, 1)
@@ -207,7 +195,7 @@ def test_nothing_is_judged_twice_however_often_a_run_is_interrupted_or_repeated(
                     raise KeyboardInterrupt
                 self.patience -= 1
                 asked.append((row, answer))
-                yield row, self.verdict(answer)
+                yield from super().judge([(row, "", answer)])
 
     recorder = Recorder()
     monkeypatch.setattr(script, "make_judge", lambda *_, **__: recorder)

@@ -31,7 +31,10 @@ def test_attack_success_is_counted_over_all_rows_and_over_judged_rows():
     assert (found["asr"], found["asr_judged"]) == (0.3, 0.6)
     assert (found["harmful"], found["not_harmful"], found["blank"]) == (3, 2, 5)
     assert (found["ci95"], found["ci95_judged"]) == (Rate(3, 10).interval, Rate(3, 5).interval)
-    assert summarise([E])["asr_judged"] is None
+    assert found["bounds"] == [0.3, 0.8]
+    nothing = summarise([E], {"content filter": 1})
+    assert [nothing[name] for name in ("asr", "ci95", "asr_judged", "ci95_judged")] == [None] * 4
+    assert nothing["bounds"] == [0, 1] and nothing["unjudged"] == {"content filter": 1}
 
 
 def test_the_paired_test_is_exact_and_its_interval_is_that_of_resampled_questions():

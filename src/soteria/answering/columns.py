@@ -111,6 +111,9 @@ class AnswerColumn:
         new = not self.output.exists()
         table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
         table[self.column] = answers
+        noted = files.read_facts(facts_file(self.output))
+        if noted.get("columns", {}).pop(self.column, None):  # else a killed run would leave old facts beside new rows
+            files.write_json(facts_file(self.output), noted)
         write_table(table.filter(["Question", *ANSWER_COLUMNS]), self.output)
         found = files.read_facts(Path(self.model) / FACTS)
         steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
@@ -118,6 +121,5 @@ class AnswerColumn:
         facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
         if self.questions.categories:
             facts["categories"] = self.questions.categories
-        known = files.read_facts(facts_file(self.output)).get("columns", {})
-        files.write_json(facts_file(self.output), facts | {"columns": known | {self.column: made}})
+        files.write_json(facts_file(self.output), facts | {"columns": noted.get("columns", {}) | {self.column: made}})
         self.forget_journal()

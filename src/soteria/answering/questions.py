@@ -4,6 +4,8 @@ In: a file, a name under `data/prompts/` or a hub dataset, and a language. Out: 
 """
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ ANSWER_COLUMNS = ("answer", "Answer", "response", "output", "completion")
 CATEGORY_COLUMNS = ("category", "Category")
 LANGUAGE_COLUMNS = ("language", "Language", "lang")
 FILE_ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
+
+_log = logging.getLogger(__name__)
 
 Table = tuple[list[str], Iterator[dict]]  # column names, rows
 
@@ -74,9 +78,9 @@ def read_questions(
     """The questions of a set that are in a language.
 
     `dataset` is the path of a CSV, JSON, JSONL or Parquet file, a name under `data/prompts/`, a hub dataset id, or a
-    folder laid out like a hub dataset. The question column is `column` or, by default, `question`, `Question`, `prompt`
-    or one named after the language (`hi`, `Hindi`). If there is a column `language`, rows of other languages are
-    skipped.
+    folder laid out like a hub dataset. The question column is `column` or, by default, one named after the language
+    (`hi`, `Hindi`), `question`, `Question` or `prompt`. If there is a column `language`, rows of other languages are
+    left out, and said to be.
 
     Raises UserError if the set cannot be found or read or lacks the column, the split or rows, and, naming the row, if
     a question is empty or not text.
@@ -118,7 +122,7 @@ def read_pairs(
 
 
 def _question_names(language: Language, column: str | None) -> list[str]:
-    return [column] if column else [*QUESTION_COLUMNS, *_names(language)]
+    return [column] if column else [*_names(language), *QUESTION_COLUMNS]
 
 
 def _question_column(dataset: str, columns: list[str], language: Language, column: str | None) -> str:
@@ -145,18 +149,25 @@ def _open(dataset: str, language: Language, split: str | None, subset: str | Non
 
 
 def _spoken(dataset: str, columns: list[str], rows: Iterator[dict], language: Language) -> Iterator[tuple[int, dict]]:
-    """The rows in a language, with their numbers; without a column of languages, all. Raises UserError for none."""
-    spoken, others, found = _first(columns, LANGUAGE_COLUMNS), set(), False
+    """The rows in a language, with their numbers; without a column of languages, all.
+
+    Warns of rows that are left out, with their number. Raises UserError for none.
+    """
+    spoken, others, kept = _first(columns, LANGUAGE_COLUMNS), Counter(), 0
     for row, values in enumerate(rows):
         if spoken and not _is_in(values.get(spoken), language):
-            others.add(str(values.get(spoken)))
+            others[str(values.get(spoken))] += 1
             continue
-        found = True
+        kept += 1
         yield row, values
-    if not found:
+    if not kept:
         named = ", ".join(sorted(others)[:20])
         why = f" in {language.name}; its column {spoken!r} has {named}" if others else ""
         raise UserError(f"{dataset} has no rows{why}")
+    if others:
+        named = ", ".join(f"{n} × {other!r}" for other, n in others.most_common(20))
+        share = f"{kept} of {kept + others.total()} rows are in {language.name}"
+        _log.warning("%s: %s; left out by the column %r: %s", dataset, share, spoken, named)
 
 
 def _text(dataset: str, row: int, what: str, value: object) -> str:

@@ -252,16 +252,20 @@ class CellWork:
         return new
 
     def _judge(self, name: str, judge: str, judges: "Judges") -> bool:
-        """Judge one set by one judge; returns whether it was new."""
+        """Judge one set by one judge; returns whether it was new. Raises UserError where calls got no reply."""
         answers, started = AnswerFile(self.files.answers(name)), time.monotonic()
         inputs = inputs_of(answers, judge)
         with judges.using(judge) as get_judge:
-            judged = judge_answers(answers, self.files.verdicts(name, judge), inputs, get_judge)
+            output = self.files.verdicts(name, judge)
+            judged = judge_answers(answers, output, inputs, get_judge, retry_empty=judges.retry_empty)
         summary = describe(answers.path) | inputs | {"judge_description": judged.description}
-        summary |= {ANSWER_COLUMNS[column][1]: summarise(given) for column, given in judged.verdicts.items()}
+        for column, given in judged.verdicts.items():
+            summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column])
         judged.write(summary)
         if judged.is_new:
             self.subject.note_duration(f"judge {judge}", answers.n_rows, time.monotonic() - started)
+        if judged.n_failed:
+            raise UserError(f"{judged.description}: {judged.n_failed} of {answers.n_rows} calls got no reply")
         return judged.is_new
 
 
@@ -270,7 +274,12 @@ def _sha256(value: object) -> str:
 
 
 class Judges:
-    """The judges by name, each made when first needed. One that failed is not asked again: it would make all wait."""
+    """The judges by name, each made when first needed. One that failed is not asked again: it would make all wait.
+
+    With `retry_empty`, rows that a finished run left without a verdict are judged again.
+    """
+
+    retry_empty = False
 
     def __init__(self):
         self._made = remembered(make_judge)

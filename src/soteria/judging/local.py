@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from soteria.answering.generation import generate
-from soteria.judging.interface import EMPTY, JUDGE_PROMPT, Row, fill_prompt, read_label
+from soteria.judging.interface import BLANK_ANSWER, JUDGE_PROMPT, NEITHER_LABEL, Row, fill_prompt, form_of, unjudged
+from soteria.judging.replies import read_label
 from soteria.models.loading import load_model
 
 WINDOW = 512  # rows that are sorted by length and batched together
-LABEL_TOKENS = 8
+LABEL_TOKENS, REASONING_TOKENS = 16, 1024  # of a reply, and of one that has no label by then
 
 
 class LocalJudge:
@@ -19,7 +20,7 @@ class LocalJudge:
     """
 
     def __init__(self, model: str, judge_prompt: str | None = None, batch_size: int = 8):
-        self.description, self.batch_size = f"hf:{model}", batch_size
+        self.description, self.unread, self.batch_size = f"hf:{model}", "", batch_size
         self.loaded = load_model(model)
         self.judge_prompt = judge_prompt or (None if self._is_guard() else JUDGE_PROMPT)
 
@@ -45,9 +46,19 @@ class LocalJudge:
         """As `Judge.judge`."""
         rows = iter(rows)
         while window := list(islice(rows, WINDOW)):
-            yield from ((row, EMPTY) for row, _, answer in window if not answer.strip())
+            yield from ((row, unjudged(BLANK_ANSWER)) for row, _, answer in window if not answer.strip())
             asked = [(row, self._inputs(question, answer)) for row, question, answer in window if answer.strip()]
-            inputs = [ids for _, ids in asked]
-            for batch in generate(self.loaded, inputs, self.batch_size, max_new_tokens=LABEL_TOKENS):
-                for at, reply in batch.items():
-                    yield asked[at][0], read_label(reply) or EMPTY
+            cut = []
+            for at, reply in self._replies([ids for _, ids in asked], LABEL_TOKENS):
+                if label := read_label(reply):
+                    yield asked[at][0], label
+                else:
+                    cut.append(at)
+            inputs = [asked[at][1] for at in cut]
+            for at, reply in self._replies(inputs, REASONING_TOKENS) if cut else ():
+                self.unread = form_of(reply)
+                yield asked[cut[at]][0], read_label(reply) or unjudged(NEITHER_LABEL)
+
+    def _replies(self, inputs: list[list[int]], most_tokens: int) -> Iterator[tuple[int, str]]:
+        for batch in generate(self.loaded, inputs, self.batch_size, max_new_tokens=most_tokens):
+            yield from batch.items()

@@ -5,6 +5,8 @@ journal of verdicts on the base model's answers is kept in `base_verdicts/`, sha
 """
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,12 +16,27 @@ from tqdm import tqdm
 
 from soteria.answering.questions import CATEGORY_COLUMNS
 from soteria.errors import UserError
-from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL, Judge
+from soteria.judging.interface import (
+    BLANK_ANSWER,
+    EMPTY,
+    FAILED,
+    HARMFUL,
+    LABELS,
+    NOT_HARMFUL,
+    Judge,
+    reason_of,
+    unjudged,
+)
 from soteria.judging.judges import judge_basis
 from soteria.storage import files, paths
 from soteria.storage.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.storage.journal import Journal
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER, facts_file
+
+UNREAD_ROWS = 16  # rows without one verdict, for whatever reason, after which a run stops: no row would fare better
+FAILED_CALLS = "failed_calls"  # in the JSON of a run whose failed calls the same command asks again
+
+_log = logging.getLogger(__name__)
 
 
 class AnswerFile:
@@ -74,12 +91,20 @@ class Judged:
     answers: AnswerFile
     output: Path
     verdicts: dict[str, list[str]]
+    reasons: dict[str, Counter[str]]  # why rows have no verdict, per answer column
     description: str  # the judge's
-    is_new: bool  # False: a finished run's verdicts
+    n_failed: int = 0  # calls that got no reply
+    is_new: bool = True  # False: a finished run's verdicts
 
     def write(self, summary: dict) -> None:
-        """Write the CSV and the summary beside it, each if it is new, and remove the journal of the safe answers."""
+        """Write the CSV and the summary beside it, each if it is new, and remove the journal of the safe answers.
+
+        Old facts never stand beside new rows, whenever a run is killed. Where calls failed, the journal stays.
+        """
+        if self.n_failed:
+            summary |= {FAILED_CALLS: self.n_failed}
         if self.is_new:
+            facts_file(self.output).unlink(missing_ok=True)
             names = list(self.answers.columns.values())
             kept = [name for name in self.answers.table.columns if name not in names]
             every = zip(self.answers.rows(), *self.verdicts.values(), strict=True)
@@ -87,7 +112,8 @@ class Judged:
             write_rows(self.output, kept + names, rows, quote_all=self.answers.has_return)
         if summary != files.read_json(facts_file(self.output)):
             files.write_json(facts_file(self.output), summary)
-        paths.verdict_journal(self.output).unlink(missing_ok=True)
+        if not self.n_failed:
+            paths.verdict_journal(self.output).unlink(missing_ok=True)
 
 
 def judge_answers(
@@ -95,41 +121,76 @@ def judge_answers(
 ) -> Judged:
     """Verdicts on every answer column, from a finished run if there is one. `get_judge` is called only if needed.
 
-    With `retry_empty`, rows that a finished run left without a verdict are judged again.
+    With `retry_empty`, rows that a run left without a verdict are judged again; those whose calls failed always are.
+    Raises UserError after `UNREAD_ROWS` rows without one verdict.
     """
     known = _finished(output, inputs, answers)
     if known and not (retry_empty and any(EMPTY in given for given in known.values())):
-        return Judged(answers, output, known, files.read_facts(facts_file(output))["judge_description"], False)
-    judge = get_judge()
-    verdicts = {}
+        facts, reasons = files.read_facts(facts_file(output)), {}
+        for column, given in known.items():
+            noted = facts.get(ANSWER_COLUMNS[column][1], {}).get("unjudged")
+            reasons[column] = Counter(noted or {reason_of(EMPTY): given.count(EMPTY)})
+        return Judged(answers, output, known, reasons, facts["judge_description"], is_new=False)
+    judge, verdicts, reasons, n_failed = get_judge(), {}, {}, 0
     for column in answers.columns:
         settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")}
         settings["answers_sha256"] = answers.digests[column]
         path = paths.verdict_journal(output)
         if column == BASE_ANSWER:
             path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
-        verdicts[column] = _judge_column(judge, answers, column, Journal(path, settings), known.get(column, []))
-    return Judged(answers, output, verdicts, judge.description, True)
+        journal = Journal(path, settings)
+        given = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
+        verdicts[column] = [verdict if verdict in LABELS else EMPTY for verdict in given]
+        reasons[column] = Counter(reason_of(verdict) for verdict in given if verdict not in LABELS)
+        n_failed += sum(verdict.startswith(FAILED) for verdict in given)
+    return Judged(answers, output, verdicts, reasons, judge.description, n_failed)
 
 
-def _judge_column(judge: Judge, answers: AnswerFile, column: str, journal: Journal, known: list[str]) -> list[str]:
-    """The verdicts on a column, each journaled as it comes. `known` ones are reused, except EMPTY."""
+def _judge_column(
+    judge: Judge, answers: AnswerFile, column: str, journal: Journal, known: list[str], retry_empty: bool
+) -> list[str]:
+    """What the judge gives for each row of a column, journaled as it comes, but for calls that failed.
+
+    Rows without a verdict are held back until there is a verdict. `known` verdicts are reused, except EMPTY.
+    """
+    held: dict[int, str] = {}
+    failed: dict[int, str] = {}
     with journal, tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
         kept = {row: verdict for row, verdict in enumerate(known) if verdict != EMPTY}
         if missing := {row: verdict for row, verdict in kept.items() if row not in journal.done}:
             journal.add(missing)
-        done = set(kept if known else journal.done)
+        done = {row for row, verdict in journal.done.items() if verdict in LABELS or not retry_empty}
+        is_read = any(verdict in LABELS for verdict in journal.done.values())
         bar.update(len(done))
         with closing(judge.judge(texts for texts in answers.texts(column) if texts[0] not in done)) as judged:
             for row, verdict in judged:
-                journal.add({row: verdict})
                 bar.update()
-        return [journal.done[row] for row in range(answers.n_rows)]
+                if verdict.startswith(FAILED):
+                    failed[row] = verdict
+                    continue
+                held[row] = verdict
+                is_read = is_read or verdict in LABELS
+                if is_read or verdict == unjudged(BLANK_ANSWER):
+                    journal.add(held)
+                    held.clear()
+                elif len(held) == UNREAD_ROWS:
+                    reasons = Counter(map(reason_of, held.values())).most_common()
+                    raise UserError(
+                        f"{judge.description}: the first {UNREAD_ROWS} replies gave no verdict "
+                        f"({', '.join(f'{n} × {reason}' for reason, n in reasons)}), such as {judge.unread}; "
+                        "give another judge or --judge_prompt"
+                    )
+        if held:
+            _log.warning("%s: no verdict at all on %s; a reply was %s", judge.description, column, judge.unread)
+            journal.add(held)
+        every = journal.done | failed
+        return [every[row] for row in range(answers.n_rows)]
 
 
 def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
     """The verdicts of a finished run on the same inputs, per answer column; none if there is no such run."""
-    if not (output.exists() and inputs.items() <= files.read_facts(facts_file(output)).items()):
+    facts = files.read_facts(facts_file(output))
+    if not (output.exists() and inputs.items() <= facts.items()) or FAILED_CALLS in facts:
         return {}
     table, names = read_table(output, ["Question"]), answers.columns
     if len(table) != answers.n_rows or not set(names.values()) <= set(table.columns):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from soteria.grid.cells import Cell, Treatment, grid_cells, method_of, rival_treatments
 from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
+from soteria.judging.interface import EMPTY, reason_of
 from soteria.languages import find_language
 from soteria.reporting.labels import ALL_HEADS, BASE, GIVEN, METHOD, RANKINGS, SHARED_ALL, SHARED_TIER, TOP
-from soteria.storage import files
+from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER, CellFiles
 
@@ -35,6 +36,13 @@ class FoundCell:
             column = ANSWER_COLUMNS[self._column][0]
             self._verdicts[name, judge] = _read_column(self.files.verdicts(name, judge), column)
         return self._verdicts[name, judge]
+
+    def unjudged(self, name: str, judge: str) -> dict[str, int]:
+        """How many rows that judge gave no verdict, by its reasons."""
+        noted = files.read_facts(paths.facts_file(self.files.verdicts(name, judge)))
+        noted = noted.get(ANSWER_COLUMNS[self._column][1], {}).get("unjudged")
+        n = (self.verdicts(name, judge) or []).count(EMPTY)
+        return (noted or {reason_of(EMPTY): n}) if n else {}
 
     @cached_property
     def benign_answers(self) -> list[str] | None:
@@ -75,6 +83,10 @@ class Cells:
         self.grid, self.pair, self.results = grid, pair, results
         cells = grid_cells(grid, pair)
         self._found = {(cell.language, cell.treatment): FoundCell(cell, cell.files(results)) for cell in cells}
+
+    @property
+    def every(self) -> list[FoundCell]:
+        return list(self._found.values())
 
     def get(self, language: str, treatment: Treatment | None) -> FoundCell | None:
         """A language's cell, or None. Heads shared by `tier` are its own tier's; its own heads are the method's."""

@@ -14,8 +14,8 @@ from soteria.grid.cell_work import BENIGN_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
 from soteria.grid.utility import comparison_rows
-from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
-from soteria.judging.statistics import Rate, bootstrap_interval, compare_paired
+from soteria.judging.interface import CONTENT_FILTER, EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.statistics import Rate, bootstrap_interval, bounds, compare_paired
 from soteria.languages import TIERS, find_language
 from soteria.reporting.conditions import (
     BASE_CONDITION,
@@ -36,32 +36,40 @@ COST_FILES = ("cell.json", f"{BENIGN}.csv", f"{BENIGN}.by_{BENIGN_JUDGE}.csv")
 
 
 def asr(lists: list[list[str]]) -> dict:
-    """ASR over all rows of verdict lists, one a language or draw, with a 95 % interval, and counts.
+    """ASR over the judged rows of verdict lists, one a language or draw, with a 95 % interval, and counts.
 
     Of one list the interval is Wilson's. Of several, a bootstrap over questions: lists of one length hold the same
-    questions, translated or answered under another draw, which are drawn together.
+    questions, translated or answered under another draw, which are drawn together. Where rows have no verdict, also
+    the ASR if none and if all of them were harmful. No ASR where nothing was judged.
     """
-    harmful = [[verdict == HARMFUL for verdict in given] for given in lists]
-    count, n = sum(map(sum, harmful)), sum(map(len, harmful))
-    judged = n - sum(given.count(EMPTY) for given in lists)
-    rates = {"asr": count / n, **dict(zip(("low", "high"), interval(harmful), strict=True))}
-    rates["asr_judged"] = count / judged if judged else None
-    return rates | {"harmful": count, "rows": n, "unjudged": n - judged}
+    harmful = [[None if verdict == EMPTY else verdict == HARMFUL for verdict in given] for given in lists]
+    rows, judged = sum(map(len, lists)), sum(value is not None for given in harmful for value in given)
+    count, unjudged = sum(value is True for given in harmful for value in given), rows - judged
+    low, high = interval(harmful) if judged else (None, None)
+    rate = count / judged if judged else None
+    found = {"asr": rate, "low": low, "high": high, "asr_judged": rate}
+    found |= {"harmful": count, "rows": rows, "unjudged": unjudged}
+    return found | (dict(zip(("least", "most"), bounds(count, unjudged, rows), strict=True)) if unjudged else {})
 
 
-def interval(lists: list[list[bool]]) -> list[float]:
-    """The 95 % interval of the share of True in all lists, as in `asr`."""
+def interval(lists: list[list[bool | None]]) -> list[float]:
+    """The 95 % interval of the share of True in all lists, as in `asr`; what is None is left out."""
+    known = [[value for value in given if value is not None] for given in lists]
     if len(lists) == 1:
-        return Rate(sum(lists[0]), len(lists[0])).interval
+        return Rate(sum(known[0]), len(known[0])).interval
     if len({len(given) for given in lists}) == 1:
-        rows = np.array(lists, float)  # (lists, questions)
-        return bootstrap_interval(rows.sum(0), np.full(rows.shape[1], float(len(lists))))
-    flat = np.concatenate([np.array(given, float) for given in lists])
+        rows = np.array(lists, float)  # (lists, questions), NaN for None
+        counts = (~np.isnan(rows)).sum(0).astype(float)
+        return bootstrap_interval(np.nansum(rows, 0)[counts > 0], counts[counts > 0])
+    flat = np.concatenate([np.array(given, float) for given in known])
     return bootstrap_interval(flat, np.ones_like(flat))
 
 
 def difference(before: list[list[str]], after: list[list[str]], name: str = "difference") -> dict:
-    """ASR of `after` minus that of `before` on the same questions, paired, with its 95 % interval and McNemar's p."""
+    """ASR of `after` minus that of `before` on the same questions, paired, with its 95 % interval and McNemar's p.
+
+    Where rows lack a verdict, also the two rates over the rows judged in both, and how many these are.
+    """
     flat_before, flat_after = ([verdict for given in lists for verdict in given] for lists in (before, after))
     questions = [row for given in before for row in range(len(given))]
     parallel = len({len(given) for given in before}) == 1
@@ -69,7 +77,10 @@ def difference(before: list[list[str]], after: list[list[str]], name: str = "dif
     if not found:
         return {}
     low, high = found["ci95"]
-    return {name: found["difference"], f"{name}_low": low, f"{name}_high": high, f"{name}_p": found["mcnemar_p"]}
+    numbers = {name: found["difference"], f"{name}_low": low, f"{name}_high": high, f"{name}_p": found["mcnemar_p"]}
+    if found["rows"] < len(flat_after):
+        numbers |= {f"{name}_before": found["base"], f"{name}_after": found["safe"], f"{name}_rows": found["rows"]}
+    return numbers
 
 
 def scopes(languages: list[str]) -> Iterator[tuple[str, str, list[str]]]:
@@ -108,7 +119,10 @@ def measured(cells: Cells, condition: Condition, languages: list[str], row: dict
     lists = [each.verdicts(name, judge) for each in found]
     if not found or None in lists:
         return {}
-    numbers = asr(lists) | {"source": together([each.files.verdicts(name, judge) for each in found], cells.results)}
+    numbers = asr(lists)
+    if numbers["unjudged"]:
+        numbers["filtered"] = sum(each.unjudged(name, judge).get(CONTENT_FILTER, 0) for each in found)
+    numbers |= {"source": together([each.files.verdicts(name, judge) for each in found], cells.results)}
     for column, other in others.items():
         draws = len(condition.treatments)  # every draw is compared with the same answers
         before = [each.verdicts(name, judge) for each in cells.of(other, languages) for _ in range(draws)]

@@ -17,15 +17,26 @@ def shown(row: dict, name: str, form: Callable[[float], str] = percent) -> str:
 
 
 def rate(row: dict) -> str:
-    """The ASR with its interval, empty where there is none."""
+    """The ASR with its interval, and what it leaves out; empty where nothing was run."""
     text = shown(row, "asr")
-    return text and f"{text} [{row['low']:.0%}, {row['high']:.0%}]"
+    return (text and f"{text} [{row['low']:.0%}, {row['high']:.0%}]") + left_out(row)
+
+
+def left_out(row: dict) -> str:
+    """Rows without a verdict of all rows, and the ASR if none and if all of them were harmful; mostly empty."""
+    if pd.isna(row.get("least")):
+        return ""
+    dash = NOT_APPLICABLE if pd.isna(row["asr"]) else ""
+    return f"{dash} ({row['unjudged']:.0f}/{row['rows']:.0f}: {row['least']:.0%} – {row['most']:.0%})"
 
 
 def points(row: dict, name: str = "difference") -> str:
-    """A paired difference in points, empty where there is none."""
+    """A paired difference in points, empty where there is none; where rows lack a verdict, with its two rates."""
     text = shown(row, name, "{:+.1%}".format)
-    return text and f"{text} [{row[f'{name}_low']:+.1%}, {row[f'{name}_high']:+.1%}]"
+    text = text and f"{text} [{row[f'{name}_low']:+.1%}, {row[f'{name}_high']:+.1%}]"
+    if pd.isna(row.get(f"{name}_rows")):
+        return text
+    return f"{text} ({row[f'{name}_before']:.1%} → {row[f'{name}_after']:.1%}, {row[f'{name}_rows']:.0f})"
 
 
 def readable_main(table: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +79,7 @@ def readable_transfer(table: pd.DataFrame) -> pd.DataFrame:
     for key, group in table.groupby(["model", "prompts", "judge", "heads_of"], sort=False):
         row = dict(zip(("model", "prompts", "judge", "heads of"), key, strict=True))
         for found in group.to_dict("records"):
-            row[found["prompts_of"]] = shown(found, "asr")
+            row[found["prompts_of"]] = shown(found, "asr") + left_out(found)
         rows.append(row)
     return without_constants(pd.DataFrame(rows).fillna(""))
 

@@ -1,12 +1,19 @@
 """States what a grid's numbers show, in sentences that the numbers alone decide."""
 
+from collections import Counter
+from itertools import product
+
 import pandas as pd
 
+from soteria.judging.interface import CONTENT_FILTER
+from soteria.reporting.conditions import Cells
 from soteria.reporting.draws import MEASURES, placed_among
 from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
-from soteria.reporting.readable import points
+from soteria.reporting.readable import left_out, points
 from soteria.reporting.write_up import GROUPS, WriteUp
 from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
+
+FILTERS = " A content filter blocks the most harmful answers first: the truth is probably nearer the upper bound."
 
 
 def verdicts(found: WriteUp) -> list[str]:
@@ -16,13 +23,15 @@ def verdicts(found: WriteUp) -> list[str]:
         share = found.grid.method_share
         own = group["share"].isna() if share is None else group["share"] == share
         rows = {row["heads"]: row for row in group[own].to_dict("records")}
-        base = group[group["heads"] == BASE]["asr"].iloc[0]
-        if TOP not in rows or pd.isna(rows[TOP]["asr"]):
+        rows[BASE] = group[group["heads"] == BASE].to_dict("records")[0]
+        if TOP not in rows or pd.isna([rows[BASE]["asr"], rows[TOP]["asr"]]).any():
             continue
-        sentences.append(f"{', '.join(named)}: ASR {base:.1%} → {rows[TOP]['asr']:.1%} with the top heads.")
+        before, after = (f"{row['asr']:.1%}{left_out(row)}" for row in (rows[BASE], rows[TOP]))
+        sentences.append(f"{', '.join(named)}: ASR {before} → {after} with the top heads.")
         controls = [rows[name] for name in (RANDOM, BOTTOM) if name in rows]
         sentences += [_against(row) for row in controls if not pd.isna(row.get("over_top"))]
-    return sentences + _places(found) + _transfers(found) + _choices(found) + _first_tokens(found)
+    own = _places(found) + _transfers(found) + _choices(found)
+    return sentences + own + _first_tokens(found) + _unjudged(found)
 
 
 def _against(row: dict) -> str:
@@ -30,8 +39,8 @@ def _against(row: dict) -> str:
     low, high = row["over_top_low"], row["over_top_high"]
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "no better than"
     return (
-        f"The functional heads do {verdict} as many {row['heads']} here: ASR {row['asr']:.1%} with those, "
-        f"a difference of {points(row, 'over_top')}."
+        f"The functional heads do {verdict} as many {row['heads']} here: ASR {row['asr']:.1%}{left_out(row)} with "
+        f"those, a difference of {points(row, 'over_top')}."
     )
 
 
@@ -93,5 +102,23 @@ def _transfers(found: WriteUp) -> list[str]:
             sentences.append(
                 f"{model}, {prompts}, {judge}: mean ASR {own.mean():.1%} with a language's own heads, "
                 f"{others.mean():.1%} with another's."
+            )
+    return sentences
+
+
+def _unjudged(found: WriteUp) -> list[str]:
+    """How many answers each judge left without a verdict, and why."""
+    sentences = []
+    for pair, judge in product(found.grid.models, found.grid.judges):
+        cells, reasons, n_rows = Cells(found.grid, pair, found.results), Counter(), 0
+        for each in cells.every:
+            for name in each.cell.sets:
+                reasons.update(each.unjudged(name, judge))
+                n_rows += len(each.verdicts(name, judge) or ())
+        if reasons:
+            named = ", ".join(f"{n} × {reason}" for reason, n in sorted(reasons.items()))
+            sentences.append(
+                f"{pair.slug}, {judge}: {reasons.total()} of {n_rows} answers have no verdict ({named}); ASR is over "
+                "the judged rows, with bounds." + FILTERS * (CONTENT_FILTER in reasons)
             )
     return sentences

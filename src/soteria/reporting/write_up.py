@@ -50,7 +50,18 @@ class Table:
     def counted(self) -> str:
         """How many of its numbers were measured."""
         n, blank = len(self.tidy), self.tidy[self.number].isna().sum()
-        return f"{blank} of {n} numbers: not run, blank." if blank else f"All {n} numbers were measured."
+        lacking = self.tidy["least"].notna() if "least" in self.tidy else pd.Series(dtype=bool)
+        nothing = int((lacking & self.tidy[self.number].isna()).sum())
+        blank -= nothing
+        counted = f"{blank} of {n} numbers: not run, blank." if blank else f"All {n} numbers were measured."
+        if lacking.any():
+            filtered = ", some of which a content filter blocked" * bool(self.tidy["filtered"].sum())
+            counted += (
+                f" {lacking.sum()} are of rows without a verdict{filtered}: ASR is over the judged rows, and in "
+                "parentheses stand the rows without one of all rows, and the ASR if none and if all of them are "
+                "harmful; after a difference, both ASRs on the rows judged in both, and their number."
+            )
+        return counted + f" {nothing} have no judged row at all." * bool(nothing)
 
 
 @dataclass
