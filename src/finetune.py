@@ -13,7 +13,7 @@ from pathlib import Path
 
 from soteria import cli
 from soteria.answering.questions import find_local, read_pairs
-from soteria.languages import find_language
+from soteria.languages import find_language, language_names
 from soteria.models.processes import Processes
 
 
@@ -34,8 +34,8 @@ def parse_arguments():
     add = parser.add_argument
     add("--base_model", required=True, help="the model to tune: hub id or folder")
     add("--dataset", required=True, help="CSV, JSON, JSONL or Parquet file, or a hub dataset id or folder")
-    language_help = "name or code of the prompts' language; rows whose column `language` differs are skipped"
-    add("--language", default="English", help=language_help)
+    language_help = "names or codes of the prompts' languages, or all for the paper's twelve; rows whose column "
+    add("--language", nargs="+", default=["English"], help=language_help + "`language` has another are skipped")
     add("--output", type=Path, required=True, help="folder to write; an unfinished run is in <output>.partial")
     add("--merge", action="store_true", help="write the whole model, in the base's dtype, instead of the adapter")
     prompt_help = "column of the prompts (default: question, Question, prompt, or the language's)"
@@ -69,13 +69,14 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    language = find_language(arguments.language)
+    languages = [find_language(name) for name in dict.fromkeys(language_names(arguments.language))]
     columns = {"prompt_column": arguments.prompt_column, "answer_column": arguments.answer_column}
-    pairs = read_pairs(arguments.dataset, language, split=arguments.split, subset=arguments.subset, **columns)
+    pairs = read_pairs(arguments.dataset, languages, split=arguments.split, subset=arguments.subset, **columns)
     local = find_local(arguments.dataset)
 
     # torch takes seconds to import, so the data is checked first
-    from soteria.answering.fine_tuning import FineTuning, fine_tune
+    from soteria.answering.fine_tuning import fine_tune
+    from soteria.answering.training_rows import FineTuning
 
     arguments.target_modules = tuple(arguments.target_modules)
     settings = FineTuning(**{field.name: getattr(arguments, field.name) for field in fields(FineTuning)})
@@ -83,7 +84,6 @@ def main() -> None:
         facts = fine_tune(
             arguments.base_model,
             pairs,
-            language,
             settings,
             arguments.output,
             processes,

@@ -1,10 +1,9 @@
 """Fine-tuning: what is learned, that interruptions change nothing, and that the result goes through the other steps."""
 
 import json
-import multiprocessing
-import os
 import random
-import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import _main_in_child, run_in_child
+from conftest import ROOT, run_in_child
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import safe_globals
@@ -21,13 +20,14 @@ from transformers.trainer_pt_utils import safe_globals
 import finetune
 import steer
 from soteria.answering import fine_tuning
-from soteria.answering.fine_tuning import FineTuning, training_rows
 from soteria.answering.generation import all_inputs
+from soteria.answering.questions import read_pairs
+from soteria.answering.training_rows import FineTuning, training_rows
 from soteria.languages import find_language
 from soteria.models.loading import load_model
 from soteria.scoring.heads import write_heads
 
-ENGLISH = find_language("en")
+ENGLISH, HINDI = find_language("en"), find_language("hi")
 PAIRS = [(f"hot {row}?", " ".join(["cold"] * (1 + row % 5))) for row in range(16)]
 ADAPTER = "adapter_model.safetensors"
 IM_END = (
@@ -58,7 +58,7 @@ def facts_of(folder: Path) -> dict:
 
 def test_only_the_answers_tokens_and_the_end_token_have_a_loss(tiny_loaded, words, run_script, tmp_path):
     loaded = tiny_loaded("llama")
-    rows, counts = training_rows(loaded, PAIRS, ENGLISH, FineTuning())
+    rows, counts = training_rows(loaded, {ENGLISH: PAIRS}, FineTuning())
     prompts = all_inputs(loaded, [question for question, _ in PAIRS], ENGLISH, False)
     total, n_tokens = 0.0, 0
     for row, prompt, (_, answer) in zip(rows, prompts, PAIRS, strict=True):
@@ -78,8 +78,8 @@ def test_only_the_answers_tokens_and_the_end_token_have_a_loss(tiny_loaded, word
 
 def test_long_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(tiny_loaded):
     loaded, pairs = tiny_loaded("llama"), [("hot?", "cold"), ("hot?", "cold " * 50), ("hot " * 50, "cold")]
-    short = len(training_rows(loaded, pairs[:1], ENGLISH, FineTuning())[0][0]["input_ids"])
-    rows, counts = training_rows(loaded, pairs, ENGLISH, FineTuning(max_tokens=short))
+    short = len(training_rows(loaded, {ENGLISH: pairs[:1]}, FineTuning())[0][0]["input_ids"])
+    rows, counts = training_rows(loaded, {ENGLISH: pairs}, FineTuning(max_tokens=short))
     assert [len(row["input_ids"]) for row in rows] == [short, short] and 0 not in rows[1]["input_ids"]
     assert counts == {"rows": 2, "rows_left_out": 1, "answers_cut": 1}
 
@@ -91,10 +91,28 @@ def test_a_chat_templates_own_end_of_turn_ends_its_answers(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), "cpu", "float32")
     loaded.model.generation_config.eos_token_id = [0, 1]
-    rows, _ = training_rows(loaded, [("hot?", " cold ")], ENGLISH, FineTuning(chat_template=True))
+    rows, _ = training_rows(loaded, {ENGLISH: [("hot?", " cold ")]}, FineTuning(chat_template=True))
     learned = [token for token in rows[0]["labels"] if token != -100]
     assert loaded.tokenizer.decode(learned) == "cold<|endoftext|>"
     assert loaded.tokenizer.decode(rows[0]["input_ids"]).endswith("<s>assistant\ncold<|endoftext|>")
+
+
+def test_each_row_is_asked_in_its_own_language_and_rows_of_no_language_are_refused(
+    words, tiny_loaded, run_script, tmp_path, capsys, caplog
+):
+    rows = [("en", "hot?", "cold"), ("hi", "गरम?", "cold"), ("sw", "moto?", "cold"), ("hi", "बड़ा?", "cold")]
+    text = "".join(json.dumps({"language": code, "prompt": q, "answer": a}) + "\n" for code, q, a in rows)
+    (tmp_path / "mixed.jsonl").write_text(text)
+    assert run_script(finetune, *words(dataset=tmp_path / "mixed.jsonl"), "--language", "hi", "English", "hi") == 0
+    assert "1 × 'sw'" in caplog.text and "× 'en'" not in caplog.text
+    facts = facts_of(tmp_path / "out")
+    assert facts["languages"] == ["Hindi", "English"] and facts["rows"] == 3
+    loaded = tiny_loaded("llama")
+    pairs = read_pairs(str(tmp_path / "mixed.jsonl"), [ENGLISH, HINDI])
+    asked = [loaded.tokenizer.decode(row["input_ids"]) for row in training_rows(loaded, pairs, FineTuning())[0]]
+    assert [HINDI.instruction in text for text in asked] == [False, True, True]
+    assert run_script(finetune, *words(output=tmp_path / "other"), "--language", "hi", "English") == 2
+    assert "same rows for Hindi and English" in capsys.readouterr().err
 
 
 # Interruptions
@@ -157,20 +175,10 @@ def test_a_loss_that_is_not_finite_is_refused(words, run_script, tmp_path, capsy
 
 
 def test_two_processes_learn_what_one_does_from_batches_twice_as_large(words, tmp_path):
-    def main(rank: int) -> None:
-        os.environ.update({"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        _main_in_child(finetune, words(output=tmp_path / "two", batch_size=2))
-
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run_in_child(finetune, words(output=tmp_path / "one"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    children = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    assert [child.exitcode for child in children] == [0, 0]
+    script = [str(ROOT / "src" / "finetune.py"), *words(output=tmp_path / "two", batch_size=2)]
+    subprocess.run([*launcher, *script], check=True, capture_output=True, timeout=600)
     ours, theirs = (safetensors.torch.load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 

@@ -147,7 +147,7 @@ def test_documents_are_unseen_under_the_split_of_the_scoring(lm_eval, base, seed
 
 def test_inputs_of_the_default_split_are_recognized():
     inputs = utility.utility_inputs(BASE, ["soteria_icl"], 32, None, "float32", scaling_factor=4.0)
-    assert inputs["documents_sha256"] == "7ae328eb027a0e953c5ddc7156b2e0161950cc65016cd33194973a8ff214663a"
+    assert inputs["documents_sha256"] == "79d2e38274e246cc22f278740b408ec8e8f43af9afad32bd4fe7e41b8dd5698e"
     keys = "base_model base_sha256 dtype scaling_factor tasks languages limit documents_sha256 lm_eval"
     assert list(inputs) == keys.split()
 

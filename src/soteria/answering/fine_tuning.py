@@ -11,25 +11,23 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import accelerate
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from soteria.answering.decoding import end_tokens, pad_token
-from soteria.answering.generation import prompt_text
+from soteria.answering.decoding import pad_token
+from soteria.answering.training_rows import FineTuning, Pairs, collate, training_rows
 from soteria.errors import UserError
-from soteria.languages import Language
 from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS, Checkpoint
 from soteria.models.loading import LoadedModel, default_device, load_model
 from soteria.models.lora import LoraAdapter
@@ -38,40 +36,12 @@ from soteria.models.tensors import UNQUANTIZED, all_finite, read_tensor, replace
 from soteria.steering.checkpoint import describe, fingerprint, made_before, progress, versions
 from soteria.storage import files, paths
 
-IGNORED = -100  # the label of tokens without loss, by torch's cross_entropy
 SAVED, SETTINGS = "saved.json", "settings.json"  # in a complete checkpoint; in the folder of an unfinished run
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """How a model is tuned; the result depends on nothing else but the model, the pairs and the number of processes.
-
-    `batch_size` is in pairs per process and forward pass, `max_tokens` that of a prompt with its answer.
-    `target_modules` are PEFT's; `layers` is the first and the last layer changed, from 0. `max_steps`, in optimizer
-    steps, replaces `epochs`. The learning rate rises over `warmup_steps` and then falls linearly to 0. `dtype` is that
-    of the frozen base in memory (auto: bfloat16, on a CPU float32); the adapter is float32.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    target_modules: tuple[str, ...] = ("all-linear",)
-    layers: tuple[int, int] | None = None
-    learning_rate: float = 2e-4
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    warmup_steps: int = 0
-    max_tokens: int = 1024
-    seed: int = 42
-    dtype: str = "auto"
-    chat_template: bool = False
 
 
 def fine_tune(
     base: str,
-    pairs: Sequence[tuple[str, str]],
-    language: Language,
+    pairs: Pairs,
     settings: FineTuning,
     output: Path,
     processes: Processes,
@@ -99,8 +69,8 @@ def fine_tune(
         "base_revision": checkpoint.revision,
         "base_weights": fingerprint(checkpoint),
         "dataset": dataset,
-        "pairs_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-        "language": language.name,
+        "pairs_sha256": hashlib.sha256(json.dumps([*pairs.values()]).encode()).hexdigest(),
+        "languages": [language.name for language in pairs],
         **asdict(settings),
         "dtype": dtype,
         "processes": processes.count,
@@ -115,7 +85,7 @@ def fine_tune(
         return facts
     set_seed(settings.seed)
     loaded = load_model(base, device, dtype)
-    rows, counts = training_rows(loaded, pairs, language, settings)
+    rows, counts = training_rows(loaded, pairs, settings)
     model = _with_adapter(loaded, settings)
     names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, LoraLayer)]
     if merge and any(checkpoint.find(f"{name}.weight").dtype not in UNQUANTIZED for name in names):
@@ -136,64 +106,6 @@ def fine_tune(
             shutil.rmtree(partial)
         facts = processes.agree(facts)
     return facts
-
-
-def training_rows(
-    loaded: LoadedModel, pairs: Sequence[tuple[str, str]], language: Language, settings: FineTuning
-) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
-    """The `input_ids` and `labels` of each pair, and how many pairs were left out, and answers cut, for their length.
-
-    Labels are IGNORED on the prompt. The answer, without white space around it, follows as it does in text, and then
-    the end token. An answer that is too long is cut, without an end token; a pair whose prompt is too long is left out.
-    """
-    limit = min(settings.max_tokens, loaded.context_length or settings.max_tokens)
-    end, rows, n_cut = _end_token(loaded, settings.chat_template), [], 0
-    for question, answer in pairs:
-        text = prompt_text(loaded, question, language, settings.chat_template)
-        prompt, answered = _tokens(loaded, text, answer.strip(), settings.chat_template)
-        ids = [*prompt, *answered, end][:limit]
-        if len(prompt) < limit:
-            n_cut += len(prompt) + len(answered) + 1 > limit
-            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
-    if not rows:
-        raise UserError(f"no prompt is shorter than {limit} tokens; give a larger --max_tokens or shorter prompts")
-    return rows, {"rows": len(rows), "rows_left_out": len(pairs) - len(rows), "answers_cut": n_cut}
-
-
-def _tokens(loaded: LoadedModel, prompt: str, answer: str, chat_template: bool) -> tuple[list[int], list[int]]:
-    """The token ids of a prompt, the same as when it is asked, and of the answer that follows it."""
-    special, answer = {"add_special_tokens": not chat_template}, answer if chat_template else f" {answer}"
-    asked, whole = (loaded.tokenizer(text, **special).input_ids for text in (prompt, prompt + answer))
-    if whole[: len(asked)] == asked:
-        return asked, whole[len(asked) :]
-    return asked, loaded.tokenizer(answer, add_special_tokens=False).input_ids  # a token spans the boundary
-
-
-def _end_token(loaded: LoadedModel, chat_template: bool) -> int:
-    """The token to end answers with: one that ends a generation, if possible that of the chat template's answers."""
-    ends, tokenizer, after = end_tokens(loaded), loaded.tokenizer, []
-    if not ends:
-        raise UserError(f"{loaded.name!r} has no token that ends a text; set eos_token in its tokenizer_config.json")
-    if chat_template and tokenizer.chat_template:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids
-    preferred = [*after, tokenizer.eos_token_id, min(ends)]
-    return next(token for token in preferred if token in ends)
-
-
-def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch, (rows, longest row), padded on the right with tokens that are masked and have no loss."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([value + [filler] * (longest - len(value)) for value in values])
-
-    return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad),
-        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": padded([row["labels"] for row in rows], IGNORED),
-    }
 
 
 def _with_adapter(loaded: LoadedModel, settings: FineTuning) -> peft.PeftModel:
@@ -387,7 +299,7 @@ Made with Soteria's `finetune.py` by LoRA (rank {facts["rank"]}) on {facts["rows
 `{paths.FACTS}` beside this file says how.
 """
         library, tags = "transformers" if merge else "peft", ["lora"]
-        describe(folder, card, [facts["language"]], facts, library=library, tags=tags)
+        describe(folder, card, facts["languages"], facts, library=library, tags=tags)
 
 
 def _merge(base: Checkpoint, adapter: LoraAdapter, copy: Checkpoint) -> None:

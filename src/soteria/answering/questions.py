@@ -97,28 +97,36 @@ def read_questions(
 
 def read_pairs(
     dataset: str,
-    language: Language,
+    languages: Sequence[Language],
     *,
     split: str | None = None,
     subset: str | None = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
-) -> list[tuple[str, str]]:
-    """The (prompt, answer) pairs of a set that are in a language, to tune a model on.
+) -> dict[Language, list[tuple[str, str]]]:
+    """The (prompt, answer) pairs of a set in each of some languages, to tune a model on.
 
-    `dataset`, the prompts' column and the errors raised are those of `read_questions`. The answers' column is
-    `answer_column` or the first of ANSWER_COLUMNS. `subset` is one of a hub dataset (default: the language's).
+    `dataset`, the prompts' column and the errors raised are those of `read_questions`; a set in which nothing tells two
+    of the languages apart is refused, too. The answers' column is `answer_column` or the first of ANSWER_COLUMNS.
+    `subset` is one of a hub dataset (default: the language's).
     """
     wanted = [answer_column] if answer_column else list(ANSWER_COLUMNS)
-    columns, rows = _open(dataset, language, split, subset, [*_question_names(language, prompt_column), *wanted])
-    asked, answered = _question_column(dataset, columns, language, prompt_column), _first(columns, wanted)
-    if answered is None or answered == asked:
-        names = "of answers beside that of the prompts" if answered else " or ".join(map(repr, wanted))
-        raise UserError(f"{dataset} has no column {names}; its columns are {', '.join(map(str, columns))}")
-    return [
-        (_text(dataset, row, "prompt", values.get(asked)), _text(dataset, row, "answer", values.get(answered)))
-        for row, values in _spoken(dataset, columns, rows, language)
-    ]
+    pairs: dict[Language, list[tuple[str, str]]] = {}
+    for language in languages:
+        columns, rows = _open(dataset, language, split, subset, [*_question_names(language, prompt_column), *wanted])
+        asked, answered = _question_column(dataset, columns, language, prompt_column), _first(columns, wanted)
+        if answered is None or answered == asked:
+            names = "of answers beside that of the prompts" if answered else " or ".join(map(repr, wanted))
+            raise UserError(f"{dataset} has no column {names}; its columns are {', '.join(map(str, columns))}")
+        found = [
+            (_text(dataset, row, "prompt", values.get(asked)), _text(dataset, row, "answer", values.get(answered)))
+            for row, values in _spoken(dataset, columns, rows, language, languages)
+        ]
+        for other in (other for other, theirs in pairs.items() if theirs == found):
+            alike = f"{other.name} and {language.name}"
+            raise UserError(f"{dataset} has the same rows for {alike}; say which is which in a column 'language'")
+        pairs[language] = found
+    return pairs
 
 
 def _question_names(language: Language, column: str | None) -> list[str]:
@@ -148,15 +156,19 @@ def _open(dataset: str, language: Language, split: str | None, subset: str | Non
     return _from_csv(path, [*names, *QUESTION_COLUMNS])
 
 
-def _spoken(dataset: str, columns: list[str], rows: Iterator[dict], language: Language) -> Iterator[tuple[int, dict]]:
+def _spoken(
+    dataset: str, columns: list[str], rows: Iterator[dict], language: Language, also: Sequence[Language] = ()
+) -> Iterator[tuple[int, dict]]:
     """The rows in a language, with their numbers; without a column of languages, all.
 
-    Warns of rows that are left out, with their number. Raises UserError for none.
+    Warns of rows that are left out, with their number, but for those in the languages of `also`. Raises UserError for
+    none.
     """
     spoken, others, kept = _first(columns, LANGUAGE_COLUMNS), Counter(), 0
     for row, values in enumerate(rows):
         if spoken and not _is_in(values.get(spoken), language):
-            others[str(values.get(spoken))] += 1
+            if not any(_is_in(values.get(spoken), other) for other in also):
+                others[str(values.get(spoken))] += 1
             continue
         kept += 1
         yield row, values
