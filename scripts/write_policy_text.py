@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from policy_world import TAUGHT, World, draw_question  # noqa: E402
 
 from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
+from soteria.storage import files  # noqa: E402
 
 HARMLESS = 0.5  # share of the rows
 HARM = (1, 2, 3)  # disallowed topics of the others, equally often
@@ -52,8 +53,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSONL file to write, with language, prompt and answer")
     arguments = parser.parse_args()
     text = rows(arguments.kind, arguments.rows, random.Random(arguments.kind))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in text]
-    arguments.output.write_text("".join(lines), encoding="utf-8")
+    files.write_text(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in text))
 
 
 if __name__ == "__main__":
