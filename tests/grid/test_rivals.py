@@ -98,6 +98,20 @@ def test_every_ranking_is_run_along_the_factors_and_draws_are_run_beside_them(gr
     assert sorted(found) == sorted(["base", *wanted, "all_parameters_scaling_0.25", *drawn])
 
 
+def test_rivals_may_be_run_in_some_of_the_languages_only(tmp_path):
+    grid = read_grid(write_grid(tmp_path, ablations=ABLATIONS | {"rival_languages": ["hi"]}))
+    cells = [cell.name for cell in grid_cells(grid, grid.models[0]) if "/Bengali/" in cell.name]
+    assert [cell.partition("/Bengali/")[2] for cell in cells] == [
+        "base",
+        "top_25_scaling_5",
+        "random_25_0_scaling_5",
+        "top_25_scaling_2",
+    ]
+    assert [grid.scored_answers(language) for language in LANGUAGES] == [["first", "whole"], ["first"]]
+    with pytest.raises(UserError, match="rival_languages"):
+        read_grid(write_grid(tmp_path, ablations=ABLATIONS | {"rival_languages": ["Thai"]}))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -124,7 +124,7 @@ def language_cells(grid: Grid, pair: Pair, language: str) -> Iterator[Cell]:
         asked = sets if (treatment.kind, treatment.of) == ("shared", UNIVERSAL) else ablated
         if asked:  # twelve by twelve transfers are many: their cost is not measured
             yield Cell(model, language, treatment, asked, with_cost=treatment.kind != "from")
-    if grid.ablations.draws and ablated:
+    if grid.ablations.draws and ablated and language in grid.rival_languages:
         for kind in (DRAW, MATCHED):
             for treatment in draw_treatments(grid, kind):
                 yield Cell(model, language, treatment, ablated, False, grid.ablations.draws.questions)
@@ -161,7 +161,7 @@ def _ablations(grid: Grid, language: str) -> Iterator[Treatment]:
     if wanted.transfer:
         others = [other for other in grid.languages if other != language]
         found += [Treatment("from", grid.method_share, factor, of=other) for other in others]
-    for ranking in wanted.rankings:
+    for ranking in grid.rankings_in(language):
         for other in grid.trade_off_factors(ranking):
             found += rival_treatments(grid, ranking, other)
     return (treatment for treatment in dict.fromkeys(found) if treatment != method_of(grid))

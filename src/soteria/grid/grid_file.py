@@ -118,7 +118,10 @@ class SafetyQuestions(Part):
 
 
 class Ablations(Part):
-    """What is measured beside the method itself, on `prompt_sets` (default: the first)."""
+    """What is measured beside the method itself, on `prompt_sets` (default: the first).
+
+    `rival_languages`: those in which `rankings` and `draws` are run (default: all).
+    """
 
     shares: Annotated[list[Share], AfterValidator(_distinct)] = []
     random_draws: int = Field(default=0, ge=0)
@@ -130,6 +133,7 @@ class Ablations(Part):
     rankings: Annotated[list[Literal[RIVALS]], AfterValidator(_distinct)] = []
     all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(_distinct)] = []  # default: those of heads
     draws: Draws | None = None
+    rival_languages: Languages | None = None
 
 
 class Utility(Part):
@@ -145,7 +149,7 @@ class Answers(Part):
 
     batch_size: int = Field(default=8, gt=0)
     max_new_tokens: int = Field(default=512, gt=0)
-    questions: int | None = Field(default=None, gt=0)  # only the first ones of each set, for a trial run
+    questions: int | None = Field(default=None, gt=0)  # only so many of each set, spread over it
 
 
 class Scoring(Part):
@@ -236,6 +240,8 @@ class Grid(Part):
     @model_validator(mode="after")
     def _rivals_can_be_had(self) -> "Grid":
         wanted, own = {*self.ablations.rankings}, self.scoring.answer
+        if unknown := {*self.rival_languages} - {*self.languages}:
+            raise ValueError(f"ablations.rival_languages names {sorted(unknown)}, which are not among languages")
         if own in wanted:
             raise ValueError(f"ablations.rankings: {own} is how the method itself ranks heads; remove it")
         if self.head_folder and wanted & {*ANSWERS, ABSOLUTE}:
@@ -253,7 +259,7 @@ class Grid(Part):
         asked = self.safety_questions
         if not asked:
             raise ValueError("ablations.rankings: safety needs safety_questions, with harmful and harmless")
-        for language in self.languages:
+        for language in self.rival_languages:
             reported = [each.dataset_in(language) for each in self.prompt_sets if each.has(language)]
             reported = {_place(each) for each in (*reported, self.benign_in(language)) if each}
             if {_place(asked.harmful.dataset_in(language)), _place(self.harmless_in(language))} & reported:
@@ -269,15 +275,23 @@ class Grid(Part):
         return paths.scores_folder(results, paths.scored_slug(pair.slug, whole=answer == WHOLE))
 
     @property
-    def scored_answers(self) -> list[str]:
+    def rival_languages(self) -> list[str]:
+        """The languages in which rival rankings and draws are run."""
+        return self.ablations.rival_languages or self.languages
+
+    def rankings_in(self, language: str) -> list[str]:
+        """The rival rankings that are run in a language."""
+        return self.ablations.rankings if language in self.rival_languages else []
+
+    def scored_answers(self, language: str) -> list[str]:
         """What of the answers is scored: what the method needs, then what a rival ranking does."""
-        return [self.scoring.answer, *(answer for answer in ANSWERS if answer in self.ablations.rankings)]
+        return [self.scoring.answer, *(answer for answer in ANSWERS if answer in self.rankings_in(language))]
 
     def score_files(self, results: Path, pair: Pair, language: str) -> list[Path]:
         """All files of scores that a language's rankings are made from."""
-        folders = [self.scores(results, pair, answer) for answer in self.scored_answers]
+        folders = [self.scores(results, pair, answer) for answer in self.scored_answers(language)]
         found = [paths.effect_path(folder, f"{task}_{language}") for folder in folders for task in self.tasks]
-        safety = [paths.safety_path(folders[0], language)] if SAFETY in self.ablations.rankings else []
+        safety = [paths.safety_path(folders[0], language)] if SAFETY in self.rankings_in(language) else []
         return found + safety
 
     def prompt_set(self, name: str) -> PromptSet:

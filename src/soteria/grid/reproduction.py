@@ -60,7 +60,7 @@ class Reproduction:
                 if not self.grid.head_folder:
                     with self._noting(f"{slug}/{language}/scores"):
                         self._score(subject, language)
-                if SAFETY in self.grid.ablations.rankings:
+                if SAFETY in self.grid.rankings_in(language):
                     with self._noting(f"{slug}/{language}/safety"):
                         self._score_safety(subject, language)
             if not self.grid.head_folder:
@@ -81,7 +81,7 @@ class Reproduction:
     def _score(self, subject: Subject, language: str) -> None:
         """Step 1 of a language."""
         datasets = [f"{task}_{language}" for task in self.grid.tasks]
-        for answer in self.grid.scored_answers:
+        for answer in self.grid.scored_answers(language):
             started, settings = time.monotonic(), subject.scoring(answer)
             root = settings.save_path_root
             _, scored = score_datasets(settings, datasets, root, self.processes, lambda: subject.loaded)

@@ -245,9 +245,10 @@ class Subject:
         return self._read(asked.dataset_in(language), language, asked.split, asked.column)
 
     def _read(self, dataset: str, language: str, split: str | None = None, column: str | None = None) -> QuestionSet:
-        """A set's questions, or the first ones where the grid is a trial run."""
+        """A set's questions, or so many of them, spread over it, as the grid wants."""
         found = read_questions(dataset, find_language(language), split=split, column=column)
-        return found.at(range(len(found.questions))[: self.grid.answers.questions])
+        n_rows = len(found.questions)
+        return found.at(spread_rows(n_rows, self.grid.answers.questions or n_rows))
 
     def _tasks(self, language: str) -> dict[str, Split]:
         """The in-context rows, split as step 1 splits them."""

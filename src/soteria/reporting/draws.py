@@ -32,7 +32,7 @@ def draw_rows(cells: Cells) -> pd.DataFrame:
     if not grid.ablations.draws:
         return pd.DataFrame()
     measures = list(MEASURES) if grid.benign else ["asr"]
-    for first, languages in asked(cells, grid.ablated_sets):
+    for first, languages in asked(cells, grid.ablated_sets, grid.rival_languages):
         for (kind, name, own), drawn, measure in product(scopes(languages), KINDS, measures):
             row = first | {"of": kind, "name": name, "drawn": KINDS[drawn], "draws": grid.ablations.draws.number}
             row["measure"] = measure

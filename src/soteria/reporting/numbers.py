@@ -101,10 +101,11 @@ def together(paths: list[Path], root: Path) -> str:
     return "/".join("{" + ",".join(part) + "}" if len(part) > 1 else next(iter(part)) for part in parts)
 
 
-def asked(cells: Cells, names: Iterable[str]) -> Iterator[tuple[dict, list[str]]]:
-    """For each prompt set and judge, a row's first columns, and the languages that the set has."""
+def asked(cells: Cells, names: Iterable[str], among: list[str] | None = None) -> Iterator[tuple[dict, list[str]]]:
+    """For each prompt set and judge, a row's first columns, and the languages of `among` that the set has."""
     for name in names:
-        languages = [language for language in cells.grid.languages if cells.grid.prompt_set(name).has(language)]
+        having = cells.grid.prompt_set(name).has
+        languages = [language for language in among or cells.grid.languages if having(language)]
         for judge in cells.grid.judges if languages else []:
             yield {"model": cells.pair.slug, "prompts": name, "judge": judge}, languages
 
@@ -186,15 +187,17 @@ def main_rows(cells: Cells) -> pd.DataFrame:
     return _table(rows, ["asr", "low", "high", "difference", "difference_low", "difference_high", "source"])
 
 
-def ablation_rows(cells: Cells, conditions: list[Condition], by_language: bool = False) -> pd.DataFrame:
-    """Gain and cost of each condition, over all languages that the set has or by language; tidy.
+def ablation_rows(
+    cells: Cells, conditions: list[Condition], by_language: bool = False, among: list[str] | None = None
+) -> pd.DataFrame:
+    """Gain and cost of each condition, over all languages (of `among`) that the set has or by language; tidy.
 
     `over_top` is the ASR of a control minus that of as many top heads, paired, with its 95 % interval: above 0, the
     functional heads do better than the control.
     """
     rows = []
     tops = {each.share: each for each in conditions if each.name == TOP}
-    for first, having in asked(cells, cells.grid.ablated_sets):
+    for first, having in asked(cells, cells.grid.ablated_sets, among):
         for languages, condition in product([[each] for each in having] if by_language else [having], conditions):
             row = first | ({"language": languages[0]} if by_language else {"languages": len(languages)})
             row |= {"heads": condition.name, "share": condition.share, "scaling_factor": condition.scaling_factor}
@@ -223,7 +226,7 @@ def scaling_rows(cells: Cells) -> pd.DataFrame:
 
 def ranking_rows(cells: Cells) -> pd.DataFrame:
     """The method and its rivals at each λ, pooled over languages; tidy."""
-    return ablation_rows(cells, ranking_conditions(cells.grid))
+    return ablation_rows(cells, ranking_conditions(cells.grid), among=cells.grid.rival_languages)
 
 
 def control_rows(cells: Cells) -> pd.DataFrame:
