@@ -4,13 +4,13 @@ In: prompts as token ids. Out: each one's answer as token ids. Batches are plann
 when its answer ends, and a batch is halved when it outgrows the memory it may use.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from soteria.models.batches import left_padded, positions, takes_positions
 from soteria.models.loading import LoadedModel
 from soteria.models.memory import TokenBudget
 
@@ -72,22 +72,20 @@ class Batch:
     def __init__(self, loaded: LoadedModel, texts: list[list[int]]):
         """`texts`: token ids of each row."""
         self.model, self.length = loaded.model, max(map(len, texts))
-        pad = pad_token(loaded)
-        self._ids = torch.tensor([[pad] * (self.length - len(text)) + text for text in texts])  # (rows, length)
-        self._mask = torch.tensor([[0] * (self.length - len(text)) + [1] * len(text) for text in texts])
+        self._ids, self._mask = left_padded(texts, pad_token(loaded))
         self._cache = None
-        self._takes_positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
+        self._takes_positions = takes_positions(loaded.model)
 
     def logits(self) -> Tensor:
         """Feed the new tokens; returns float logits (rows, vocabulary) at each row's last token."""
-        device, positions = self.model.device, (self._mask.cumsum(1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
+        device, at = self.model.device, positions(self._mask)[:, -self._ids.shape[1] :]
         output = self.model(
             input_ids=self._ids.to(device),
             attention_mask=self._mask.to(device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
-            **({"position_ids": positions.to(device)} if self._takes_positions else {}),
+            **({"position_ids": at.to(device)} if self._takes_positions else {}),
         )
         self._cache = output.past_key_values
         return output.logits[:, -1]

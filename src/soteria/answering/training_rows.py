@@ -6,13 +6,13 @@ In: (prompt, answer) pairs by language. Out: rows of `input_ids` and `labels`, a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from soteria.answering.decoding import end_tokens
 from soteria.answering.generation import prompt_text
 from soteria.errors import UserError
 from soteria.languages import Language
+from soteria.models.batches import left_padded, positions
 from soteria.models.loading import LoadedModel
 
 IGNORED = -100  # the label of tokens without loss, by torch's cross_entropy
@@ -91,22 +91,11 @@ def _end_token(loaded: LoadedModel, chat_template: bool) -> int:
 
 
 def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor | int]:
-    """A batch, (rows, longest row), padded on the left with masked tokens, as when questions are asked.
-
-    `labels`, (rows, longest answer + 1), are those of the last tokens. The model computes logits of these only: with
-    262,144 tokens in a vocabulary, each costs as much as the rest of a small model.
+    """A batch, (rows, longest row), padded on the left. `labels` and logits are those of the last tokens only, (rows,
+    longest answer + 1).
     """
-    longest = max(len(row["input_ids"]) for row in rows)
     n_kept = 1 + max(sum(label != IGNORED for label in row["labels"]) for row in rows)
-
-    def padded(values: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([[filler] * (longest - len(value)) + value for value in values])
-
-    mask = padded([[1] * len(row["input_ids"]) for row in rows], 0)
-    return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-        "labels": padded([row["labels"] for row in rows], IGNORED)[:, -n_kept:],
-        "logits_to_keep": n_kept,
-    }
+    ids, mask = left_padded([row["input_ids"] for row in rows], pad)
+    labels, _ = left_padded([row["labels"] for row in rows], IGNORED)
+    own = {"labels": labels[:, -n_kept:], "logits_to_keep": n_kept}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)} | own

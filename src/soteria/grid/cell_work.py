@@ -109,7 +109,9 @@ class CellWork:
             benign = self.subject.questions(BENIGN, language).questions if self.grid.benign else []
             tasks = self.subject.tasks(language)
             rows = {task: [[each.input, each.output] for each in split.test] for task, split in tasks.items()}
-            facts["cost_measured_on_sha256"] = _sha256([benign, rows, self.grid.accuracy_seed, costs.N_PROMPTS])
+            facts["cost_measured_on_sha256"] = _sha256(
+                [benign, rows, self.grid.accuracy_seed, self.grid.accuracy_prompts or costs.N_PROMPTS]
+            )
         return facts
 
     # Answering and measuring
@@ -196,7 +198,9 @@ class CellWork:
         if not self.cell.with_cost:
             return {}
         subject, language = self.subject, self.cell.language
-        accuracy = costs.icl_accuracy(subject.loaded, subject.tasks(language), self.grid.accuracy_seed)
+        accuracy = costs.icl_accuracy(
+            subject.loaded, subject.tasks(language), self.grid.accuracy_seed, self.grid.accuracy_prompts
+        )
         found = {"icl_accuracy": {"count": accuracy.count, "n": accuracy.n}}
         if base_log_probs is not None:
             own = subject.first_tokens(language) if self.cell.treatment else base_log_probs

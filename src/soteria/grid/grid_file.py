@@ -191,7 +191,8 @@ class Grid(Part):
 
     `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions. With
     `head_folder`, the method's heads are the lists found there and nothing is scored. `limits`: the tables name the λ
-    of the ablation that these choose. `accuracy_seed`: of the in-context prompts that accuracy is measured on.
+    of the ablation that these choose. `accuracy_seed`, `accuracy_prompts`: of the in-context
+    prompts, so many per task, that accuracy is measured on.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -210,6 +211,7 @@ class Grid(Part):
     scoring: Scoring = Scoring()
     answers: Answers = Answers()
     accuracy_seed: int = Field(default=ACCURACY_SEED, ge=0, lt=2**32)
+    accuracy_prompts: int | None = Field(default=None, gt=0)
     limits: Limits | None = None
     safety_questions: SafetyQuestions | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

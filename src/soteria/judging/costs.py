@@ -12,6 +12,7 @@ from soteria.judging.interface import NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, bootstrap_interval
 from soteria.languages import Language
+from soteria.models.batches import left_padded, positions, takes_positions
 from soteria.models.loading import BOS_TEXT, LoadedModel
 from soteria.scoring.prompts import SEED, TEST_SPLIT, PromptForm, Split, draw_prompt, load_examples, split_examples
 from soteria.scoring.run import seed_everything
@@ -50,8 +51,8 @@ def read_tasks(
     return {task: split_examples(examples, test_split, seed) for task, examples in rows.items()}
 
 
-def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int) -> Rate:
-    """How many in-context prompts, N_PROMPTS per task, the model answers in full by greedy decoding.
+def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int, n_prompts: int | None = None) -> Rate:
+    """How many in-context prompts, `n_prompts` (default: N_PROMPTS) per task, the model answers in full by greedy decoding.
 
     The queries are rows of each split's `test` part, which step 1 never draws from.
     """
@@ -60,7 +61,7 @@ def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int) -> Rat
     for split in tasks.values():
         seed_everything(seed)
         unseen = replace(split, valid=split.test)
-        prompts = [draw_prompt(unseen, N_SHOTS, form, shuffle_labels=False) for _ in range(N_PROMPTS)]
+        prompts = [draw_prompt(unseen, N_SHOTS, form, shuffle_labels=False) for _ in range(n_prompts or N_PROMPTS)]
         n_prompt = [len(loaded.tokenizer(prompt.text).input_ids) for prompt in prompts]
         ids = [loaded.tokenizer(prompt.text + prompt.answer).input_ids for prompt in prompts]
         right += _answered_in_full(loaded, ids, n_prompt)
@@ -70,15 +71,13 @@ def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int) -> Rat
 @torch.inference_mode()
 def _answered_in_full(loaded: LoadedModel, ids: list[list[int]], n_prompt: list[int]) -> Iterator[bool]:
     """Whether each row's tokens from `n_prompt` on are the model's greedy choices: one forward pass shows it."""
-    length = max(map(len, ids))
-    batch = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=loaded.model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=loaded.model.device)
-    # Only the answers' positions are projected to the vocabulary.
-    logits = loaded.model(input_ids=batch, attention_mask=mask, logits_to_keep=length - min(n_prompt) + 1).logits
-    choices = logits.argmax(-1).cpu()
-    first = length - choices.shape[1]
-    for row, tokens, start in zip(choices, ids, n_prompt, strict=True):
-        yield row[start - 1 - first : len(tokens) - 1 - first].tolist() == tokens[start:]
+    tokens, mask = (each.to(loaded.model.device) for each in left_padded(ids, 0))
+    given = {"position_ids": positions(mask)} if takes_positions(loaded.model) else {}
+    n_answers = [len(row) - start for row, start in zip(ids, n_prompt, strict=True)]
+    keep = {"logits_to_keep": max(n_answers) + 1}
+    choices = loaded.model(input_ids=tokens, attention_mask=mask, **given, **keep).logits.argmax(-1).cpu()
+    for chosen, row, n in zip(choices, ids, n_answers, strict=True):
+        yield chosen[-n - 1 : -1].tolist() == row[-n:]
 
 
 def measure_damage(answers: Path) -> dict:
