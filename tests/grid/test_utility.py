@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import socket
 
 import pytest
@@ -56,7 +57,7 @@ def no_network(monkeypatch) -> list:
 def rows_of(language: str, split: str = "test", test_split: float = 0.3, seed: int = 42) -> set[tuple[str, str]]:
     """Input and output of the rows of one part of step 1's split."""
     found = set()
-    for task in utility.LOCAL_TASKS:
+    for task in utility.ICL_TASKS:
         parts = split_examples(load_examples(paths.DATA / "icl" / f"{task}_{language}.json"), test_split, seed)
         found |= {(row.input, row.output) for row in getattr(parts, split)}
     return found
@@ -108,12 +109,28 @@ def test_a_tokenizer_without_bos_gets_one_in_the_prompt(lm_eval, tiny_loaded):
 
 def test_the_group_is_the_mean_of_the_twelve(lm_eval, tiny_loaded, monkeypatch):
     short = {language.name: utility.documents("English")[i : i + 4] for i, language in enumerate(PAPER_LANGUAGES)}
-    monkeypatch.setattr(utility, "documents", lambda language, *_, **__: short[language])
+    monkeypatch.setitem(utility.DOCUMENTS, "soteria_icl", lambda language, *_, **__: short[language])
     tasks = utility.measure_utility(tiny_loaded("llama"), ["soteria_icl"], limit=2)["tasks"]
     parts = [task for task in tasks.values() if task["group"] == "soteria_icl"]
     assert (len(parts), tasks["soteria_icl"]["n"]) == (12, 24)
     mean = sum(part["metrics"]["acc"]["value"] for part in parts) / 12
     assert tasks["soteria_icl"]["metrics"]["acc"]["value"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_headlines_are_read_whole_and_in_bits_per_byte(lm_eval, base, steering):
+    shown = [row["text"] for row in utility.headlines("Hindi")[:LIMIT]]
+    read = {row.input for row in split_examples(load_examples(paths.DATA / "icl/ag_news_Hindi.json")).test}
+    assert set(shown) <= read
+    nats = 0.0
+    with steered_in_place(base, steering), torch.inference_mode():
+        measured = utility.measure_utility(base, ["soteria_text_Hindi"], limit=LIMIT)["tasks"]["soteria_text_Hindi"]
+        for text in shown:
+            ids = [base.tokenizer.bos_token_id, *base.tokenizer(text, add_special_tokens=False).input_ids]
+            logits = base.model(torch.tensor([ids])).logits[0, :-1]
+            nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in shown)
+    assert measured["metrics"]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-5)
+    assert (measured["n"], measured["n_shot"]) == (LIMIT, 0)
 
 
 def test_documents_hold_unseen_rows_alone_and_one_choice_is_right():
@@ -140,7 +157,8 @@ def test_documents_are_unseen_under_the_split_of_the_scoring(lm_eval, base, seed
     given = (BASE, ["soteria_icl_Hindi"], None, None, "float32")
     assert utility.utility_inputs(*given, **split) != utility.utility_inputs(*given)
     asked, documents = [], utility.documents
-    monkeypatch.setattr(utility, "documents", lambda *a, **o: asked.append(documents(*a, **o)) or asked[-1])
+    noting = lambda *a, **o: asked.append(documents(*a, **o)) or asked[-1]  # noqa: E731
+    monkeypatch.setitem(utility.DOCUMENTS, "soteria_icl", noting)
     utility.measure_utility(base, ["soteria_icl_Hindi"], limit=1, **split)
     assert asked == [found]
 

@@ -1,4 +1,4 @@
-"""Measure a model's abilities with EleutherAI's lm-eval (optional): its own tasks and one made from `data/icl/`.
+"""Measure a model's abilities with EleutherAI's lm-eval (optional): its own tasks and two made from `data/icl/`.
 
 In: a loaded model, which may be steered in place. Out: metrics per task, in a JSON file with what they came from.
 """
@@ -26,18 +26,20 @@ from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, paths
 
-# The local task: a group of twelve, `soteria_icl_<Language>`.
-LOCAL = "soteria_icl"
+# The local tasks, each a group of twelve, `<name>_<Language>`: questions after examples, and perplexity of headlines.
+ICL, TEXT = LOCAL = "soteria_icl", "soteria_text"
 LOCAL_VERSION = 1  # raise it with any change of the questions
 # sentiment and ag_news have too few different outputs for three wrong choices.
-LOCAL_TASKS = ("country-capital", "antonym")
+ICL_TASKS, TEXT_TASK = ("country-capital", "antonym"), "ag_news"
+LOGITS_BYTES = 2**30  # most that a batch's logits may take: lm-eval computes those of every token
+DOCUMENT_TOKENS = 512  # for an estimate of them
 N_SHOTS, N_WRONG = 10, 3
 DRAW_SEED = 3042  # used for no other draw
 SEED = 1234  # lm-eval's default for few-shot examples
 PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 
 
-# The local task
+# The local tasks
 
 
 def documents(
@@ -50,7 +52,7 @@ def documents(
     Draws depend only on the number of rows, so all languages get the same questions. Raises UserError for too few rows.
     """
     by_task = []
-    for task in LOCAL_TASKS:
+    for task in ICL_TASKS:
         rows = split_examples(load_examples(paths.DATA / "icl" / f"{task}_{language}.json"), test_split, seed).test
         generator = np.random.default_rng(DRAW_SEED)
         found = []
@@ -73,51 +75,73 @@ def documents(
     return [document for turn in zip_longest(*by_task) for document in turn if document]
 
 
-def local_languages(tasks: list[str], languages: list[str] | None = None) -> list[str]:
-    """Languages of the local tasks among `tasks`; `soteria_icl` stands for `languages`, None for all twelve.
+def headlines(
+    language: str, form: PromptForm | None = None, *, test_split: float = prompts.TEST_SPLIT, seed: int = prompts.SEED
+) -> list[dict]:
+    """A language's headlines that step 1 never draws from, as `text`. Nothing is asked, so `form` is not used."""
+    rows = load_examples(paths.DATA / "icl" / f"{TEXT_TASK}_{language}.json")
+    return [{"text": row.input} for row in split_examples(rows, test_split, seed).test]
+
+
+DOCUMENTS = {ICL: documents, TEXT: headlines}
+
+
+def local_tasks(tasks: list[str], languages: list[str] | None = None) -> list[tuple[str, str]]:
+    """(group, language) of the local tasks among `tasks`; a group stands for `languages`, None for all twelve.
 
     Raises UserError for a language without in-context rows.
     """
-    named = [find_language(task.removeprefix(f"{LOCAL}_")) for task in tasks if task.startswith(f"{LOCAL}_")]
-    if LOCAL in tasks:
-        named += PAPER_LANGUAGES if languages is None else map(find_language, languages)
-    for language in named:
-        if language not in PAPER_LANGUAGES:
-            raise UserError(f"data/icl has no rows in {language.name}; use lm-eval's own tasks instead (--tasks)")
-    return list(dict.fromkeys(language.name for language in named))
+    found = []
+    for group in LOCAL:
+        named = [find_language(task.removeprefix(f"{group}_")) for task in tasks if task.startswith(f"{group}_")]
+        if group in tasks:
+            named += PAPER_LANGUAGES if languages is None else map(find_language, languages)
+        for language in named:
+            if language not in PAPER_LANGUAGES:
+                raise UserError(f"data/icl has no rows in {language.name}; use lm-eval's own tasks instead (--tasks)")
+        found += dict.fromkeys((group, language.name) for language in named)
+    return found
 
 
-def _local_tasks(loaded: LoadedModel, tasks: list[str], languages: list[str] | None, **split) -> list:
-    """The local tasks among `tasks` as lm-eval's objects, the twelve as one group if all are wanted."""
+def _made_tasks(loaded: LoadedModel, tasks: list[str], languages: list[str] | None, **split) -> list:
+    """The local tasks among `tasks` as lm-eval's objects, twelve as one group if all are wanted."""
     import datasets
     from lm_eval.api.group import AggMetricConfig, Group
     from lm_eval.api.task import ConfigurableTask
 
     form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
+    asked = {"output_type": "multiple_choice", "doc_to_text": "text", "doc_to_choice": "choices"}
+    asked |= {"doc_to_target": "answer", "metric_list": _metrics("acc", "mean", True)}
+    read = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    read |= {"metric_list": _metrics("bits_per_byte", "bits_per_byte", False)}
 
-    def task(language: str) -> ConfigurableTask:
-        asked = datasets.Dataset.from_list(documents(language, form, **split))
+    def task(group: str, language: str) -> ConfigurableTask:
+        shown = datasets.Dataset.from_list(DOCUMENTS[group](language, form, **split))
         config = {
-            "task": f"{LOCAL}_{language}",
-            "custom_dataset": lambda **_: {"test": asked},
-            "output_type": "multiple_choice",
+            "task": f"{group}_{language}",
+            "custom_dataset": lambda **_: {"test": shown},
             "test_split": "test",
             "num_fewshot": 0,  # the demonstrations are in the text
-            "doc_to_text": "text",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": LOCAL_VERSION},
+            **(asked if group == ICL else read),
         }
         return ConfigurableTask(config=config)
 
-    made = [task(language) for language in local_languages(tasks, languages)]
-    if LOCAL not in tasks or languages is not None:
-        return made
-    group = Group(LOCAL, aggregate_metric_list=[AggMetricConfig("acc")], metadata={"version": LOCAL_VERSION})
-    for part in made:
-        group.add(part)
-    return [group]
+    made = {name: task(*name) for name in local_tasks(tasks, languages)}
+    if languages is not None:
+        return list(made.values())
+    groups = []
+    for name, metric in ((ICL, "acc"), (TEXT, "bits_per_byte")):
+        if name in tasks:
+            group = Group(name, aggregate_metric_list=[AggMetricConfig(metric)], metadata={"version": LOCAL_VERSION})
+            for part in [made.pop(each) for each in list(made) if each[0] == name]:
+                group.add(part)
+            groups.append(group)
+    return [*groups, *made.values()]
+
+
+def _metrics(name: str, aggregation: str, higher_is_better: bool) -> list[dict]:
+    return [{"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}]
 
 
 # lm-eval
@@ -141,10 +165,10 @@ def measure_utility(
     test_split: float = prompts.TEST_SPLIT,
     seed: int = prompts.SEED,
 ) -> dict:
-    """Measure a loaded model on tasks of lm-eval by name and on the local one.
+    """Measure a loaded model on tasks of lm-eval by name and on the local ones.
 
-    `limit`: the first documents of each task, None for all. `languages`: those that `soteria_icl` stands for; for all
-    twelve (None) their mean is added under that name. `test_split`, `seed`: step 1's.
+    `limit`: the first documents of each task, None for all. `languages`: those that a local task stands for; for all
+    twelve (None) their mean is added under its name. `test_split`, `seed`: step 1's.
 
     Returns `{"lm_eval": version, "tasks": {name: ...}}`, per task its `version`, `group` (the task it is part of, or
     None), `n_shot`, `n` (documents) and `metrics`: `{name: {"value", "stderr", "higher_is_better"}}`, rounded to 6
@@ -160,17 +184,28 @@ def measure_utility(
 
         # As lm_eval.simple_evaluate does it, without its five seconds of listing the machine's packages.
         set_seed(SEED)
-        local = _local_tasks(loaded, tasks, languages, test_split=test_split, seed=seed)
-        wanted = _task_manager(bool(own)).load([*own, *local])
-        for task in wanted["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=SEED)
-        # lm-eval may give the tokenizer a pad token, so it gets a copy.
-        tokenizer = copy.deepcopy(loaded.tokenizer)
-        model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
-        found = lm_eval.evaluate(model, wanted, limit=limit, log_samples=False)
-    return {"lm_eval": version, "tasks": _read_results(found)}
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        model = HFLM(
+            pretrained=loaded.model,
+            tokenizer=copy.deepcopy(loaded.tokenizer),  # lm-eval may give it a pad token
+            batch_size=max(1, min(batch_size, LOGITS_BYTES // (4 * DOCUMENT_TOKENS * vocabulary))),
+            trust_remote_code=False,
+        )
+        measured, texts = {}, [task for task in tasks if task.startswith(TEXT)]
+        asked = [task for task in tasks if task not in texts]
+        # lm-eval reads a text after a BOS of its own, so a tokenizer must not add another.
+        for mine, theirs, adds_bos in ((texts, [], False), (asked, own, model.add_bos_token)):
+            if not mine:
+                continue
+            model.add_bos_token = adds_bos
+            local = _made_tasks(loaded, mine, languages, test_split=test_split, seed=seed)
+            wanted = _task_manager(bool(theirs)).load([*theirs, *local])
+            for task in wanted["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=SEED)
+            measured |= _read_results(lm_eval.evaluate(model, wanted, limit=limit, log_samples=False))
+    return {"lm_eval": version, "tasks": dict(sorted(measured.items()))}
 
 
 def check_tasks(tasks: list[str], languages: list[str] | None = None) -> None:
@@ -178,14 +213,16 @@ def check_tasks(tasks: list[str], languages: list[str] | None = None) -> None:
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks {' '.join(tasks)!r}: name one or more, each once")
     lm_eval_version()
-    local_languages(tasks, languages)
+    local_tasks(tasks, languages)
     for task in filter(_is_lm_evals, tasks):
         if task not in _task_manager(True).all_tasks:
-            raise UserError(f"unknown task {task!r}; give {LOCAL}, {LOCAL}_<Language> or one of lm-eval's")
+            raise UserError(
+                f"unknown task {task!r}; give {' or '.join(LOCAL)}, alone or with _<Language>, or lm-eval's"
+            )
 
 
 def _is_lm_evals(task: str) -> bool:
-    return task != LOCAL and not task.startswith(f"{LOCAL}_")
+    return not any(task == group or task.startswith(f"{group}_") for group in LOCAL)
 
 
 @cache
@@ -216,7 +253,7 @@ def _read_results(found: dict) -> dict[str, dict]:
             tasks[name] = {
                 "version": str(found["versions"].get(name)),
                 "group": group_of.get(name),
-                "n_shot": found["n-shot"].get(name) if _is_lm_evals(name) else N_SHOTS,
+                "n_shot": N_SHOTS if name.startswith(ICL) else found["n-shot"].get(name),
                 "n": numbers["sample_len"],
                 "metrics": metrics,
             }
@@ -280,7 +317,8 @@ def utility_inputs(
     **steering,
 ) -> dict:
     """What a measurement is made from, as JSON. `steering`: what makes the steered model; nothing for the base."""
-    asked = [documents(name, test_split=test_split, seed=seed) for name in local_languages(tasks, languages)]
+    split = {"test_split": test_split, "seed": seed}
+    asked = [DOCUMENTS[group](name, **split) for group, name in local_tasks(tasks, languages)]
     return {
         "base_model": base,
         "base_sha256": model_hash(base),

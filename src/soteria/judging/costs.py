@@ -52,9 +52,10 @@ def read_tasks(
 
 
 def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int, n_prompts: int | None = None) -> Rate:
-    """How many in-context prompts, `n_prompts` (default: N_PROMPTS) per task, the model answers in full by greedy decoding.
+    """How many in-context prompts the model answers in full by greedy decoding.
 
-    The queries are rows of each split's `test` part, which step 1 never draws from.
+    `n_prompts` (default: N_PROMPTS) are drawn per task. The queries are rows of each split's `test` part, which step 1
+    never draws from.
     """
     form = PromptForm() if loaded.adds_bos else PromptForm().starting_with(BOS_TEXT)
     right = []
