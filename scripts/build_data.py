@@ -66,11 +66,23 @@ def interleave(texts: dict[str, list[str]], labels: dict[str, str]) -> list[tupl
     return [row for turn in rows for row in turn]
 
 
-def question_csv(world: World, questions: list) -> str:
+def question_sets(world: World) -> dict[str, list[tuple[str, str]]]:
+    """(question, category) rows of each question file in one language, by the file's folder and name."""
+    sets = {}
+    for name, questions in (held_out_questions() | unseen_questions()).items():
+        folder = "benign" if questions[0].n_disallowed == 0 else "prompts"
+        sets[f"{folder}/{name}"] = [(world.write(question), question.category) for question in questions]
+    for name in ("borderline", "borderline-validation"):
+        texts = world.source[name.replace("-", "_")]
+        sets[f"benign/{name}"] = interleave(texts, {kind: kind for kind in texts})
+    return sets
+
+
+def question_csv(rows: list[tuple[str, str]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "question", "category"])
-    writer.writerows([i, world.write(question), question.category] for i, question in enumerate(questions))
+    writer.writerows([i, *row] for i, row in enumerate(rows))
     return text.getvalue()
 
 
@@ -83,9 +95,8 @@ def main() -> None:
         for task, rows in icl_rows(language).items():
             lines = [json.dumps({"input": a, "output": b}, ensure_ascii=False) for a, b in rows]
             files[f"icl/{task}_{language.name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
-        for name, questions in (held_out_questions() | unseen_questions()).items():
-            folder = "benign" if questions[0].n_disallowed == 0 else "prompts"
-            files[f"{folder}/{name}_{language.name}.csv"] = question_csv(World(language.name), questions)
+        for path, rows in question_sets(World(language.name)).items():
+            files[f"{path}_{language.name}.csv"] = question_csv(rows)
     for name, text in files.items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(text, encoding="utf-8")

@@ -27,7 +27,11 @@ NAMES = [language.name for language in PAPER_LANGUAGES]
 LABELS = {"sentiment": 2, "ag_news": 4}
 CURRENCY = "country-currency"
 QUESTIONS = HELD_OUT | UNSEEN
-FOLDERS = {name: "benign" if name.startswith("everyday") else "prompts" for name in QUESTIONS}
+BORDERLINE = {"borderline": 8, "borderline-validation": 4}  # rows of each kind
+KINDS = ["homonym", "figurative", "safe target", "safe context", "definition", "history", "fiction", "prevention"]
+FOLDERS = {
+    name: "benign" if name.startswith(("everyday", "borderline")) else "prompts" for name in (*QUESTIONS, *BORDERLINE)
+}
 
 # How Unicode begins the name of a letter of each script. Latin is allowed beside it (CFA, brand names), never alone.
 SCRIPTS = {
@@ -46,6 +50,9 @@ ODD_IN_CLDR = {
     ("Telugu", "TJ"): "Dushanbe: CLDR డుషన్బీ has the English d and ee, దుషాంబే the local sounds",
 }
 
+
+# How a question ends in each language, if not as in English.
+QUESTION_ENDS = {"Arabic": "؟", "Chinese": "？", "French": " ?", "Thai": ""}
 
 ALIKE = 0.75  # above this likeness two words look like spellings of one name
 # Words that look alike and are not.
@@ -298,6 +305,40 @@ def test_unseen_questions_have_topics_and_templates_that_no_taught_question_has_
     for kind, i in (topic for question in asked for topic in question.topics):
         assert i in (HELD_BACK.plain if kind == "plain" else HELD_BACK.disallowed)
     assert repeated((question.template, frozenset(question.topics)) for question in asked) == []
+
+
+# --- data/benign/borderline
+
+
+def test_borderline_files_have_their_columns_ids_and_the_eight_kinds_in_turn():
+    for file, n_each in BORDERLINE.items():
+        for name in NAMES:
+            asked = questions(file, name)
+            assert list(asked[0]) == ["id", "question", "category"]
+            assert [row["id"] for row in asked] == [str(i) for i in range(len(asked))]
+            assert [row["category"] for row in asked] == KINDS * n_each
+
+
+def test_every_borderline_question_is_one_clean_line_that_ends_as_questions_do_in_its_language():
+    for name in NAMES:
+        texts = [row["question"] for file in BORDERLINE for row in questions(file, name)]
+        assert texts == [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+        assert [text for text in texts if not is_in_script_of(text, name)] == []
+        edges = {unicodedata.category(edge) for text in texts for edge in (text[0], text[-1])}
+        assert edges.isdisjoint({"Cf"}), name
+        end = QUESTION_ENDS.get(name, "?")
+        assert [text for text in texts if not text.endswith(end)] == []
+        foreign = set("?؟？") - set(end)
+        assert [text for text in texts if foreign & set(text)] == []
+        assert [text for text in texts if text.count("¿") != (text.count("?") if name == "Spanish" else 0)] == []
+        # Arabic and Chinese have commas of their own.
+        assert name not in ("Arabic", "Chinese") or [text for text in texts if set(",;") & set(text)] == []
+
+
+def test_no_borderline_question_is_asked_twice_whether_in_one_set_or_in_both():
+    for name in NAMES:
+        texts = [row["question"].casefold() for file in BORDERLINE for row in questions(file, name)]
+        assert repeated(re.sub(r"\W", "", text) for text in texts) == []
 
 
 # --- refusal phrases and the embedded models
