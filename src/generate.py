@@ -9,7 +9,8 @@ answers are also kept in base_answers/ beside the file, where calls for other sc
 from functools import cache
 
 from soteria import cli
-from soteria.answering.questions import benign_set, find_local, read_questions
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import benign_set, read_questions
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.processes import Processes

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from soteria.answering.questions import benign_set, find_local
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import benign_set
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE

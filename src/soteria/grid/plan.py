@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from soteria.answering.questions import find_local, read_questions
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import read_questions
 from soteria.errors import UserError
 from soteria.grid.cells import Shard, grid_cells, language_cells
 from soteria.grid.grid_file import Grid, Pair, Shape

@@ -9,7 +9,8 @@ import argparse
 import os
 
 from soteria import cli
-from soteria.answering.questions import benign_set, dataset_slug, find_local, read_questions
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.judges import make_judge
 from soteria.languages import find_language
