@@ -175,6 +175,7 @@ CASES = {
     "judge: no such judge prompt": (JUDGE + "--judge_prompt nowhere.txt", "nowhere.txt"),
     "judge: a judge prompt that is no UTF-8": (JUDGE + "--judge_prompt latin1.csv", "latin1.csv"),
     "judge: concurrency 0": (JUDGE + "--concurrency 0", "--concurrency"),
+    "run.sh: a language that the judge does not read": (plan(language="Italian"), "no phrases in Italian"),
     "run.sh: no question at all": (plan(data="header.csv"), "header.csv"),
     "run.sh: unknown language": (plan(language="Klingon"), "Klingon"),
     "run.sh: unknown dataset": (plan(data="nothing_Hindi"), "nothing_Hindi"),

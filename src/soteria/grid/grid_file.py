@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
+from soteria.judging.pipeline import without_phrases
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
@@ -248,6 +249,8 @@ class Grid(Part):
         taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
         if taken:
             raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
+        if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
+            raise ValueError(f"judges: {lacks}")
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")

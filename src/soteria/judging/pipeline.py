@@ -7,12 +7,14 @@ asks for.
 
 import argparse
 import os
+from collections.abc import Iterable
 
 from soteria import cli
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.judges import make_judge
+from soteria.judging.refusal import RefusalJudge
 from soteria.languages import Language, find_language
 from soteria.storage import paths
 
@@ -44,6 +46,8 @@ def main() -> None:
     elif benign and find_local(benign) is None:  # a language without such questions
         benign = None
     paths.head_folder(arguments.head_folder)
+    if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
+        raise UserError(f"SOTERIA_JUDGE: {lacks}")
     if not (judge or "").startswith("hf:"):  # that one would load its model
         make_judge(judge or "refusal")  # better refused now than after all answers
     named = (language.name, arguments.base_model)
@@ -57,6 +61,15 @@ def main() -> None:
     for name, is_set in (("--strict", strict), ("--chat_template", with_template)):
         if is_set:
             print(name)
+
+
+def without_phrases(languages: Iterable[Language]) -> str:
+    """Why the refusal judge cannot judge answers in some of the languages, or nothing: it would call all harmful."""
+    others = [language for language in languages if language.tier is None]
+    lacking = [language.name for language in others if language.name not in RefusalJudge().patterns]
+    return (
+        f"the refusal judge has no phrases in {', '.join(lacking)}; use openai:<model> or hf:<model>" if lacking else ""
+    )
 
 
 def _selection(prefix: str) -> dict[str, list[str]]:
