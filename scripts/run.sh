@@ -15,8 +15,11 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
   head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
 environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_RESULTS (default results),
   SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
-  default everyday), SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_SPLIT and
-  SOTERIA_QUESTION_COLUMN (of the dataset)
+  default everyday), SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_LANGUAGES (a JSON
+  file of more languages)
+  which part of the dataset: SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or
+  column!=value, several with ; between them), SOTERIA_STRICT (yes: refuse rows without a question instead of leaving
+  them out); which part of SOTERIA_BENIGN: SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN, _WHERE
 example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
 USAGE
   exit 2

@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from soteria import cli
-from soteria.answering.questions import find_local, read_pairs
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import read_pairs
 from soteria.languages import find_language, language_names
 from soteria.models.processes import Processes
 

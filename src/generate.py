@@ -6,12 +6,14 @@ answers are also kept in base_answers/ beside the file, where calls for other sc
 `accelerate launch` or `torchrun`, the processes share the questions and write the same file as one process would.
 """
 
+from argparse import ArgumentParser, Namespace
 from functools import cache
 
 from soteria import cli
-from soteria.answering.questions import benign_set, find_local, read_questions
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import QUESTION_COLUMNS, QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
-from soteria.languages import find_language
+from soteria.languages import Language, find_language
 from soteria.models.processes import Processes
 from soteria.storage import files, paths
 
@@ -32,15 +34,36 @@ def parse_arguments():
     add("--batch_size", type=cli.positive_int, default=8, help="memory: that of this many of the longest questions")
     add("--max_new_tokens", type=cli.positive_int, default=512, help="maximum length of an answer in tokens")
     add("--chat_template", action="store_true", help="ask through the tokenizer's chat template")
-    add("--split", help="split of a hub dataset (default: the language's own, else the first)")
-    add("--question_column", help="column of the questions (default: question, Question, prompt, or the language's)")
+    add_selection(parser, "", "the questions")
+    add("--strict", action="store_true", help="refuse a set with a row without a question, rather than leave it out")
     benign_help = (
         "harmless questions to answer too, to measure what safety costs: a path, or a name under data/benign without "
         "its _<Language>.csv; the answers go into benign/ beside the output (default: none)"
     )
     add("--benign", help=benign_help)
+    add_selection(parser, "benign_", "the harmless questions")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
+
+
+def add_selection(parser: ArgumentParser, prefix: str, what: str) -> None:
+    """Add the options that choose a part of a question set."""
+    add = parser.add_argument
+    add(f"--{prefix}subset", help=f"subset of a hub dataset of {what} (default: the language's, else the default)")
+    add(f"--{prefix}split", help=f"split of a hub dataset of {what} (default: the language's, else the first)")
+    columns = ", ".join(QUESTION_COLUMNS)
+    add(f"--{prefix}question_column", help=f"column of {what} (default: the language's, or else {columns})")
+    where_help = f"only rows of {what} with column=value or column!=value; repeatable: any of a column's values do"
+    add(f"--{prefix}where", action="append", default=[], metavar="COLUMN=VALUE", help=where_help)
+
+
+def read_selected(arguments: Namespace, prefix: str, dataset: str, language: Language) -> QuestionSet:
+    subset, split, column, where = (
+        getattr(arguments, prefix + name) for name in ("subset", "split", "question_column", "where")
+    )
+    return read_questions(
+        dataset, language, subset=subset, split=split, column=column, where=where, strict=arguments.strict
+    )
 
 
 def main() -> None:
@@ -50,8 +73,11 @@ def main() -> None:
     if local and arguments.output.exists() and local.samefile(arguments.output):
         raise UserError(f"{arguments.output} is the file of the questions; give another --output")
     files.check_facts_file(paths.facts_file(arguments.output), "columns")
-    questions = read_questions(arguments.dataset, language, split=arguments.split, column=arguments.question_column)
-    benign = read_questions(benign_set(arguments.benign, language), language) if arguments.benign else None
+    questions, benign = read_selected(arguments, "", arguments.dataset, language), None
+    if arguments.benign:
+        benign = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)
+    elif any(getattr(arguments, f"benign_{name}") for name in ("subset", "split", "question_column", "where")):
+        raise UserError("--benign_subset, --benign_split, --benign_question_column and --benign_where need --benign")
 
     from soteria.answering.columns import AnswerColumn, model_settings
     from soteria.answering.generation import fill

@@ -135,7 +135,7 @@ CASES = {
     "generate: an empty CSV": (GENERATE + "--dataset empty.csv", "empty.csv"),
     "generate: a header alone": (GENERATE + "--dataset header.csv", "header.csv"),
     "generate: no question column": (GENERATE + "--dataset text.csv", "question"),
-    "generate: an empty question": (GENERATE + "--dataset gap.csv", "row 1"),
+    "generate: an empty question": (GENERATE + "--dataset gap.csv --strict", "row 1"),
     "generate: a comma outside quotes": (GENERATE + "--dataset comma.csv", "comma.csv"),
     "generate: rows of unequal length": (GENERATE + "--dataset ragged.csv", "ragged.csv"),
     "generate: no UTF-8": (GENERATE + "--dataset latin1.csv", "latin1.csv"),
@@ -150,6 +150,10 @@ CASES = {
     "generate: facts over the questions": (GENERATE + "--dataset asked.json --output asked.csv", "asked.json"),
     "generate: no such split": (GENERATE + "--split test", "'test'"),
     "generate: no such question column": (GENERATE + "--question_column words", "'words'"),
+    "generate: a condition without a value": (GENERATE + "--where words", "'words'"),
+    "generate: a condition that no row meets": (GENERATE + "--where question=cold", "question=cold"),
+    "generate: a subset of a file": (GENERATE + "--subset behaviors", "'behaviors'"),
+    "generate: a part of no harmless questions": (GENERATE + "--benign_where a=b", "--benign"),
     "generate: no such harmless questions": (GENERATE + "--benign nowhere", "nowhere"),
     "generate: a question longer than the context": (GENERATE + "--dataset long.csv", "row 1"),
     "generate: a question that is no text": (GENERATE + "--dataset number.json", "row 1"),
@@ -171,7 +175,8 @@ CASES = {
     "judge: no such judge prompt": (JUDGE + "--judge_prompt nowhere.txt", "nowhere.txt"),
     "judge: a judge prompt that is no UTF-8": (JUDGE + "--judge_prompt latin1.csv", "latin1.csv"),
     "judge: concurrency 0": (JUDGE + "--concurrency 0", "--concurrency"),
-    "run.sh: an empty question": (plan(data="gap.csv"), "row 1"),
+    "run.sh: a language that the judge does not read": (plan(language="Italian"), "no phrases in Italian"),
+    "run.sh: no question at all": (plan(data="header.csv"), "header.csv"),
     "run.sh: unknown language": (plan(language="Klingon"), "Klingon"),
     "run.sh: unknown dataset": (plan(data="nothing_Hindi"), "nothing_Hindi"),
     "run.sh: factor negative": (plan(factor="-1"), "-1"),
@@ -230,7 +235,7 @@ def place(tmp_path_factory) -> Path:
         "unanswered": "Question,SAFE ANSWER\n",
         "empty": "",
         "header": "question\n",
-        "text": "text\nhot?\n",
+        "text": "title\nhot?\n",
         "gap": "id,question\n0,hot?\n1, \n",
         "comma": "question\nhot, or cold?\n",
         "long": "question\nhot?\n" + "word " * 5000 + "\n",
@@ -304,15 +309,38 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
     for name, value in {"BENIGN": "none", "CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
     assert plan_options(command, capsys, place) == ["--question_column", "question", "--chat_template"]
+    for name, value in {"BENIGN": "questions.csv", "BENIGN_WHERE": "question!=hot?", "STRICT": "yes"}.items():
+        monkeypatch.setenv(f"SOTERIA_{name}", value)
+    monkeypatch.setenv("SOTERIA_WHERE", "question=hot?;question=नमस्ते?")
+    options = ["--benign", "questions.csv", "--question_column", "question", "--where", "question=hot?", "--where"]
+    options += ["question=नमस्ते?", "--benign_where", "question!=hot?", "--strict", "--chat_template"]
+    assert plan_options(command, capsys, place) == options
 
 
-@pytest.mark.parametrize(("name", "value"), [("BENIGN", "nowhere"), ("CHAT_TEMPLATE", "maybe"), ("SPLIT", "test")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BENIGN", "nowhere"),
+        ("CHAT_TEMPLATE", "maybe"),
+        ("SPLIT", "test"),
+        ("SUBSET", "behaviors"),
+        ("WHERE", "question!=hot?;level=3"),
+        ("STRICT", "maybe"),
+    ],
+)
 def test_a_fault_in_the_environment_is_refused_before_anything_is_steered(
     name, value, place, command, capsys, monkeypatch
 ):
     monkeypatch.setenv(f"SOTERIA_{name}", value)
     assert command(plan(), place) == 2
-    assert value in capsys.readouterr().err
+    assert value.split(";")[-1] in capsys.readouterr().err
+
+
+def test_a_row_without_a_question_is_refused_where_the_environment_says_so(place, command, capsys, monkeypatch):
+    assert command(plan(data="gap.csv"), place) == 0
+    monkeypatch.setenv("SOTERIA_STRICT", "yes")
+    assert command(plan(data="gap.csv"), place) == 2
+    assert "row 1" in capsys.readouterr().err
 
 
 def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, monkeypatch, capsys):

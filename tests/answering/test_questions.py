@@ -54,7 +54,22 @@ def test_a_question_that_cannot_be_asked_is_refused_by_its_row(tmp_path):
     cases += [(ending, None) for ending in ("jsonl", "parquet")]
     for ending, text in cases:
         with pytest.raises(UserError, match=r"row 1\b"):
-            read_questions(write_asked(tmp_path, ending, ["a", text, "b"]), ENGLISH)
+            read_questions(write_asked(tmp_path, ending, ["a", text, "b"]), ENGLISH, strict=True)
+
+
+def test_a_row_without_a_question_is_left_out_and_named_and_other_rows_are_as_they_were(tmp_path, caplog):
+    cases = [(ending, text) for ending in ("csv", "json", "jsonl") for text in ("", " \t\u3000")]
+    cases += [("json", None), ("jsonl", None), ("parquet", None)]
+    for ending, text in cases:
+        caplog.clear()
+        found = read_questions(write_asked(tmp_path, ending, ["a", text, "b"]), ENGLISH)
+        assert (found.questions, found.read["left_out"]) == (["a", "b"], [1])
+        assert "left out 1 of 3 rows without a question in 'question': row 1" in caplog.text
+        with pytest.raises(UserError, match="no rows with a question"):
+            read_questions(write_asked(tmp_path, ending, [text]), ENGLISH)
+    for text in ("a\ud800b", 7, ["a"]):  # not empty, but no text either: something is wrong with the file
+        with pytest.raises(UserError, match="row 1"):
+            read_questions(write_asked(tmp_path, "json", ["a", text]), ENGLISH)
 
 
 CSV_STYLES = [
@@ -127,7 +142,7 @@ def test_rows_of_other_languages_are_skipped_by_name_or_code(tmp_path):
         write_table(table, tmp_path / "a.csv")
         found = read_questions(str(tmp_path / "a.csv"), language)
         assert (found.questions, found.categories) == (list("abcd"), list("vwxy"))
-    with pytest.raises(UserError, match=r"Telugu.*'lang'.*Swahili"):
+    with pytest.raises(UserError, match=rf"Telugu.*'lang'.*{LANGUAGES[-1].name}"):
         read_questions(str(tmp_path / "a.csv"), TELUGU)
 
 

@@ -9,6 +9,7 @@ import yaml
 from soteria.errors import UserError
 from soteria.grid.cells import Shard, Treatment, grid_cells
 from soteria.grid.grid_file import Limits, read_grid
+from soteria.grid.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -238,3 +239,31 @@ def test_the_demo_and_the_choice_of_lambda_use_the_embedded_grids_method_on_the_
 def test_a_grids_keys_can_be_replaced_when_it_is_read(grid_file):
     grid = read_grid(grid_file(), languages=["te"], name="other")
     assert (grid.name, grid.languages) == ("other", ["Telugu"])
+
+
+def test_a_grid_asks_the_part_of_a_set_that_it_names_and_counts_that_part_for_the_plan(grid_file, tmp_path):
+    lines = [
+        "question,label,note",
+        *(f"गर्म {row}?,{'unsafe' if row % 3 else 'safe'},{row}" for row in range(6)),
+        ",unsafe,6",
+    ]
+    (tmp_path / "mixed_Hindi.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    dataset = str(tmp_path / "mixed_{language}.csv")
+    harmful = {"name": "mixed", "dataset": dataset, "where": "label=unsafe"}
+    benign = {"dataset": dataset, "where": ["label=safe", "note!=0"]}
+    grid = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful], benign=benign))
+    assert grid.prompt_set("mixed").read("Hindi").questions == [f"गर्म {row}?" for row in (1, 2, 4, 5)]
+    assert grid.benign.read("Hindi").questions == ["गर्म 3?"]
+    assert Plan(grid, tmp_path).rows("mixed", "Hindi") == (4, True)
+    strict = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful | {"strict": True}]))
+    with pytest.raises(UserError, match="row 6"):
+        strict.prompt_set("mixed").read("Hindi")
+    whole = read_grid(grid_file(languages=["hi"], prompt_sets=[{"name": "mixed", "dataset": dataset}]))
+    with pytest.raises(UserError, match="label=unsafe"):
+        whole.prompt_set("mixed").read("Hindi")
+
+
+def test_a_language_that_the_refusal_judge_cannot_read_needs_another_judge(grid_file):
+    with pytest.raises(UserError, match="no phrases in Italian"):
+        read_grid(grid_file(languages=["hi", "it", "sw"]))
+    assert read_grid(grid_file(languages=["hi", "it"], judges=["openai:some"])).languages == ["Hindi", "Italian"]

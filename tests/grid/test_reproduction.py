@@ -20,7 +20,7 @@ from soteria.answering.questions import read_questions
 from soteria.errors import UserError
 from soteria.grid import cell_work, subject
 from soteria.grid.cells import grid_cells
-from soteria.grid.grid_file import read_grid
+from soteria.grid.grid_file import Questions, read_grid
 from soteria.judging import costs
 from soteria.judging.interface import HARMFUL
 from soteria.judging.judges import make_judge
@@ -307,15 +307,15 @@ def test_a_set_out_of_reach_is_asked_for_once_and_does_not_stop_the_others(
 ):
     results, asked = tmp_path / "results", []
     shutil.copytree(done / "indirect_effect", results / "indirect_effect")
-    read = subject.read_questions
+    read = Questions.read
 
-    def read_questions(dataset, *words, **options):
-        asked.append(dataset)
-        if dataset == "some/set":
+    def read_noting(self, language):
+        asked.append(self.dataset)
+        if self.dataset == "some/set":
             raise UserError("the hub does not answer")
-        return read(dataset, *words, **options)
+        return read(self, language)
 
-    monkeypatch.setattr(subject, "read_questions", read_questions)
+    monkeypatch.setattr(Questions, "read", read_noting)
     sets = [{"name": "away", "dataset": "some/set"}, "policy"]
     grid = write_grid(tmp_path, prompt_sets=sets, languages=["hi"], ablations={"shared": [], "scaling_factors": [2]})
     assert run_script(reproduce, *arguments(grid, results, "--steps", "answer", "judge")) == 1

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import pandas as pd
 import pytest
 from conftest import ROOT, run_in_child
 from local_servers import LocalServers
@@ -372,6 +373,25 @@ def test_a_languages_categories_become_one_file_that_questions_are_read_from(tmp
     assert english.categories == ["Insult", "Insult", "Mental_Health"]
     spanish = read_questions(str(tmp_path / JOINED / "Spanish.csv"), find_language("es"))
     assert spanish.questions == ["¿Uno?"]
+
+
+def test_a_workbook_is_read_and_a_category_spelled_in_two_ways_counts_once(tmp_path, capsys):
+    folder = tmp_path / SOURCE
+    (folder / "bn").mkdir(parents=True)
+    (folder / "hi").mkdir()
+    for name, texts in {"Insult_n": ["এক, দুই?", "", "তিন?"], "Mental_Health_n": ["007", "NA"]}.items():
+        pd.DataFrame({0: texts}).to_excel(folder / "bn" / f"{name}.xlsx", header=False, index=False)
+    (folder / "bn" / "commonsense.csv").write_text("চার?\n", encoding="utf-8")
+    (folder / "hi" / "commen_sense.csv").write_text("एक\n", encoding="utf-8")
+    (folder / "hi" / "commonsense.csv").write_text("एक, क्यों?\n", encoding="utf-8")
+    assert join_xsafety(tmp_path) == 2
+    bengali = read_questions(str(tmp_path / JOINED / "Bengali.csv"), find_language("bn"))
+    assert bengali.questions == ["এক, দুই?", "তিন?", "007", "NA", "চার?"]
+    assert bengali.categories == ["Insult", "Insult", "Mental_Health", "Mental_Health", "commonsense"]
+    hindi = read_questions(str(tmp_path / JOINED / "Hindi.csv"), find_language("hi"))
+    assert (hindi.questions, hindi.categories) == (["एक, क्यों?"], ["commonsense"])
+    said = capsys.readouterr().err
+    assert "commen_sense.csv left out" in said and "Hindi lacks Insult, Mental_Health" in said
 
 
 def test_without_the_repository_nothing_is_written(tmp_path):

@@ -119,6 +119,7 @@ class AnswerColumn:
         steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
         facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
+        facts["read"] = self.questions.read
         if self.questions.categories:
             facts["categories"] = self.questions.categories
         files.write_json(facts_file(self.output), facts | {"columns": noted.get("columns", {}) | {self.column: made}})

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from soteria.answering.questions import benign_set, find_local
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
+from soteria.judging.pipeline import without_phrases
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
@@ -74,17 +76,45 @@ class Pair(Part):
         return paths.model_slug(self.base)
 
 
-class PromptSet(Part):
-    """Harmful questions. `{language}` and `{code}` in `dataset` are filled in.
+class Questions(Part):
+    """A question set and the part of it that is asked. `{language}` and `{code}` in `dataset` are filled in.
 
-    `languages`: those that the set has (default: all). `rows`: number of questions, for --plan.
+    The other keys are those of `read_questions`.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
     dataset: str
-    languages: Languages | None = None
+    subset: str | None = None
     split: str | None = None
     column: str | None = None
+    where: Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = []
+    strict: bool = False
+
+    def dataset_in(self, language: str) -> str:
+        return self.dataset.replace("{language}", language).replace("{code}", find_language(language).code)
+
+    def read(self, language: str) -> QuestionSet:
+        """The questions in a language. Raises UserError as `read_questions`."""
+        options = self.model_dump(include={"subset", "split", "column", "where", "strict"})
+        return read_questions(self.dataset_in(language), find_language(language), **options)
+
+
+class HarmlessQuestions(Questions):
+    """Harmless questions; `dataset` may also be a name under data/benign, which by itself is the short form."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: object) -> object:
+        return {"dataset": given} if isinstance(given, str) else given
+
+    def dataset_in(self, language: str) -> str:
+        return benign_set(super().dataset_in(language), find_language(language))
+
+
+class PromptSet(Questions):
+    """Harmful questions. `languages`: those that the set has (default: all). `rows`: their number, for --plan."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    languages: Languages | None = None
     rows: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
@@ -92,9 +122,6 @@ class PromptSet(Part):
     def _short_form(cls, given: object) -> object:
         """A name by itself is a set under data/prompts."""
         return {"name": given, "dataset": f"{given}_{{language}}"} if isinstance(given, str) else given
-
-    def dataset_in(self, language: str) -> str:
-        return self.dataset.replace("{language}", language).replace("{code}", find_language(language).code)
 
     def has(self, language: str) -> bool:
         return self.languages is None or language in self.languages
@@ -111,10 +138,10 @@ class Draws(Part):
 
 
 class SafetyQuestions(Part):
-    """What heads are ranked by safety on. `harmless`: like `benign`."""
+    """What heads are ranked by safety on."""
 
     harmful: PromptSet
-    harmless: str
+    harmless: HarmlessQuestions
 
 
 class Ablations(Part):
@@ -201,7 +228,7 @@ class Grid(Part):
     icl: Path = paths.DATA / "icl"
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = list(TASKS)
     prompt_sets: list[PromptSet] = Field(min_length=1)
-    benign: str | None = None
+    benign: HarmlessQuestions | None = None
     judges: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["refusal"]
     heads: Share = 0.5
     head_folder: str | None = None
@@ -228,6 +255,8 @@ class Grid(Part):
         taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
         if taken:
             raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
+        if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
+            raise ValueError(f"judges: {lacks}")
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
@@ -263,8 +292,9 @@ class Grid(Part):
             raise ValueError("ablations.rankings: safety needs safety_questions, with harmful and harmless")
         for language in self.rival_languages:
             reported = [each.dataset_in(language) for each in self.prompt_sets if each.has(language)]
-            reported = {_place(each) for each in (*reported, self.benign_in(language)) if each}
-            if {_place(asked.harmful.dataset_in(language)), _place(self.harmless_in(language))} & reported:
+            reported += [self.benign.dataset_in(language)] if self.benign else []
+            chosen = {_place(each.dataset_in(language)) for each in (asked.harmful, asked.harmless)}
+            if chosen & {*map(_place, reported)}:
                 raise ValueError("safety_questions are reported on as prompt_sets or benign; give others")
 
     def scored_slug(self, pair: Pair) -> str:
@@ -312,18 +342,6 @@ class Grid(Part):
     @property
     def ablated_sets(self) -> list[str]:
         return self.ablations.prompt_sets or [self.prompt_sets[0].name]
-
-    def benign_in(self, language: str) -> str | None:
-        """A language's harmless questions, as `read_questions` takes them; None where the grid has none."""
-        return self._benign_named(self.benign, language) if self.benign else None
-
-    def harmless_in(self, language: str) -> str:
-        """A language's harmless questions that heads are ranked by safety on."""
-        return self._benign_named(self.safety_questions.harmless, language)
-
-    def _benign_named(self, name: str, language: str) -> str:
-        named = name.replace("{language}", language).replace("{code}", find_language(language).code)
-        return benign_set(named, find_language(language))
 
     def trade_off_factors(self, ranking: str = "") -> list[float]:
         """The scaling factors along which the method and its rivals are compared.

@@ -15,11 +15,10 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from soteria.answering.questions import find_local, read_questions
+from soteria.answering.question_files import find_local
 from soteria.errors import UserError
 from soteria.grid.cells import Shard, grid_cells, language_cells
 from soteria.grid.grid_file import Grid, Pair, Shape
-from soteria.languages import find_language
 from soteria.storage import paths
 from soteria.storage.table_formats import to_markdown
 
@@ -47,7 +46,7 @@ class Plan:
         n, counted = asked.rows or self.assumed["questions"], False
         if find_local(asked.dataset_in(language)):
             with suppress(UserError):
-                n = len(read_questions(asked.dataset_in(language), find_language(language)).questions)
+                n = len(asked.read(language).questions)
                 counted = True
         return min(n, self.grid.answers.questions or n), counted
 

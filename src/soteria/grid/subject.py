@@ -12,10 +12,10 @@ from torch import Tensor
 from soteria.answering.columns import model_settings
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs
-from soteria.answering.questions import QuestionSet, read_questions, spread_rows
+from soteria.answering.questions import QuestionSet, spread_rows
 from soteria.errors import UserError
 from soteria.grid.cells import DRAWN, MATCHED, Treatment, method_of
-from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair
+from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair, Questions
 from soteria.judging.costs import read_tasks
 from soteria.languages import find_language
 from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
@@ -145,10 +145,7 @@ class Subject:
     def safety_run(self, language: str) -> SafetyRun:
         """The scoring of a language's heads by safety, on the grid's questions for that."""
         spoken, asked = find_language(language), self.grid.safety_questions
-        sets = [
-            self._read(self.grid.harmless_in(language), language),
-            self._read(asked.harmful.dataset_in(language), language, asked.harmful.split, asked.harmful.column),
-        ]
+        sets = [self._read(each, language) for each in (asked.harmless, asked.harmful)]
 
         def inputs(loaded: LoadedModel) -> list[list[list[int]]]:
             return [all_inputs(loaded, each.questions, spoken, self.pair.chat_template) for each in sets]
@@ -239,14 +236,11 @@ class Subject:
         if n is not None:
             every = self.questions(name, language)
             return every.at(spread_rows(len(every.questions), n))
-        if name == BENIGN:
-            return self._read(self.grid.benign_in(language), language)
-        asked = self.grid.prompt_set(name)
-        return self._read(asked.dataset_in(language), language, asked.split, asked.column)
+        return self._read(self.grid.benign if name == BENIGN else self.grid.prompt_set(name), language)
 
-    def _read(self, dataset: str, language: str, split: str | None = None, column: str | None = None) -> QuestionSet:
+    def _read(self, asked: Questions, language: str) -> QuestionSet:
         """A set's questions, or so many of them, spread over it, as the grid wants."""
-        found = read_questions(dataset, find_language(language), split=split, column=column)
+        found = asked.read(language)
         n_rows = len(found.questions)
         return found.at(spread_rows(n_rows, self.grid.answers.questions or n_rows))
 

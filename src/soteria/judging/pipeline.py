@@ -7,14 +7,18 @@ asks for.
 
 import argparse
 import os
+from collections.abc import Iterable
 
 from soteria import cli
-from soteria.answering.questions import benign_set, dataset_slug, find_local, read_questions
+from soteria.answering.question_files import find_local
+from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.judges import make_judge
-from soteria.languages import find_language
+from soteria.judging.refusal import RefusalJudge
+from soteria.languages import Language, find_language
 from soteria.storage import paths
 
+SELECTION = {"subset": "SUBSET", "split": "SPLIT", "question_column": "QUESTION_COLUMN", "where": "WHERE"}
 DEFAULT_BENIGN = "everyday"  # harmless questions that come with the project, under data/benign
 
 
@@ -30,31 +34,63 @@ def main() -> None:
     parser.add_argument("head_folder")
     arguments = parser.parse_args()
     language, dataset = arguments.language, arguments.dataset_file
-    split, column, asked_benign, judge, chat_template = (
-        os.environ.get(f"SOTERIA_{name}") or None
-        for name in ("SPLIT", "QUESTION_COLUMN", "BENIGN", "JUDGE", "CHAT_TEMPLATE")
-    )
-    read_questions(dataset, language, split=split, column=column)
+    asked_benign, judge = (os.environ.get(f"SOTERIA_{name}") or None for name in ("BENIGN", "JUDGE"))
+    strict, with_template = (_truth(f"SOTERIA_{name}") for name in ("STRICT", "CHAT_TEMPLATE"))
+    selected, selected_benign = _selection(""), _selection("BENIGN_")
+    _read(dataset, language, selected, strict)
     benign = None if asked_benign == "none" else benign_set(asked_benign or DEFAULT_BENIGN, language)
     if benign and asked_benign:
-        read_questions(benign, language)
+        _read(benign, language, selected_benign, strict)
+    elif selected_benign:
+        raise UserError("SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN and _WHERE need SOTERIA_BENIGN")
     elif benign and find_local(benign) is None:  # a language without such questions
         benign = None
-    try:
-        with_template = cli.truth(chat_template or "no")
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"SOTERIA_CHAT_TEMPLATE: {error}") from None
     paths.head_folder(arguments.head_folder)
+    if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
+        raise UserError(f"SOTERIA_JUDGE: {lacks}")
     if not (judge or "").startswith("hf:"):  # that one would load its model
         make_judge(judge or "refusal")  # better refused now than after all answers
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")
-    for name, value in {"--split": split, "--question_column": column, "--benign": benign}.items():
-        if value:
-            print(name, value, sep="\n")
-    if with_template:
-        print("--chat_template")
+    options = [("benign", [benign] if benign else []), *selected.items()]
+    options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
+    for name, values in options:
+        for value in values:
+            print(f"--{name}", value, sep="\n")
+    for name, is_set in (("--strict", strict), ("--chat_template", with_template)):
+        if is_set:
+            print(name)
+
+
+def without_phrases(languages: Iterable[Language]) -> str:
+    """Why the refusal judge cannot judge answers in some of the languages, or nothing: it would call all harmful."""
+    others = [language for language in languages if language.tier is None]
+    lacking = [language.name for language in others if language.name not in RefusalJudge().patterns]
+    return (
+        f"the refusal judge has no phrases in {', '.join(lacking)}; use openai:<model> or hf:<model>" if lacking else ""
+    )
+
+
+def _selection(prefix: str) -> dict[str, list[str]]:
+    """What the environment says of the part of a set to ask, by option of generate.py; `;` parts conditions."""
+    given = {option: os.environ.get(f"SOTERIA_{prefix}{name}") for option, name in SELECTION.items()}
+    found = {option: text.split(";") if option == "where" else [text] for option, text in given.items() if text}
+    return {option: [text for text in texts if text.strip()] for option, texts in found.items()}
+
+
+def _read(dataset: str, language: Language, selected: dict[str, list[str]], strict: bool) -> None:
+    """Raise UserError for questions that generate.py could not read."""
+    subset, split, column = (selected.get(name, [None])[0] for name in ("subset", "split", "question_column"))
+    where = selected.get("where", [])
+    read_questions(dataset, language, subset=subset, split=split, column=column, where=where, strict=strict)
+
+
+def _truth(name: str) -> bool:
+    try:
+        return cli.truth(os.environ.get(name) or "no")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 if __name__ == "__main__":

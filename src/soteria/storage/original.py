@@ -27,6 +27,7 @@ RELEASE_URL = "https://github.com/NeuralSentinel/Soteria"
 RELEASE_COMMIT = "9d9818283a1e54d48db9fbdb89eb6bfbefa510ef"
 XSAFETY = "Jarviswang94/Multilingual_safety_benchmark"
 XSAFETY_FOLDER, JOINED = f"prompts/{XSAFETY.replace('/', '_')}", "prompts/XSafety"
+MISSPELLED = {"commen_sense": "commonsense", "Crimes_And_Illegal_Activitie": "Crimes_And_Illegal_Activities"}
 # Data, READMEs and licenses; no code, no pickles.
 ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "xlsx", "md")
 DATA_FILES = rf"(.*\.(?:{'|'.join(ENDINGS)})|(?:.*/)?LICEN[CS]E)"
@@ -225,21 +226,56 @@ def _failure(what: str, reason: str, fix: str) -> UserError:
 
 
 def join_xsafety(output: Path) -> int:
-    """Join XSafety's headerless CSV files, one per category, into `prompts/XSafety/<Language>.csv`.
+    """Join XSafety's files without a header, one per category, into `prompts/XSafety/<Language>.csv`.
 
-    Returns how many of the paper's languages there are; languages without files are left out.
+    Returns how many of the paper's languages there are; languages without files are left out. Prints the files that
+    are left out, and the languages that lack categories of others. Raises UserError for a workbook of other columns.
     """
-    n_languages = 0
+    joined: dict[str, dict[str, list[str]]] = {}
     for language in PAPER_LANGUAGES:
-        code = language.code.partition("-")[0].replace("es", "sp")
-        rows = []
-        for path in sorted((output / XSAFETY_FOLDER / code).glob("*.csv")):
-            category = re.sub(r"_(n|[a-z]{2})$", "", path.stem)  # some names end in `_n` or a language code
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                questions = [",".join(row).strip() for row in csv.reader(file)]  # unquoted commas belong to the text
-            rows += [[question, category] for question in questions if question]
-        joined, columns = output / JOINED / f"{language.name}.csv", ["question", "category"]
-        if rows and not (joined.exists() and list(CsvFile.open(joined, columns).rows()) == rows):
-            write_rows(joined, columns, rows, quote_all=any(map(has_return, rows)))
-        n_languages += bool(rows)
-    return n_languages
+        folder = output / XSAFETY_FOLDER / language.code.partition("-")[0].replace("es", "sp")
+        chosen: dict[str, Path] = {}
+        for path in sorted(each for each in folder.glob("*") if each.suffix in (".csv", ".xlsx")):
+            name = re.sub(r"_(n|[a-z]{2})$", "", path.stem)  # some names end in `_n` or a language code
+            category = MISSPELLED.get(name, name)
+            # Hindi has commonsense.csv and commen_sense.csv, the same questions without their last sentence.
+            kept = min(filter(None, (chosen.get(category), path)), key=lambda each: _rank(each, category))
+            if category in chosen:
+                left_out = path if kept != path else chosen[category]
+                print(f"XSafety: {left_out} left out; {kept.name} has the same category", file=sys.stderr)
+            chosen[category] = kept
+        if chosen:
+            joined[language.name] = {category: _xsafety_questions(path) for category, path in sorted(chosen.items())}
+    every = sorted({category for categories in joined.values() for category in categories})
+    for language, categories in joined.items():
+        if missing := sorted({*every} - {*categories}):
+            print(f"XSafety: {language} lacks {', '.join(missing)}", file=sys.stderr)
+        rows = [[question, category] for category in categories for question in categories[category]]
+        path, columns = output / JOINED / f"{language}.csv", ["question", "category"]
+        if rows and not (path.exists() and list(CsvFile.open(path, columns).rows()) == rows):
+            write_rows(path, columns, rows, quote_all=any(map(has_return, rows)))
+    return len(joined)
+
+
+def _rank(path: Path, category: str) -> tuple[bool, bool]:
+    """Which of two files of a category goes first: the one that spells it right, then a CSV."""
+    return not path.stem.startswith(category), path.suffix != ".csv"
+
+
+def _xsafety_questions(path: Path) -> list[str]:
+    """The questions of one file: a CSV whose unquoted commas belong to the text, or the first column of a workbook."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [",".join(row) for row in csv.reader(file)]
+    else:
+        import pandas as pd
+
+        table = (
+            pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
+            .dropna(axis="columns", how="all")
+            .fillna("")
+        )
+        if table.shape[1] > 1:
+            raise UserError(f"{path} has {table.shape[1]} columns; one column of questions was expected")
+        rows = [text for row in table.to_numpy().tolist() for text in row]
+    return [text.strip() for text in rows if text.strip()]
