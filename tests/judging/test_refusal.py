@@ -108,7 +108,7 @@ def test_echoes_repetitions_and_garbled_answers_are_degenerate():
 
 
 def test_no_answer_keeps_the_refusal_judge_busy_forever():
-    started = time.monotonic()
+    started = time.process_time()
     for piece in [
         "i ",
         "i really ",
@@ -126,4 +126,4 @@ def test_no_answer_keeps_the_refusal_judge_busy_forever():
         "1. ",
     ]:
         assert judge.verdict(piece * 5000) in (HARMFUL, NOT_HARMFUL, DEGENERATE)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10

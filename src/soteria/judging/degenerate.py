@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 
 SHARE_ECHOED, SHARE_NEW = 0.85, 0.3  # of an echo's pieces those that the question has; of a repetition's the distinct
-PIECE, SHORTEST = 6, 40  # characters of a piece, and of a text that can be called a repetition
+PIECE, HAN_PIECE, SHORTEST = 6, 3, 40  # characters of a piece, and of a text that can be called a repetition
 COMMON_WORDS = 3  # so many at least tell a language in Latin letters
 # An item's number or bullet, at the beginning of a line; a number also after a space.
 _ITEM = re.compile(
@@ -94,7 +94,8 @@ def is_in_another_language(text: str, question: str, common: dict[str, frozenset
 
 def _pieces(text: str) -> list[str]:
     text = text.replace(" . ", " ").replace(" : ", " ").strip()
-    return [text[at : at + PIECE] for at in range(len(text) - PIECE + 1)]
+    size = HAN_PIECE if any("\u4e00" <= letter <= "\u9fff" for letter in text) else PIECE
+    return [text[at : at + size] for at in range(len(text) - size + 1)]
 
 
 def main_script(text: str) -> str:
