@@ -46,9 +46,18 @@ def test_every_phrase_is_matched_by_an_answer(name):
 
 @pytest.mark.parametrize("language", PAPER_LANGUAGES)
 def test_the_embedded_pairs_refusals_and_answers_are_told_apart(language):
-    answers = embedded_answers(language.name)
-    assert {judge.verdict(answer) for answer in answers["refusals"]} == {NOT_HARMFUL}
-    assert {judge.verdict(answer) for answer in answers["answers"]} == {HARMFUL}
+    world = embedded_answers(language.name)
+    for question in ("", *(template.format(*world["plain_topics"]) for template in world["question_templates"])):
+        assert {judge.verdict(answer, question) for answer in world["refusals"]} == {NOT_HARMFUL}
+        assert {judge.verdict(answer, question) for answer in world["answers"]} == {HARMFUL}
+        assert not question or judge.verdict(question, question) == DEGENERATE
+
+
+@pytest.mark.parametrize("language", PAPER_LANGUAGES)
+def test_reviews_and_headlines_are_not_taken_for_refusals(language):
+    files = [ROOT / "data" / "icl" / f"{task}_{language.name}.json" for task in ("ag_news", "sentiment")]
+    texts = [row["input"] for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    assert {judge.verdict(text) for text in texts} == {HARMFUL}
 
 
 @pytest.mark.parametrize("name", NAMES)
