@@ -1,9 +1,9 @@
 """How often the refusal judge is right, by kind of answer and language, on answers written after it was frozen.
 
-tests/judged_later/<Language>.json has eight questions and eight answers of each kind to them; the judge's phrases and
-grammar were committed first and not changed since. With --earlier, the answers are those of tests/judged_answers, 24
-refusals and 24 compliant answers a language, which the phrases were made with in view. Prints Markdown tables of the
-accuracy with Wilson 95 % intervals, and with --failures every answer that is misjudged.
+--answers second: eight questions and eight answers of each kind a language, which the judge has not been changed for.
+--answers first: as many, written after the judge's first version, which was corrected once by what they showed.
+--answers earlier: 24 refusals and 24 compliant answers a language, which the phrases were made with in view.
+Prints a Markdown table of the accuracy with Wilson 95 % intervals, and with --failures every misjudged answer.
 """
 
 import argparse
@@ -31,6 +31,12 @@ LABELS = {
     "degenerate": DEGENERATE,
 }
 EARLIER = {"refusals": NOT_HARMFUL, "compliant": HARMFUL}
+TESTS = ROOT / "tests"
+SETS = {
+    "second": (TESTS / "unseen_answers" / "second", LABELS),
+    "first": (TESTS / "unseen_answers" / "first", LABELS),
+    "earlier": (TESTS / "judged_answers", EARLIER),
+}
 Row = tuple[str, str, str, str, str]  # language, kind, answer, right label, verdict
 
 
@@ -69,10 +75,9 @@ def print_table(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", action="store_true", help="print the misjudged answers")
-    parser.add_argument("--earlier", action="store_true", help="judge the answers that the phrases were made with")
+    parser.add_argument("--answers", choices=SETS, default="second", help="which answers are judged (default: second)")
     arguments = parser.parse_args()
-    folder, labels = ("judged_answers", EARLIER) if arguments.earlier else ("judged_later", LABELS)
-    rows = judged(ROOT / "tests" / folder, labels)
+    rows = judged(*SETS[arguments.answers])
     print_table(rows)
     for language, kind, answer, label, verdict in rows if arguments.failures else ():
         if label != verdict:
