@@ -1,8 +1,9 @@
-"""How often the refusal judge is right on answers written to test it, which were not used in making it.
+"""How often the refusal judge is right, by kind of answer and language, on answers written after it was frozen.
 
-tests/judged_answers/<Language>.json has 24 refusals and 24 compliant answers in each language, some of each kind chosen
-to be hard for a search for phrases. Prints a Markdown table of the accuracy with Wilson 95 % intervals, and with
---failures every answer that is misjudged.
+--answers second: eight questions and eight answers of each kind a language, which the judge has not been changed for.
+--answers first: as many, written after the judge's first version, which was corrected once by what they showed.
+--answers earlier: 24 refusals and 24 compliant answers a language, which the phrases were made with in view.
+Prints a Markdown table of the accuracy with Wilson 95 % intervals, and with --failures every misjudged answer.
 """
 
 import argparse
@@ -13,48 +14,74 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from soteria.judging.interface import HARMFUL, NOT_HARMFUL  # noqa: E402
+from soteria.judging.interface import DEGENERATE, HARMFUL, NOT_HARMFUL  # noqa: E402
 from soteria.judging.refusal import RefusalJudge  # noqa: E402
 from soteria.judging.statistics import Rate  # noqa: E402
-from soteria.languages import LANGUAGES  # noqa: E402
 
-ANSWERS = ROOT / "tests" / "judged_answers"
+# What the answers of a kind should be judged as; those in another language name their own label.
+LABELS = {
+    "plain refusal": NOT_HARMFUL,
+    "soft refusal": NOT_HARMFUL,
+    "refusal with other help": NOT_HARMFUL,
+    "compliance": HARMFUL,
+    "polite compliance": HARMFUL,
+    "disclaimer, then steps": HARMFUL,
+    "refusal after restating": NOT_HARMFUL,
+    "another language": None,
+    "degenerate": DEGENERATE,
+}
+EARLIER = {"refusals": NOT_HARMFUL, "compliant": HARMFUL}
+TESTS = ROOT / "tests"
+SETS = {
+    "second": (TESTS / "unseen_answers" / "second", LABELS),
+    "first": (TESTS / "unseen_answers" / "first", LABELS),
+    "earlier": (TESTS / "judged_answers", EARLIER),
+}
+Row = tuple[str, str, str, str, str]  # language, kind, answer, right label, verdict
 
 
-def judged(language: str) -> dict[str, list[tuple[str, str]]]:
-    """(answer, verdict) of each refusal and each compliant answer in a language."""
-    answers = json.loads((ANSWERS / f"{language}.json").read_text(encoding="utf-8"))
-    judge = RefusalJudge()
-    return {kind: [(text, judge.verdict(text)) for text in texts] for kind, texts in answers.items()}
+def judged(folder: Path, labels: dict[str, str | None]) -> list[Row]:
+    """Every answer of a folder with the label that is right and the judge's own."""
+    judge, rows = RefusalJudge(), []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for kind, label in labels.items():
+            questions = found.get("questions", [""] * len(found[kind]))
+            for question, given in zip(questions, found[kind], strict=True):
+                answer, right = (given, label) if label else given
+                rows.append((path.stem, kind, answer, right, judge.verdict(answer, question)))
+    return rows
+
+
+def right(rows: list[Row]) -> Rate:
+    return Rate(sum(row[3] == row[4] for row in rows), len(rows))
 
 
 def cell(rate: Rate) -> str:
     low, high = rate.interval
-    return f"{rate.value:.0%} [{low:.0%}, {high:.0%}]"
+    return f"{rate.count} of {rate.n}, {rate.value:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def print_table(rows: list[Row]) -> None:
+    """A row a kind, a column a language; then all."""
+    languages, kinds = (list(dict.fromkeys(row[at] for row in rows)) for at in (0, 1))
+    print(f"| kind | {' | '.join(languages)} | all |\n|{'---|' * (len(languages) + 2)}")
+    for kind in [*kinds, "all"]:
+        own = [row for row in rows if kind in (row[1], "all")]
+        rates = [right([row for row in own if row[0] == language]) for language in languages]
+        print(f"| {kind} | {' | '.join(f'{rate.count}/{rate.n}' for rate in rates)} | {cell(right(own))} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", action="store_true", help="print the misjudged answers")
+    parser.add_argument("--answers", choices=SETS, default="second", help="which answers are judged (default: second)")
     arguments = parser.parse_args()
-    print("| language | refusals seen | compliant answers let through | right of 48 |\n|---|---|---|---|")
-    totals = [Rate(0, 0)] * 3
-    failures = []
-    for language in LANGUAGES:
-        found = judged(language.name)
-        seen = [verdict == NOT_HARMFUL for _, verdict in found["refusals"]]
-        passed = [verdict == HARMFUL for _, verdict in found["compliant"]]
-        rates = [Rate(sum(right), len(right)) for right in (seen, passed, seen + passed)]
-        totals = [Rate(a.count + b.count, a.n + b.n) for a, b in zip(totals, rates, strict=True)]
-        print(f"| {language.name} | {' | '.join(map(cell, rates))} |")
-        wrong = [text for text, verdict in found["refusals"] if verdict != NOT_HARMFUL]
-        failures += [(language.name, "missed refusal", text) for text in wrong]
-        wrong = [text for text, verdict in found["compliant"] if verdict != HARMFUL]
-        failures += [(language.name, "taken for a refusal", text) for text in wrong]
-    print(f"| all | {' | '.join(map(cell, totals))} |")
-    if arguments.failures:
-        for failure in failures:
-            print(*failure, sep=" · ")
+    rows = judged(*SETS[arguments.answers])
+    print_table(rows)
+    for language, kind, answer, label, verdict in rows if arguments.failures else ():
+        if label != verdict:
+            print(f"{language} · {kind} · {verdict} · {answer!r}")
 
 
 if __name__ == "__main__":

@@ -90,13 +90,17 @@ def print_table(summary: dict) -> None:
             "ASR, all rows" if lacking else "ASR": share(found["asr"]),
             "95 % interval": span(found["ci95"]),
             "ASR judged (95 %)": share(found["asr_judged"], found["ci95_judged"]),
+            "degenerate": found["degenerate"],
             "blank": found["blank"],
             **({"bounds": bounds(found)} if lacking else {}),
             "benign refused": share(benign.get(model, {}).get("refusal_rate")),
+            "benign degenerate": benign.get(model, {}).get("degenerate", "–"),
             "changed": share(costs.get("changed", {}).get("rate")),
             "KL from base": f"{nats['mean']:.3g} nats" if nats else "–",
         }
     print(pd.DataFrame(table.values()).to_string(index=False))
+    if any(summary[model]["degenerate"] for model in models):
+        print("degenerate (an echo, a repetition, another language): judged, and not harmful in the ASR")
     for model in lacking:
         found = summary[model]
         reasons = ", ".join(f"{n} × {reason}" for reason, n in found["unjudged"].items())

@@ -20,6 +20,8 @@ from soteria.errors import UserError
 from soteria.grid.grid_file import Limits
 from soteria.grid.tuning import MAX_NEW_TOKENS, N_RANDOM_TRIALS, RATES, Bench, Space, SteeredBench, Tuning
 from soteria.judging import costs
+from soteria.judging.interface import HARMFUL
+from soteria.judging.refusal import RefusalJudge
 from soteria.languages import find_language
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import mean_effect, rank_heads
@@ -306,8 +308,9 @@ def test_a_point_is_measured_on_the_steered_model_against_the_base(pair, tiny_lo
     _, benign, log_probs = by_hand()
     with steered_in_place(loaded, open_steering(vector, heads, 0.5, source="a list")):
         policy, steered_benign, steered_log_probs = by_hand()
-    assert found["asr"]["count"] == len(policy) - costs.refused(policy).count
-    assert found["benign_refusals"]["count"] == costs.refused(steered_benign).count
+    assert found["asr"]["count"] == list(map(RefusalJudge().verdict, policy, small_bench.policy)).count(HARMFUL)
+    refused, _ = costs.refused_and_degenerate(steered_benign, small_bench.benign)
+    assert found["benign_refusals"]["count"] == refused.count
     assert found["benign_changes"]["count"] == costs.changed(steered_benign, benign).count > 0
     divergence = (log_probs.exp() * (log_probs - steered_log_probs)).sum(-1).mean().item()
     assert found["kl_first_token"]["value"] == pytest.approx(divergence, abs=1e-5) and divergence > 1e-3

@@ -46,7 +46,9 @@ def test_accuracy_is_measured_on_rows_that_step_1_never_draws_from(tiny_loaded, 
 
 def test_refusals_and_changes_are_counted():
     answers = ["I'm sorry, but I can't help with that.", "Of course, gladly.", "Gladly."]
-    assert costs.refused(answers) == Rate(1, 3)
+    questions = ["Why?", "Why?", "Is the whole house gladly painted?"]
+    assert costs.refused_and_degenerate(answers, questions) == (Rate(1, 3), Rate(0, 3))
+    assert costs.refused_and_degenerate([*answers[:2], questions[2]], questions) == (Rate(1, 3), Rate(1, 3))
     assert costs.changed(answers, [*answers[:2], "gladly."]) == Rate(1, 3)
     with pytest.raises(ValueError, match="zip"):
         costs.changed(answers, answers[:2])

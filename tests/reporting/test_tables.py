@@ -8,7 +8,7 @@ import pytest
 from conftest import named_by
 
 from soteria.grid.grid_file import Grid, Limits
-from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate
 from soteria.reporting import numbers, readable
 from soteria.reporting.output import not_run, write_grid
@@ -133,13 +133,13 @@ def test_the_interval_of_the_paired_difference_decides_what_is_said_of_a_control
 
 
 def write_cells(results, given: dict[str, dict[str, str]]) -> None:
-    """Verdicts of cells, a letter a question: H, N, or E for one that a content filter blocked."""
+    """Verdicts of cells, a letter a question: H, N, D for a degenerate one, or E where a content filter blocked."""
     for language, cells in given.items():
         for name, letters in cells.items():
             model, folder = ("Base", name) if name == "base" else ("Safe", f"{name}_scaling_2")
             path = results / "cells" / "some_base" / language / folder / "policy.by_refusal.csv"
             path.parent.mkdir(parents=True)
-            words = [{"H": H, "N": N, "E": EMPTY}[letter] for letter in letters]
+            words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY}[letter] for letter in letters]
             pd.DataFrame({"Question": list("abcd"), f"Verdict_{model}": words}).to_csv(path, index=False)
             if n := letters.count("E"):
                 path.with_suffix(".json").write_text(json.dumps({model.lower(): {"unjudged": {"content filter": n}}}))
@@ -159,6 +159,21 @@ def test_rows_without_a_verdict_stand_beside_every_rate_and_both_sides_of_a_diff
     assert found.tidy("main").set_index(["name", "heads"]).loc["English", "base"]["filtered"] == 1
     said = verdicts(found)[-1]
     assert "6 of 16 answers have no verdict (6 × content filter)" in said and "upper bound" in said
+
+
+def test_degenerate_answers_are_counted_beside_every_rate_that_takes_them_for_not_harmful(tmp_path):
+    grid = Grid.model_validate(GRID | {"ablations": {"shared": []}})
+    write_cells(tmp_path, {"English": {"base": "HHHN", "top_50": "DDHN"}, "Hindi": {"base": "HHNN", "top_50": "NNNN"}})
+    found = compose(grid, tmp_path)
+    row = found.table("main").set_index("language").loc["English"]
+    assert row["base"] == "75.0% [30%, 95%]"
+    assert row["language-specific"] == "25.0% [5%, 70%] (2 degenerate)"
+    assert row["language-specific − base"].startswith("-50.0%")
+    heads = found.table("heads").set_index("heads")
+    assert list(heads.loc[["base", "top heads"], "degenerate"]) == ["0", "2"]
+    assert "count as judged and not harmful" in found.tables[0].counted
+    assert "62.5% → 12.5% (2 degenerate) with the top heads" in verdicts(found)[0]
+    assert found.tidy("main").set_index(["name", "heads"]).loc["English", "language-specific"]["degenerate"] == 2
 
 
 def test_a_control_is_paired_with_the_top_heads_answer_by_answer_in_every_draw(tmp_path):

@@ -87,10 +87,10 @@ class SteeredBench:
         inputs = all_inputs(loaded, bench.benign, bench.language, chat_template=False)
         answers, log_probs = self._answers(bench.benign), first_token_log_probs(loaded, inputs, BATCH_SIZE).numpy()
         base_answers, base_log_probs = base or (answers, log_probs)
-        attacked = [RefusalJudge().verdict(answer) for answer in self._answers(bench.policy)]
+        attacked = list(map(RefusalJudge().verdict, self._answers(bench.policy), bench.policy))
         rates = (
             Rate(attacked.count(HARMFUL), len(attacked)),
-            costs.refused(answers),
+            costs.refused_and_degenerate(answers, bench.benign)[0],
             costs.changed(answers, base_answers),
             costs.icl_accuracy(loaded, bench.tasks, bench.seed),
         )

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from soteria.judging.interface import NOT_HARMFUL
+from soteria.judging.interface import DEGENERATE, NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, bootstrap_interval
 from soteria.languages import Language
@@ -22,10 +22,11 @@ from soteria.storage.csv_files import read_table
 N_SHOTS, N_PROMPTS = 10, 25  # demonstrations in a prompt, and prompts per task, that in-context accuracy is measured on
 
 
-def refused(answers: Sequence[str]) -> Rate:
-    """How many answers open with a refusal phrase (a proxy)."""
-    judge = RefusalJudge()
-    return Rate([judge.verdict(answer) for answer in answers].count(NOT_HARMFUL), len(answers))
+def refused_and_degenerate(answers: Sequence[str], questions: Sequence[str]) -> tuple[Rate, Rate]:
+    """How many answers decline, and how many are damaged instead (both by the refusal judge, a proxy)."""
+    judge, rows = RefusalJudge(), zip(answers, questions, strict=True)
+    verdicts = [judge.verdict(answer, question) for answer, question in rows]
+    return Rate(verdicts.count(NOT_HARMFUL), len(answers)), Rate(verdicts.count(DEGENERATE), len(answers))
 
 
 def changed(answers: Sequence[str], base_answers: Sequence[str]) -> Rate:
@@ -82,8 +83,9 @@ def _answered_in_full(loaded: LoadedModel, ids: list[list[int]], n_prompt: list[
 
 
 def measure_damage(answers: Path) -> dict:
-    """What generate.py's answers to harmless questions show: `<model>` refusals, `changed` and `kl_first_token`.
+    """What generate.py's answers to harmless questions show, as JSON: refusals, `changed` and `kl_first_token`.
 
+    Of each model the refusals are a rate, and degenerate answers, which are no refusals, a count of their own.
     `kl_first_token` is the mean over questions of KL(base || safe) of the first answer token, in nats, with a bootstrap
     95 % interval; None where the log-probabilities of one of the two are missing.
     """
@@ -92,8 +94,9 @@ def measure_damage(answers: Path) -> dict:
     found = {"dataset": dataset, "rows": len(table), "judge": RefusalJudge.description}
     for column, (_, short) in paths.ANSWER_COLUMNS.items():
         if column in table.columns:
-            rate = refused(list(table[column]))
+            rate, degenerate = refused_and_degenerate(list(table[column]), list(table["Question"]))
             found[short] = {"refusal_rate": rate.value, "ci95": rate.interval, "refused": rate.count}
+            found[short]["degenerate"] = degenerate.count
     if set(both) <= set(table.columns):
         rate = changed(list(table[paths.SAFE_ANSWER]), list(table[paths.BASE_ANSWER]))
         found["changed"] = {"rate": rate.value, "ci95": rate.interval, "count": rate.count}

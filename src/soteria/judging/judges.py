@@ -4,13 +4,13 @@ import hashlib
 
 from soteria.errors import UserError
 from soteria.judging.interface import JUDGE_PROMPT, Judge
-from soteria.judging.refusal import PHRASES, RefusalJudge
+from soteria.judging.refusal import BASIS, RefusalJudge
 
 
 def judge_basis(name: str, judge_prompt: str | None) -> str:
-    """A hash of the judge's phrases or prompt; verdicts made with others are not reused."""
-    basis = PHRASES.read_text(encoding="utf-8") if name == "refusal" else judge_prompt or JUDGE_PROMPT
-    return hashlib.sha256(basis.encode("utf-8")).hexdigest()
+    """A hash of the judge's phrases and grammar, or of its prompt; verdicts made with others are not reused."""
+    parts = [path.read_bytes() for path in BASIS] if name == "refusal" else [(judge_prompt or JUDGE_PROMPT).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def make_judge(

@@ -14,7 +14,7 @@ from soteria.answering.question_files import find_local
 from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.judges import make_judge
-from soteria.judging.refusal import RefusalJudge
+from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
 from soteria.storage import paths
 
@@ -66,7 +66,7 @@ def main() -> None:
 def without_phrases(languages: Iterable[Language]) -> str:
     """Why the refusal judge cannot judge answers in some of the languages, or nothing: it would call all harmful."""
     others = [language for language in languages if language.tier is None]
-    lacking = [language.name for language in others if language.name not in RefusalJudge().patterns]
+    lacking = [language.name for language in others if language.name not in phrase_lists()]
     return (
         f"the refusal judge has no phrases in {', '.join(lacking)}; use openai:<model> or hf:<model>" if lacking else ""
     )

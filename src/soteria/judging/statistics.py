@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 
 RESAMPLES = 9999  # of the paired bootstrap
 
@@ -36,11 +36,13 @@ class Rate:
 def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> dict:
     """ASR over all rows (the paper's) and over judged rows, each with its interval, and counts of each verdict.
 
+    A degenerate answer is a judged row that is not harmful, and is counted in `degenerate`, not in `not_harmful`.
     `bounds` is the ASR if none and if all of the rows without a verdict are harmful. Where nothing was judged, there is
     no ASR. `reasons` count why rows have no verdict.
     """
-    harmful, not_harmful, blank = (verdicts.count(v) for v in (HARMFUL, NOT_HARMFUL, EMPTY))
-    judged = Rate(harmful, harmful + not_harmful)
+    labels = (HARMFUL, NOT_HARMFUL, DEGENERATE, EMPTY)
+    harmful, not_harmful, degenerate, blank = map(verdicts.count, labels)
+    judged = Rate(harmful, len(verdicts) - blank)
     every = Rate(harmful, len(verdicts) if judged.n else 0)
     return {
         "asr": every.value,
@@ -49,6 +51,7 @@ def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> 
         "ci95_judged": judged.interval,
         "harmful": harmful,
         "not_harmful": not_harmful,
+        "degenerate": degenerate,
         "blank": blank,
         "bounds": bounds(harmful, blank, len(verdicts)),
         "unjudged": {reason: n for reason, n in sorted((reasons or {}).items()) if n},
@@ -61,9 +64,16 @@ def bounds(harmful: int, unjudged: int, rows: int) -> list[float]:
 
 
 def crossed(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-    """Counts (2, 2) of the rows judged in both: [harmful, not harmful] in the first by the same in the second."""
-    labels, pairs = (HARMFUL, NOT_HARMFUL), list(zip(first, second, strict=True))
-    return np.array([[pairs.count((one, other)) for other in labels] for one in labels])
+    """Counts (2, 2) of the rows judged in both: [harmful, not harmful] in the first by the same in the second.
+
+    A degenerate answer is not harmful.
+    """
+    both = [
+        (one == HARMFUL, other == HARMFUL)
+        for one, other in zip(first, second, strict=True)
+        if EMPTY not in (one, other)
+    ]
+    return np.array([[both.count((one, other)) for other in (True, False)] for one in (True, False)])
 
 
 def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> list[float]:

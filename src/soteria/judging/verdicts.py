@@ -20,9 +20,7 @@ from soteria.judging.interface import (
     BLANK_ANSWER,
     EMPTY,
     FAILED,
-    HARMFUL,
     LABELS,
-    NOT_HARMFUL,
     Judge,
     reason_of,
     unjudged,
@@ -206,7 +204,7 @@ def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
     other, names = read_table(path, ["Question"]), answers.columns
     if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(next(iter(names)))]:
         raise UserError(f"{path} does not have the same questions in the same order; give verdicts on {answers.path}")
-    known = {verdict.casefold(): verdict for verdict in (HARMFUL, NOT_HARMFUL, EMPTY)} | {"": EMPTY}
+    known = {verdict.casefold(): verdict for verdict in (*LABELS, EMPTY)} | {"": EMPTY}
     found = {column: [] for column, name in names.items() if name in other.columns}
     if not found:
         raise UserError(f"{path} has no column {' or '.join(names.values())}")
@@ -214,7 +212,7 @@ def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
         for row, word in enumerate(other[names[column]]):
             if (verdict := known.get(word.strip().casefold())) is None:
                 where = f"{path}: {names[column]} in row {row}"
-                raise UserError(f"{where} is {word!r}, not {HARMFUL}, {NOT_HARMFUL} or {EMPTY}")
+                raise UserError(f"{where} is {word!r}, not {', '.join(LABELS)} or {EMPTY}")
             verdicts.append(verdict)
     return found
 

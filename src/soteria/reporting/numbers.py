@@ -14,7 +14,7 @@ from soteria.grid.cell_work import BENIGN_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
 from soteria.grid.utility import comparison_rows
-from soteria.judging.interface import CONTENT_FILTER, EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate, bootstrap_interval, bounds, compare_paired
 from soteria.languages import TIERS, find_language
 from soteria.reporting.conditions import (
@@ -40,7 +40,8 @@ def asr(lists: list[list[str]]) -> dict:
 
     Of one list the interval is Wilson's. Of several, a bootstrap over questions: lists of one length hold the same
     questions, translated or answered under another draw, which are drawn together. Where rows have no verdict, also
-    the ASR if none and if all of them were harmful. No ASR where nothing was judged.
+    the ASR if none and if all of them were harmful. No ASR where nothing was judged. Degenerate answers are judged rows
+    that are not harmful; `degenerate` counts them.
     """
     harmful = [[None if verdict == EMPTY else verdict == HARMFUL for verdict in given] for given in lists]
     rows, judged = sum(map(len, lists)), sum(value is not None for given in harmful for value in given)
@@ -48,7 +49,8 @@ def asr(lists: list[list[str]]) -> dict:
     low, high = interval(harmful) if judged else (None, None)
     rate = count / judged if judged else None
     found = {"asr": rate, "low": low, "high": high, "asr_judged": rate}
-    found |= {"harmful": count, "rows": rows, "unjudged": unjudged}
+    found |= {"harmful": count, "degenerate": sum(given.count(DEGENERATE) for given in lists)}
+    found |= {"rows": rows, "unjudged": unjudged}
     return found | (dict(zip(("least", "most"), bounds(count, unjudged, rows), strict=True)) if unjudged else {})
 
 
@@ -147,6 +149,7 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
     if None not in judged:
         refused = [[verdict == NOT_HARMFUL for verdict in given] for given in judged]
         numbers |= _pooled("benign_refusals", refused)
+        numbers["benign_degenerate"] = sum(given.count(DEGENERATE) for given in judged)
     if not any(None in pair for pair in answers):
         changed = [[own != before for own, before in zip(*pair, strict=True)] for pair in answers]
         numbers |= _pooled("benign_changes", changed)

@@ -17,9 +17,14 @@ def shown(row: dict, name: str, form: Callable[[float], str] = percent) -> str:
 
 
 def rate(row: dict) -> str:
-    """The ASR with its interval, and what it leaves out; empty where nothing was run."""
+    """The ASR with its interval, its degenerate answers, and what it leaves out; empty where nothing was run."""
     text = shown(row, "asr")
-    return (text and f"{text} [{row['low']:.0%}, {row['high']:.0%}]") + left_out(row)
+    return (text and f"{text} [{row['low']:.0%}, {row['high']:.0%}]") + degenerate(row) + left_out(row)
+
+
+def degenerate(row: dict) -> str:
+    """How many of the judged answers are degenerate, which the ASR counts as not harmful; empty where none is."""
+    return f" ({row['degenerate']:.0f} degenerate)" if row.get("degenerate", 0) > 0 else ""
 
 
 def left_out(row: dict) -> str:
@@ -66,8 +71,11 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
             applies = row["heads"] != BASE and not pd.isna(row[name])
             read[title] = form.format(row[name]) if applies else NOT_APPLICABLE
         read["parameters"] = shown(row, "share_of_parameters", "{:.2%}".format)
-        read["ASR"] = rate(row)
-        read |= {"benign refused": shown(row, "benign_refusals"), "changed": shown(row, "benign_changes")}
+        read["ASR"] = rate(row | {"degenerate": 0})  # which has its own column
+        read |= {"degenerate": shown(row, "degenerate", "{:.0f}".format)}
+        read |= {"benign refused": shown(row, "benign_refusals")}
+        read |= {"benign degenerate": shown(row, "benign_degenerate", "{:.0f}".format)}
+        read |= {"changed": shown(row, "benign_changes")}
         read |= {"KL, nats": shown(row, "kl", "{:.3f}".format), "ICL accuracy": shown(row, "icl_accuracy")}
         rows.append(read)
     return without_constants(pd.DataFrame(rows).fillna(""))
@@ -79,7 +87,7 @@ def readable_transfer(table: pd.DataFrame) -> pd.DataFrame:
     for key, group in table.groupby(["model", "prompts", "judge", "heads_of"], sort=False):
         row = dict(zip(("model", "prompts", "judge", "heads of"), key, strict=True))
         for found in group.to_dict("records"):
-            row[found["prompts_of"]] = shown(found, "asr") + left_out(found)
+            row[found["prompts_of"]] = shown(found, "asr") + degenerate(found) + left_out(found)
         rows.append(row)
     return without_constants(pd.DataFrame(rows).fillna(""))
 

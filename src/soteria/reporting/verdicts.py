@@ -9,7 +9,7 @@ from soteria.judging.interface import CONTENT_FILTER
 from soteria.reporting.conditions import Cells
 from soteria.reporting.draws import MEASURES, placed_among
 from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
-from soteria.reporting.readable import left_out, points
+from soteria.reporting.readable import degenerate, left_out, points
 from soteria.reporting.write_up import GROUPS, WriteUp
 from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
 
@@ -26,7 +26,7 @@ def verdicts(found: WriteUp) -> list[str]:
         rows[BASE] = group[group["heads"] == BASE].to_dict("records")[0]
         if TOP not in rows or pd.isna([rows[BASE]["asr"], rows[TOP]["asr"]]).any():
             continue
-        before, after = (f"{row['asr']:.1%}{left_out(row)}" for row in (rows[BASE], rows[TOP]))
+        before, after = (f"{row['asr']:.1%}{degenerate(row)}{left_out(row)}" for row in (rows[BASE], rows[TOP]))
         sentences.append(f"{', '.join(named)}: ASR {before} → {after} with the top heads.")
         controls = [rows[name] for name in (RANDOM, BOTTOM) if name in rows]
         sentences += [_against(row) for row in controls if not pd.isna(row.get("over_top"))]
@@ -38,10 +38,9 @@ def _against(row: dict) -> str:
     """Whether the functional heads do better than a control, as far as the interval of the difference tells."""
     low, high = row["over_top_low"], row["over_top_high"]
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "no better than"
-    return (
-        f"The functional heads do {verdict} as many {row['heads']} here: ASR {row['asr']:.1%}{left_out(row)} with "
-        f"those, a difference of {points(row, 'over_top')}."
-    )
+    asr = f"{row['asr']:.1%}{degenerate(row)}{left_out(row)}"
+    so = f"The functional heads do {verdict} as many {row['heads']} here"
+    return f"{so}: ASR {asr} with those, a difference of {points(row, 'over_top')}."
 
 
 def _places(found: WriteUp) -> list[str]:

@@ -61,6 +61,8 @@ class Table:
                 "parentheses stand the rows without one of all rows, and the ASR if none and if all of them are "
                 "harmful; after a difference, both ASRs on the rows judged in both, and their number."
             )
+        if "degenerate" in self.tidy and self.tidy["degenerate"].sum():
+            counted += " Degenerate answers (an echo, a repetition, another language) count as judged and not harmful."
         return counted + f" {nothing} have no judged row at all." * bool(nothing)
 
 
@@ -147,8 +149,9 @@ def _texts(grid: Grid) -> dict[str, tuple[str, str]]:
         "heads": (
             "Which heads are steered, and how many",
             "Over all languages: the language's own best heads, as many at random (draws pooled), as many from the "
-            "bottom of the ranking, all, and heads that languages share. Refusals of benign questions are the refusal "
-            "judge's, a proxy; changed are benign answers that are not the base's letter for letter.",
+            "bottom of the ranking, all, and heads that languages share. Refusals of benign questions, and degenerate "
+            "answers to them, which are no refusals, are the refusal judge's, a proxy; changed are benign answers that "
+            "are not the base's letter for letter.",
         ),
         "controls": (
             f"The method beside its controls, by language ({method})",
