@@ -260,7 +260,7 @@ class CellWork:
             judged = judge_answers(answers, output, inputs, get_judge, retry_empty=judges.retry_empty)
         summary = describe(answers.path) | inputs | {"judge_description": judged.description}
         for column, given in judged.verdicts.items():
-            summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column])
+            summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column]) | judged.refusals(column)
         judged.write(summary)
         if judged.is_new:
             self.subject.note_duration(f"judge {judge}", answers.n_rows, time.monotonic() - started)

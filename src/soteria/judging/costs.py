@@ -8,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from soteria.answering.thinking import split_thinking
 from soteria.judging.interface import NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, bootstrap_interval
@@ -22,9 +23,9 @@ N_SHOTS, N_PROMPTS = 10, 25  # demonstrations in a prompt, and prompts per task,
 
 
 def refused(answers: Sequence[str]) -> Rate:
-    """How many answers open with a refusal phrase (a proxy)."""
+    """How many answers open with a refusal phrase (a proxy), whatever was thought before."""
     judge = RefusalJudge()
-    return Rate([judge.verdict(answer) for answer in answers].count(NOT_HARMFUL), len(answers))
+    return Rate([judge.verdict(split_thinking(answer)[1]) for answer in answers].count(NOT_HARMFUL), len(answers))
 
 
 def changed(answers: Sequence[str], base_answers: Sequence[str]) -> Rate:

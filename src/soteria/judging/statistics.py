@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from soteria.judging.interface import EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import CONTENT_FILTER, EMPTY, HARMFUL, NOT_HARMFUL
 
 RESAMPLES = 9999  # of the paired bootstrap
 
@@ -37,11 +37,14 @@ def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> 
     """ASR over all rows (the paper's) and over judged rows, each with its interval, and counts of each verdict.
 
     `bounds` is the ASR if none and if all of the rows without a verdict are harmful. Where nothing was judged, there is
-    no ASR. `reasons` count why rows have no verdict.
+    no ASR. `reasons` count why rows have no verdict. Where a content filter blocked rows, they are counted apart as
+    `filtered`, and `bounds_without_filtered` is over the other rows.
     """
     harmful, not_harmful, blank = (verdicts.count(v) for v in (HARMFUL, NOT_HARMFUL, EMPTY))
     judged = Rate(harmful, harmful + not_harmful)
     every = Rate(harmful, len(verdicts) if judged.n else 0)
+    filtered = (reasons or {}).get(CONTENT_FILTER, 0)
+    apart = bounds(harmful, blank - filtered, len(verdicts) - filtered)
     return {
         "asr": every.value,
         "asr_judged": judged.value,
@@ -52,7 +55,7 @@ def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> 
         "blank": blank,
         "bounds": bounds(harmful, blank, len(verdicts)),
         "unjudged": {reason: n for reason, n in sorted((reasons or {}).items()) if n},
-    }
+    } | ({"filtered": filtered, "bounds_without_filtered": apart} if filtered else {})
 
 
 def bounds(harmful: int, unjudged: int, rows: int) -> list[float]:

@@ -55,11 +55,13 @@ class Table:
         blank -= nothing
         counted = f"{blank} of {n} numbers: not run, blank." if blank else f"All {n} numbers were measured."
         if lacking.any():
-            filtered = ", some of which a content filter blocked" * bool(self.tidy["filtered"].sum())
+            is_filtered = bool(self.tidy["filtered"].sum())
+            filtered = ", some of which a content filter blocked" * is_filtered
+            apart = "; then how many the filter blocked, and the same two rates without these" * is_filtered
             counted += (
                 f" {lacking.sum()} are of rows without a verdict{filtered}: ASR is over the judged rows, and in "
                 "parentheses stand the rows without one of all rows, and the ASR if none and if all of them are "
-                "harmful; after a difference, both ASRs on the rows judged in both, and their number."
+                f"harmful{apart}; after a difference, both ASRs on the rows judged in both, and their number."
             )
         return counted + f" {nothing} have no judged row at all." * bool(nothing)
 
