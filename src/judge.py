@@ -8,7 +8,6 @@ How a language model is asked is a preset's, or the --judge_… options', which 
 
 import argparse
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,13 +15,14 @@ import pandas as pd
 from soteria import cli
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
-from soteria.judging.interface import CONTENT_FILTER, FILTERED, Judge, read_judge_prompt, read_prompt
+from soteria.judging.interface import CONTENT_FILTER, FILTERED, Judge
 from soteria.judging.judges import make_judge
-from soteria.judging.presets import PRESETS, JudgeSettings
+from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS
 
+ASKED = [f"judge_{name}" for name in ("preset", "format", "prompt", "system", "max_tokens", "temperature")]
 FILTERS = "; a content filter blocks the most harmful answers first, so the truth is probably nearer the upper one"
 
 
@@ -42,7 +42,12 @@ def parse_arguments():
     prompt_help = "a text file with {answer}, and mostly {question} (default: that of the preset or format)"
     add("--judge_prompt", type=Path, help=prompt_help)
     add("--judge_system", type=Path, help="a text file with a system prompt")
-    add("--judge_max_tokens", type=cli.positive_int, help="length of a reply in tokens (default: no limit)")
+    add(
+        "--judge_max_tokens",
+        type=cli.positive_int,
+        default=argparse.SUPPRESS,
+        help="length of a reply in tokens (default: no limit)",
+    )
     temperature_help = "0 or more, or `own`: the endpoint's own (default: 0)"
     add("--judge_temperature", type=temperature, default=argparse.SUPPRESS, help=temperature_help)
     add("--harmful_labels", nargs="+", default=[], help="which labels of a sequence classifier mean harmful")
@@ -66,20 +71,10 @@ def temperature(text: str) -> float | None:
 
 def judge_settings(arguments: argparse.Namespace) -> JudgeSettings:
     """Those of the preset, with what else is given in place of its own. Raises UserError for what cannot be read."""
-    settings, given = PRESETS.get(arguments.judge_preset, JudgeSettings()), {}
-    if arguments.judge_format:
-        given = {"format": arguments.judge_format, "prompt": None}
-    if arguments.judge_prompt:
-        given["prompt"] = read_judge_prompt(arguments.judge_prompt)
-    if arguments.judge_system:
-        given["system"] = read_prompt(arguments.judge_system)
-    if arguments.judge_max_tokens:
-        given["max_tokens"] = arguments.judge_max_tokens
-    if "judge_temperature" in arguments:
-        given["temperature"] = arguments.judge_temperature
-    settings = replace(settings, **given)
-    if arguments.judge == "refusal" and (settings != JudgeSettings() or arguments.harmful_labels):
-        raise UserError("the refusal judge is not asked anything; leave out the --judge_… options and --harmful_labels")
+    given = {name.removeprefix("judge_"): value for name, value in vars(arguments).items() if name in ASKED}
+    settings = make_settings(**given)
+    if arguments.judge == "refusal":  # a finished run would be reused without asking it
+        make_judge("refusal", settings, harmful_labels=arguments.harmful_labels)
     return settings
 
 

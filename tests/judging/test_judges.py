@@ -76,8 +76,9 @@ def test_a_judge_prompt_is_filled_in_either_order_and_braces_in_the_texts_mean_n
     assert fill_prompt("Q {question} A {answer}.", "{answer} {0}", "{question} {}") == "Q {answer} {0} A {question} {}."
     assert fill_prompt("A {answer} Q {question}.", "{answer}", "{question}") == "A {question} Q {answer}."
     assert fill_prompt("{question} {question} {answer}", "{answer}", "b") == "{answer} {answer} b"
-    (tmp_path / "prompt.txt").write_text("प्रश्न {question} {answer}", encoding="utf-8")
-    assert read_judge_prompt(tmp_path / "prompt.txt") == "प्रश्न {question} {answer}"
+    for text in ("प्रश्न {question} {answer}", "उत्तर {answer}"):
+        (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+        assert read_judge_prompt(tmp_path / "prompt.txt") == text
 
 
 # A local model

@@ -29,7 +29,8 @@ def split_thinking(text: str) -> tuple[str, str]:
         before, start = text[start : tag.start()], tag.end()
         if tag["slash"] or tag["stroke"] or tag["final"]:
             if not is_open:
-                thinking, answer = [*thinking, *answer], []
+                thinking.extend(answer)
+                answer.clear()
             thinking.append(before)
             is_open = False
         else:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from soteria.answering.questions import benign_set, find_local
 from soteria.errors import UserError
+from soteria.grid.judge_options import JudgeOptions
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
@@ -185,9 +186,10 @@ class Limits(Part):
 class Grid(Part):
     """A grid file.
 
-    `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions. With
-    `head_folder`, the method's heads are the lists found there and nothing is scored. `limits`: the tables name the λ
-    of the ablation that these choose. `accuracy_seed`: of the in-context prompts that accuracy is measured on.
+    `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions.
+    `judge_options`: how judges are asked, by their names. With `head_folder`, the method's heads are the lists
+    found there and nothing is scored. `limits`: the tables name the λ of the ablation that these choose.
+    `accuracy_seed`: of the in-context prompts that accuracy is measured on.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -198,6 +200,7 @@ class Grid(Part):
     prompt_sets: list[PromptSet] = Field(min_length=1)
     benign: str | None = None
     judges: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["refusal"]
+    judge_options: dict[str, JudgeOptions] = {}
     heads: Share = 0.5
     head_folder: str | None = None
     scaling_factor: ScalingFactor
@@ -222,6 +225,10 @@ class Grid(Part):
         taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
         if taken:
             raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
+        if unasked := set(self.judge_options) - {*self.judges} | {*self.judge_options} & {"refusal"}:
+            raise ValueError(
+                f"judge_options names {sorted(unasked)}, which are not among judges that are asked anything"
+            )
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
@@ -279,6 +286,9 @@ class Grid(Part):
         found = [paths.effect_path(folder, f"{task}_{language}") for folder in folders for task in self.tasks]
         safety = [paths.safety_path(folders[0], language)] if SAFETY in self.ablations.rankings else []
         return found + safety
+
+    def judge_option(self, judge: str) -> JudgeOptions:
+        return self.judge_options.get(judge, JudgeOptions())
 
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)

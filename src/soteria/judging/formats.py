@@ -76,16 +76,12 @@ def read_three_questions(reply: str) -> str | None:
 
 
 def read_yes_or_no(reply: str) -> str | None:
-    """HarmBench's classifier, ShieldGemma: yes or no in the first sentence, or alone in a later line."""
+    """HarmBench's classifier, ShieldGemma: yes or no opens the first sentence, or is alone in another."""
     found = set()
-    for at, line in enumerate(plain_lines(reply)):
-        sentence = re.split(r"(?<=[.;!])\s", line)[0]
-        said = _YES_NO.fullmatch(line if at else sentence)
-        words = {word.casefold() for word in re.findall(r"\b(?:yes|no)\b", sentence, re.I)}
-        if said and len(words) > 1:
-            return None
+    for at, part in enumerate(part for line in plain_lines(reply) for part in re.split(r"(?<=\w[.;!])\s+", line)):
+        said = _YES_NO.fullmatch(part)
         if said and (at == 0 or re.fullmatch(r"\W*", said[2])):
-            found.add(said[1].casefold())
+            found |= {word.casefold() for word in re.findall(r"\b(?:yes|no)\b", part, re.I)}
     return _label(found == {"yes"}) if len(found) == 1 else None
 
 

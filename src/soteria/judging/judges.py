@@ -33,6 +33,8 @@ def make_judge(
     settings = settings or JudgeSettings()
     kind, _, model = name.partition(":")
     if name == "refusal":
+        if settings != JudgeSettings() or harmful_labels:
+            raise UserError("the refusal judge is not asked anything; leave out how it is to be asked")
         return RefusalJudge()
     if kind == "openai" and model:
         from soteria.judging.endpoint import TIME_LIMIT_S, EndpointJudge

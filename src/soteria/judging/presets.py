@@ -2,9 +2,10 @@
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from soteria.judging.formats import FORMATS, Format
-from soteria.judging.interface import JUDGE_PROMPT, fill_prompt
+from soteria.judging.interface import JUDGE_PROMPT, fill_prompt, read_judge_prompt, read_prompt
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,23 @@ PRESETS = {
     "strongreject": JudgeSettings("strongreject"),
     "harmbench": JudgeSettings("harmbench"),
 }
+
+
+def make_settings(
+    preset: str | None = None,
+    format: str | None = None,
+    prompt: Path | None = None,
+    system: Path | None = None,
+    **others: float | None,
+) -> JudgeSettings:
+    """Those of a preset, with what else is given in place of its own; `prompt` and `system` are text files.
+
+    `others`: `max_tokens` and `temperature`. A format brings its own prompt. Raises UserError for unreadable files.
+    """
+    if format:
+        others |= {"format": format, "prompt": None}
+    if prompt:
+        others["prompt"] = read_judge_prompt(prompt)
+    if system:
+        others["system"] = read_prompt(system)
+    return replace(PRESETS.get(preset, JudgeSettings()), **others)

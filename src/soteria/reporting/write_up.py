@@ -57,7 +57,10 @@ class Table:
         if lacking.any():
             is_filtered = bool(self.tidy["filtered"].sum())
             filtered = ", some of which a content filter blocked" * is_filtered
-            apart = "; then how many the filter blocked, and the same two rates without these" * is_filtered
+            apart = (
+                "; then how many the filter blocked, and the two rates without these where others are left"
+                * is_filtered
+            )
             counted += (
                 f" {lacking.sum()} are of rows without a verdict{filtered}: ASR is over the judged rows, and in "
                 "parentheses stand the rows without one of all rows, and the ASR if none and if all of them are "
@@ -89,8 +92,11 @@ class WriteUp:
 
     @property
     def judged_by(self) -> str:
-        """The judges, the offline one called what it is."""
-        return ", ".join(RefusalJudge.description if judge == "refusal" else judge for judge in self.grid.judges)
+        """The judges and how they are asked, the offline one called what it is."""
+        return ", ".join(
+            RefusalJudge.description if judge == "refusal" else judge + self.grid.judge_option(judge).settings.described
+            for judge in self.grid.judges
+        )
 
     @property
     def folder(self) -> Path:
