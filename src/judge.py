@@ -72,10 +72,7 @@ def temperature(text: str) -> float | None:
 def judge_settings(arguments: argparse.Namespace) -> JudgeSettings:
     """Those of the preset, with what else is given in place of its own. Raises UserError for what cannot be read."""
     given = {name.removeprefix("judge_"): value for name, value in vars(arguments).items() if name in ASKED}
-    settings = make_settings(**given)
-    if arguments.judge == "refusal":  # a finished run would be reused without asking it
-        make_judge("refusal", settings, harmful_labels=arguments.harmful_labels)
-    return settings
+    return make_settings(**given)
 
 
 def main() -> None:

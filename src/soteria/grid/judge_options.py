@@ -1,7 +1,7 @@
 """How a grid's judge is asked, as its grid file says under `judge_options`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +19,7 @@ class JudgeOptions(BaseModel):
     prompt: Path | None = None
     system: Path | None = None
     max_tokens: int | None = Field(default=None, gt=0)
-    temperature: float | Literal["own"] = Field(default=0.0, ge=0)
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["own"] = 0.0
     harmful_labels: tuple[str, ...] = ()
 
     @property

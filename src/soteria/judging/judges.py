@@ -10,8 +10,12 @@ from soteria.judging.refusal import PHRASES, RefusalJudge
 
 
 def judge_basis(name: str, settings: JudgeSettings, harmful_labels: Sequence[str] = ()) -> str:
-    """A hash of the judge's phrases or settings; verdicts made with others are not reused."""
+    """A hash of the judge's phrases or settings; verdicts made with others are not reused.
+
+    Raises UserError for settings that the judge does not have.
+    """
     if name == "refusal":
+        _refuse(settings, harmful_labels)
         return hashlib.sha256(PHRASES.read_text(encoding="utf-8").encode("utf-8")).hexdigest()
     labels = ",".join(sorted(harmful_labels))
     return hashlib.sha256((settings.basis + labels).encode()).hexdigest() if labels else settings.basis
@@ -33,8 +37,7 @@ def make_judge(
     settings = settings or JudgeSettings()
     kind, _, model = name.partition(":")
     if name == "refusal":
-        if settings != JudgeSettings() or harmful_labels:
-            raise UserError("the refusal judge is not asked anything; leave out how it is to be asked")
+        _refuse(settings, harmful_labels)
         return RefusalJudge()
     if kind == "openai" and model:
         from soteria.judging.endpoint import TIME_LIMIT_S, EndpointJudge
@@ -54,3 +57,9 @@ def make_judge(
             raise UserError(f"{model!r} is a classifier, which no prompt is put to; leave out the --judge_… options")
         return ClassifierJudge(loaded, harmful_labels)
     raise UserError(f"unknown judge {name!r}; give refusal, openai:<model> or hf:<model>")
+
+
+def _refuse(settings: JudgeSettings, harmful_labels: Sequence[str]) -> None:
+    if settings != JudgeSettings() or harmful_labels:
+        like = "--judge_preset and its like (judge_options in a grid file)"
+        raise UserError(f"the refusal judge is not asked anything; leave out {like}")
