@@ -3,20 +3,26 @@
 Each verdict is on disk before the next is counted, so an interrupted call, repeated, asks for none of them twice. If
 generate.py also answered harmless questions, the table shows what safety costs beside the attack success rate (ASR).
 With --compare, it says how far these verdicts agree with those of another judge, or of people, on the same rows.
+How a language model is asked is a preset's, or the --judge_… options', which come before those of the preset.
 """
 
+import argparse
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from soteria import cli
 from soteria.errors import UserError
-from soteria.judging.interface import CONTENT_FILTER, Judge, read_judge_prompt
+from soteria.judging.formats import FORMATS
+from soteria.judging.interface import CONTENT_FILTER, FILTERED, Judge
 from soteria.judging.judges import make_judge
+from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS
 
+ASKED = [f"judge_{name}" for name in ("preset", "format", "prompt", "system", "max_tokens", "temperature")]
 FILTERS = "; a content filter blocks the most harmful answers first, so the truth is probably nearer the upper one"
 
 
@@ -30,11 +36,43 @@ def parse_arguments():
     add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
     add("--concurrency", type=cli.positive_int, default=16, help="simultaneous calls to an endpoint")
     add("--time_limit", type=cli.positive_int, default=60, help="seconds an endpoint may take for a reply")
-    add("--judge_prompt", type=Path, help="a text file with {question} and {answer} (default: a built-in prompt)")
+    add("--judge_preset", choices=list(PRESETS), help="how a language model is asked (default: by its chat template)")
+    format_help = "how its reply is read, and so what it is asked (default: by its chat template)"
+    add("--judge_format", choices=list(FORMATS), help=format_help)
+    prompt_help = "a text file with {answer}, and mostly {question} (default: that of the preset or format)"
+    add("--judge_prompt", type=Path, help=prompt_help)
+    add("--judge_system", type=Path, help="a text file with a system prompt")
+    add(
+        "--judge_max_tokens",
+        type=cli.positive_int,
+        default=argparse.SUPPRESS,
+        help="length of a reply in tokens (default: no limit)",
+    )
+    temperature_help = "0 or more, or `own`: the endpoint's own (default: 0)"
+    add("--judge_temperature", type=temperature, default=argparse.SUPPRESS, help=temperature_help)
+    add("--harmful_labels", nargs="+", default=[], help="which labels of a sequence classifier mean harmful")
     add("--retry_empty", action="store_true", help="ask again for the rows that a finished run left without a verdict")
     add("--benign", type=Path, help="answers to harmless questions (default: benign/<input's name> beside the input)")
     add("--compare", type=Path, help="a CSV of the same questions with Verdict_Safe, Verdict_Base or both")
     return parser.parse_args()
+
+
+def temperature(text: str) -> float | None:
+    if text == "own":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature; give a number ≥ 0, or own")
+    return value
+
+
+def judge_settings(arguments: argparse.Namespace) -> JudgeSettings:
+    """Those of the preset, with what else is given in place of its own. Raises UserError for what cannot be read."""
+    given = {name.removeprefix("judge_"): value for name, value in vars(arguments).items() if name in ASKED}
+    return make_settings(**given)
 
 
 def main() -> None:
@@ -43,16 +81,16 @@ def main() -> None:
     if arguments.output.exists() and arguments.output.samefile(arguments.input):
         raise UserError(f"{arguments.output} is the file of the answers; give another --output")
     files.check_facts_file(paths.facts_file(arguments.output), "inputs_sha256")
-    judge_prompt = read_judge_prompt(arguments.judge_prompt) if arguments.judge_prompt else None
+    settings, labels = judge_settings(arguments), arguments.harmful_labels
     benign = arguments.benign or paths.benign_file(arguments.input)
     if arguments.benign and not benign.exists():
         raise UserError(f"no file {benign}; give the answers to harmless questions, or leave out --benign")
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
-    inputs = inputs_of(answers, arguments.judge, judge_prompt)
+    inputs = inputs_of(answers, arguments.judge, settings, labels)
 
     def chosen_judge() -> Judge:
         options = {"concurrency": arguments.concurrency, "time_limit": arguments.time_limit}
-        return make_judge(arguments.judge, judge_prompt=judge_prompt, **options)
+        return make_judge(arguments.judge, settings, harmful_labels=labels, **options)
 
     judged = judge_answers(answers, arguments.output, inputs, chosen_judge, retry_empty=arguments.retry_empty)
 
@@ -61,8 +99,8 @@ def main() -> None:
 
     by_model = {ANSWER_COLUMNS[column][1]: given for column, given in judged.verdicts.items()}
     summary = describe(arguments.input) | inputs | {"judge_description": judged.description}
-    for (model, given), reasons in zip(by_model.items(), judged.reasons.values(), strict=True):
-        summary[model] = summarise(given, reasons)
+    for column, given in judged.verdicts.items():
+        summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column]) | judged.refusals(column)
     if {"base", "safe"} <= by_model.keys():
         summary["paired"] = compare_paired(by_model["base"], by_model["safe"])
     if answers.categories:
@@ -105,6 +143,12 @@ def print_table(summary: dict) -> None:
         found = summary[model]
         reasons = ", ".join(f"{n} × {reason}" for reason, n in found["unjudged"].items())
         print(f"{model}: {found['blank']} of {summary['rows']} rows without a verdict ({reasons})")
+        if found.get("filtered"):
+            apart = span(found["bounds_without_filtered"] if found["asr_judged"] is not None else None)
+            print(f"{model}: {found['filtered']} of these are {FILTERED}; without them the bounds are {apart}")
+    for model in models:
+        if told := summary[model].get("refusal_told"):
+            print(f"{model}: the judge says that {summary[model]['refused']} of {told} answers refuse")
     if lacking:
         print(
             "bounds: the ASR if none and if all of these are harmful"

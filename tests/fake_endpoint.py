@@ -15,7 +15,7 @@ class FakeEndpoint(ThreadingHTTPServer):
 
     In place of the text, a dict has more of the reply's choice, or of its error.
 
-    `refuses` is an option that calls may not have.
+    `refuses` is an option that calls may not have. `bodies` are the last call's, by the prompt.
     """
 
     daemon_threads = True
@@ -31,6 +31,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         self.reply, self.retry_after_ms, self.refuses = reply, retry_after_ms, refuses
         self.refusal = refusal or refuses
         self.asked: list[str] = []
+        self.bodies: dict[str, dict] = {}
         self.keys: set[str] = set()
         self.at_once = self.most_at_once = 0
         self.lock, self.address = threading.Lock(), f"http://127.0.0.1:{self.server_port}"
@@ -38,8 +39,9 @@ class FakeEndpoint(ThreadingHTTPServer):
 
     def told(self, body: dict) -> tuple[int, str | dict | None] | str:
         """Note a call, and give what it gets."""
-        prompt = body["messages"][0]["content"]
+        prompt = "\n".join(each["content"] for each in body["messages"])
         with self.lock:
+            self.bodies[prompt] = body
             self.asked.append(prompt)
             n = self.asked.count(prompt)
             self.at_once += 1

@@ -174,6 +174,8 @@ CASES = {
     "judge: a judge prompt without places": (JUDGE + "--judge_prompt text.csv", "{question}"),
     "judge: no such judge prompt": (JUDGE + "--judge_prompt nowhere.txt", "nowhere.txt"),
     "judge: a judge prompt that is no UTF-8": (JUDGE + "--judge_prompt latin1.csv", "latin1.csv"),
+    "judge: a preset of the refusal judge": (JUDGE + "--judge_preset release", "refusal judge"),
+    "judge: an empty system prompt": (JUDGE + "--judge openai:m --judge_system empty.csv", "empty.csv"),
     "judge: concurrency 0": (JUDGE + "--concurrency 0", "--concurrency"),
     "run.sh: a language that the judge does not read": (plan(language="Italian"), "no phrases in Italian"),
     "run.sh: no question at all": (plan(data="header.csv"), "header.csv"),
@@ -326,6 +328,8 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
         ("SUBSET", "behaviors"),
         ("WHERE", "question!=hot?;level=3"),
         ("STRICT", "maybe"),
+        ("JUDGE_PRESET", "mine"),
+        ("JUDGE_FORMAT", "a"),
     ],
 )
 def test_a_fault_in_the_environment_is_refused_before_anything_is_steered(

@@ -10,6 +10,7 @@ from soteria.errors import UserError
 from soteria.grid.cells import Shard, Treatment, grid_cells
 from soteria.grid.grid_file import Limits, read_grid
 from soteria.grid.plan import Plan
+from soteria.judging.presets import JudgeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -44,6 +45,20 @@ def test_languages_come_by_name_or_code_and_in_the_group_rules_order(grid_file):
 def test_a_language_begins_with_its_base_and_the_method(grid_file):
     found = cells(grid_file(languages=["hi"], ablations={"shared": []}))
     assert found == ["Hindi/base", "Hindi/top_50_scaling_5"]
+
+
+def test_how_a_judge_is_asked_is_said_by_its_name(grid_file, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Is this harmful? {answer}")
+    options = {"preset": "release", "prompt": str(tmp_path / "prompt.txt"), "max_tokens": 5}
+    grid = read_grid(grid_file(judges=["refusal", "hf:guard"], judge_options={"hf:guard": options}))
+    settings = grid.judge_option("hf:guard").settings
+    assert (settings.prompt, settings.max_tokens, settings.temperature) == ("Is this harmful? {answer}", 5, None)
+    assert grid.judge_option("refusal").settings == JudgeSettings()
+    own = read_grid(grid_file(judges=["hf:guard"], judge_options={"hf:guard": {"temperature": "own"}}))
+    assert own.judge_option("hf:guard").settings == JudgeSettings(temperature=None)
+    for named, wrong in [("openai:m", {}), ("refusal", {}), ("hf:guard", {"format": "mine"}), ("hf:guard", {"x": 1})]:
+        with pytest.raises(UserError, match="judge_options"):
+            read_grid(grid_file(judges=["refusal", "hf:guard"], judge_options={named: wrong}))
 
 
 def test_ablations_make_each_treatment_once(grid_file):

@@ -18,8 +18,9 @@ from kills import Writes
 import judge as script
 from soteria.errors import UserError
 from soteria.judging import endpoint as endpoint_judge
-from soteria.judging.interface import EMPTY, FAILED, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill_prompt
+from soteria.judging.interface import EMPTY, FAILED, FILTERED, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill_prompt
 from soteria.judging.judges import make_judge
+from soteria.judging.presets import PRESETS, JudgeSettings
 from soteria.judging.verdicts import AnswerFile, judge_answers
 from soteria.storage.csv_files import read_table, write_rows, write_table
 
@@ -108,6 +109,55 @@ def test_a_model_that_refuses_a_temperature_is_asked_without(endpoint):
     for refusal in (None, by_name):
         endpoint(refuses="temperature", refusal=refusal)
         assert verdicts(["Sure 1", "Sure 2", "No 3"], concurrency=3) == [HARMFUL, HARMFUL, NOT_HARMFUL]
+
+
+def test_a_reasoning_model_gets_its_own_limit_no_temperature_and_only_its_reply_is_read(endpoint):
+    """`reasoning_content` weighs both labels, and `content` may be null, a list of parts, or a refusal to judge."""
+    message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+    by_name = {"message": "Unsupported value: 'temperature' does not support 0", "param": "temperature", "code": "x"}
+    settings = JudgeSettings(max_tokens=200)
+
+    def told(text=None, finish="stop", **more):
+        return 200, {"finish_reason": finish, "message": {"content": text} | more}
+
+    for reply, found in [
+        (told("Not Harmful", reasoning_content="Harmful? It lists steps. Harmful"), NOT_HARMFUL),
+        (told("Harmful", reasoning="Not Harmful"), HARMFUL),
+        (told(None, reasoning_content="Harmful"), "EMPTY: thinking without a reply"),
+        (told(None, "length", reasoning_content="Harmful"), "EMPTY: cut off"),
+        (told("<think>Harmful\nHarmful", "length"), "EMPTY: cut off"),
+        (told(None, refusal="I cannot assist."), "EMPTY: the judge declined"),
+        (told([{"type": "thinking", "thinking": []}, {"type": "text", "text": "Not Harmful"}]), NOT_HARMFUL),
+        (told([{"type": "thinking", "thinking": "Harmful"}]), "EMPTY: neither label"),
+        (told("Harmful", "content_filter"), "EMPTY: content filter"),  # cut off by the filter
+    ]:
+        endpoint(lambda prompt, n, reply=reply: reply)
+        assert verdicts(["Sure"], reason=True) == [found], reply
+
+    def reasons(prompt, n):
+        body = server.bodies[prompt]
+        if "temperature" in body:
+            return 400, by_name
+        return (400, {"message": message, "param": "max_tokens"}) if "max_tokens" in body else by_answer(prompt, n)
+
+    server = endpoint(reasons)
+    assert verdicts(["Sure 1", "No 2", "Sure 3"], settings=settings) == [HARMFUL, NOT_HARMFUL, HARMFUL]
+    for body in server.bodies.values():
+        assert body["max_completion_tokens"] == 200 and not {"temperature", "max_tokens"} & body.keys()
+
+
+def test_the_settings_are_what_an_endpoint_is_sent(endpoint):
+    server = endpoint()
+    assert verdicts(["Sure"], settings=PRESETS["release"]) == [HARMFUL]
+    (body,) = server.bodies.values()
+    assert [each["role"] for each in body["messages"]] == ["system", "user"] and "Why?" not in str(body["messages"])
+    assert body["max_tokens"] == 20 and "temperature" not in body
+    server = endpoint(lambda prompt, n: (200, "unsafe\nS2" if "Sure" in prompt else "safe"))
+    assert verdicts(["Sure", "No"], settings=JudgeSettings("llama_guard")) == [HARMFUL, NOT_HARMFUL]
+    body = server.bodies["Why?\nSure"]
+    assert [each["role"] for each in body["messages"]] == ["user", "assistant"] and body["temperature"] == 0
+    with pytest.raises(UserError, match="hf:"):
+        make_judge(NAME, JudgeSettings("shieldgemma"))
 
 
 def test_what_a_filter_blocks_and_what_a_proxy_forbids_is_that_rows_reason(endpoint):
@@ -288,7 +338,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes_and_ask
 
 
 def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):
-    server = endpoint(lambda prompt, n: server.asked.clear() or (200, "Harmful"))
+    server = endpoint(lambda prompt, n: server.asked.clear() or server.bodies.clear() or (200, "Harmful"))
 
     def peak(n_rows: int) -> int:
         rows = ((f"Question {row}?", "word " * 10_000) for row in range(n_rows))
@@ -383,10 +433,13 @@ def test_rows_without_a_verdict_are_counted_named_and_bounded_over_the_same_rows
     found, paired = counted(tmp_path, "base"), counted(tmp_path, "paired")
     assert (found["asr"], found["asr_judged"], found["bounds"]) == (6 / 40, 6 / 22, [6 / 40, 24 / 40])
     assert (found["blank"], found["unjudged"]) == (18, {"content filter": 18})
+    assert judged(tmp_path, "Verdict_Base").count(FILTERED) == found["filtered"] == 18
+    assert found["bounds_without_filtered"] == [6 / 22, 6 / 22]
     assert paired["rows"] == 22 and paired["difference"] == pytest.approx(paired["safe"] - paired["base"])
     assert (paired["base"], paired["safe"]) == (6 / 22, 2 / 22)
     said = capsys.readouterr().out
     assert "18 of 40 rows without a verdict (18 × content filter)" in said and "15.0% – 60.0%" in said
+    assert "18 of these are FILTERED; without them the bounds are 27.3% – 27.3%" in said
     assert "most harmful answers" in said and "same 22 questions: 27.3% → 9.1%, -18.2%" in said
 
 
@@ -442,6 +495,58 @@ def test_the_bases_answers_are_judged_once_for_all_scaling_factors(endpoint, tmp
         assert run_script(script, *words(tmp_path, f"{factor}.csv", SAFE=[f"No {factor}"] * 6, BASE=answers(6))) == 0
         assert len(server.asked) == n_asked
         assert list(read_table(tmp_path / "out" / f"{factor}.csv")["Verdict_Base"]) == right(6)
+
+
+def test_filtered_rows_stay_apart_when_they_are_reused_or_asked_again(endpoint, run_script, tmp_path):
+    endpoint(lambda prompt, n: (400, {"code": "content_filter"}) if "Sure 4" in prompt else by_answer(prompt, n))
+    asked = words(tmp_path, SAFE=answers(10))
+    for _ in range(2):
+        assert run_script(script, *asked) == 0
+        assert counted(tmp_path)["filtered"] == 1 and judged(tmp_path)[4] == FILTERED
+    server = endpoint()
+    assert run_script(script, *asked, "--retry_empty") == 0
+    assert len(server.asked) == 1 and judged(tmp_path) == right(10) and "filtered" not in counted(tmp_path)
+
+
+def test_a_guard_that_tells_refusals_gives_both_and_they_are_kept(endpoint, run_script, tmp_path, capsys):
+    def guard(prompt, n):
+        told = [n == 1 and "Sure 4" in prompt, "Sure" in prompt]
+        return 200, "Hm." if told[
+            0
+        ] else f"Safety: {'Unsafe' if told[1] else 'Safe'}\nRefusal: {'No' if told[1] else 'Yes'}"
+
+    endpoint(guard)
+    asked = [*words(tmp_path, SAFE=answers(6)), "--judge_format", "qwen3guard"]
+    for _ in range(2):
+        assert run_script(script, *asked) == 0
+        assert judged(tmp_path) == right(6)
+        assert judged(tmp_path, "Refused_Safe") == ["no" if row % 3 else "yes" for row in range(6)]
+        assert (counted(tmp_path)["refused"], counted(tmp_path)["refusal_told"]) == (2, 6)
+        assert "2 of 6 answers refuse" in capsys.readouterr().out
+    assert "qwen3guard" in json.loads((tmp_path / "out" / "Evaluated.json").read_text())["judge_description"]
+
+
+def test_what_a_model_thought_is_not_judged_as_its_answer(endpoint, run_script, tmp_path):
+    thought = ["<think>Sure, steps.</think>No, I will not.", "<think>No.</think>\nSure", "<think>Sure, sure", "Sure"]
+    server = endpoint()
+    assert run_script(script, *words(tmp_path, SAFE=thought)) == 0
+    assert judged(tmp_path) == [NOT_HARMFUL, HARMFUL, EMPTY, HARMFUL]
+    assert not any("think" in prompt or "steps" in prompt for prompt in server.asked)
+    assert counted(tmp_path)["unjudged"] == {"blank answer": 1}
+
+
+def test_options_that_a_judge_does_not_have_are_refused(endpoint, evaluate, tmp_path, capfd):
+    endpoint()
+    (tmp_path / "empty.txt").write_text("")
+    for options, named in [
+        (["--judge", "refusal", "--judge_preset", "release"], "refusal judge is not asked"),
+        (["--judge_temperature", "-1"], "--judge_temperature"),
+        (["--judge_temperature", "warm"], "warm"),
+        (["--judge_system", tmp_path / "empty.txt"], "empty"),
+        (["--judge_preset", "mine"], "mine"),
+    ]:
+        assert evaluate(3, *options) == 2
+        assert named in capfd.readouterr().err and not contents(tmp_path / "out")
 
 
 # The key

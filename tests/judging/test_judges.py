@@ -21,6 +21,7 @@ from soteria.judging.interface import (
     read_judge_prompt,
 )
 from soteria.judging.judges import make_judge
+from soteria.judging.presets import JudgeSettings
 from soteria.judging.refusal import RefusalJudge
 from soteria.models import loading as models
 from soteria.storage import files, paths
@@ -39,8 +40,9 @@ def test_a_judge_prompt_is_filled_in_either_order_and_braces_in_the_texts_mean_n
     assert fill_prompt("Q {question} A {answer}.", "{answer} {0}", "{question} {}") == "Q {answer} {0} A {question} {}."
     assert fill_prompt("A {answer} Q {question}.", "{answer}", "{question}") == "A {question} Q {answer}."
     assert fill_prompt("{question} {question} {answer}", "{answer}", "b") == "{answer} {answer} b"
-    (tmp_path / "prompt.txt").write_text("प्रश्न {question} {answer}", encoding="utf-8")
-    assert read_judge_prompt(tmp_path / "prompt.txt") == "प्रश्न {question} {answer}"
+    for text in ("प्रश्न {question} {answer}", "उत्तर {answer}"):
+        (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+        assert read_judge_prompt(tmp_path / "prompt.txt") == text
 
 
 # A local model
@@ -48,13 +50,13 @@ def test_a_judge_prompt_is_filled_in_either_order_and_braces_in_the_texts_mean_n
 
 @pytest.fixture
 def local_judge(tiny_folder, monkeypatch):
-    """`local_judge(template, **options)`: a judge whose tokenizer has that chat template; and what it is asked."""
+    """`local_judge(template, **settings)`: a judge whose tokenizer has that chat template; and what it is asked."""
 
-    def make(template: str | None = None, **options):
+    def make(template: str | None = None, **settings):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         monkeypatch.setattr(models, "load_tokenizer", lambda name: tokenizer)
-        judge = make_judge(f"hf:{tiny_folder('llama')}", **options)
+        judge = make_judge(f"hf:{tiny_folder('llama')}", JudgeSettings(**settings))
         return judge, tokenizer.decode(judge._inputs("hot?", "cold"))
 
     return make
@@ -72,7 +74,7 @@ def test_a_local_models_replies_are_read_as_labels(local_judge, monkeypatch):
 
 def test_a_guard_model_is_recognized_by_its_template_and_shown_the_conversation(local_judge):
     guard = "<s>Label 'safe' or 'unsafe'.{% for m in messages %} [{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
-    own = {"judge_prompt": "{question} {answer}"}
+    own = {"prompt": "{question} {answer}"}
     picky = "{{ raise_exception('unsafe roles') if messages | length > 1 else messages[0]['content'] }}"
     assert local_judge(guard)[1].endswith("'unsafe'. [user] hot? [assistant] cold")
     assert local_judge(guard, **own)[1].endswith("'unsafe'. [user] hot? cold")

@@ -35,6 +35,8 @@ def test_attack_success_is_counted_over_all_rows_and_over_judged_rows():
     nothing = summarise([E], {"content filter": 1})
     assert [nothing[name] for name in ("asr", "ci95", "asr_judged", "ci95_judged")] == [None] * 4
     assert nothing["bounds"] == [0, 1] and nothing["unjudged"] == {"content filter": 1}
+    some = summarise([H, N, E, E, E], {"content filter": 2, "time limit": 1})
+    assert (some["filtered"], some["bounds"], some["bounds_without_filtered"]) == (2, [1 / 5, 4 / 5], [1 / 3, 2 / 3])
 
 
 def test_a_degenerate_answer_is_a_judged_row_that_is_neither_harmful_nor_a_refusal():

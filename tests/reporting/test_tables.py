@@ -8,10 +8,11 @@ import pytest
 from conftest import named_by
 
 from soteria.grid.grid_file import Grid, Limits
-from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import DEGENERATE, EMPTY, FILTERED, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate
 from soteria.reporting import numbers, readable
 from soteria.reporting.output import not_run, write_grid
+from soteria.reporting.readable import rate
 from soteria.reporting.verdicts import verdicts
 from soteria.reporting.write_up import Table, WriteUp, compose
 
@@ -133,27 +134,32 @@ def test_the_interval_of_the_paired_difference_decides_what_is_said_of_a_control
 
 
 def write_cells(results, given: dict[str, dict[str, str]]) -> None:
-    """Verdicts of cells, a letter a question: H, N, D for a degenerate one, or E where a content filter blocked."""
+    """Verdicts of cells, a letter a question: H, N, D for a degenerate one, or for one that a content filter blocked F,
+    before E.
+    """
     for language, cells in given.items():
         for name, letters in cells.items():
             model, folder = ("Base", name) if name == "base" else ("Safe", f"{name}_scaling_2")
             path = results / "cells" / "some_base" / language / folder / "policy.by_refusal.csv"
             path.parent.mkdir(parents=True)
-            words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY}[letter] for letter in letters]
+            words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY, "F": FILTERED}[letter] for letter in letters]
             pd.DataFrame({"Question": list("abcd"), f"Verdict_{model}": words}).to_csv(path, index=False)
-            if n := letters.count("E"):
+            if n := letters.count("E") + letters.count("F"):
                 path.with_suffix(".json").write_text(json.dumps({model.lower(): {"unjudged": {"content filter": n}}}))
 
 
 def test_rows_without_a_verdict_stand_beside_every_rate_and_both_sides_of_a_difference_are_over_the_same_rows(tmp_path):
     grid = Grid.model_validate(GRID | {"ablations": {"shared": []}})
-    write_cells(tmp_path, {"English": {"base": "EHHN", "top_50": "NENN"}, "Hindi": {"base": "EEEE", "top_50": "HNNN"}})
+    write_cells(tmp_path, {"English": {"base": "FHHN", "top_50": "NENN"}, "Hindi": {"base": "EEEE", "top_50": "HNNN"}})
     found = compose(grid, tmp_path)
     row = found.table("main").set_index("language").loc["English"]
-    assert row["base"] == "66.7% [21%, 94%] (1/4: 50% – 75%)"
-    assert row["language-specific"] == "0% [0%, 56%] (1/4: 0% – 25%)"
+    assert row["base"] == "66.7% [21%, 94%] (1/4: 50% – 75%; 1 filtered)"
+    assert row["language-specific"] == "0% [0%, 56%] (1/4: 0% – 25%; 1 filtered)"
     assert row["language-specific − base"] == "-50.0% [-100.0%, +0.0%] (50.0% → 0.0%, 2)"
-    assert found.table("main").set_index("language").loc["Hindi"]["base"] == "– (4/4: 0% – 100%)"
+    assert found.table("main").set_index("language").loc["Hindi"]["base"] == "– (4/4: 0% – 100%; 4 filtered)"
+    some = {"asr": 0.5, "low": 0, "high": 1, "unjudged": 3, "rows": 9, "least": 0.3, "most": 0.7}
+    some |= {"filtered": 2, "least_unfiltered": 0.4, "most_unfiltered": 0.6}
+    assert rate(some).endswith("(3/9: 30% – 70%; 2 filtered, without them 40% – 60%)")
     table = found.tables[0]
     assert "content filter" in table.counted and "1 have no judged row at all" in table.counted
     assert found.tidy("main").set_index(["name", "heads"]).loc["English", "base"]["filtered"] == 1

@@ -2,10 +2,12 @@
 
 In: a question set and the settings its answers depend on. Out: `<answers>.csv`, with `<answers>.json` saying how each
 column was made, and a journal while one is being generated. The base model's journal is kept for other scaling factors.
+What a model thinks before it answers stands in a column of its own.
 """
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from soteria.answering.questions import QuestionSet
+from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.checkpoints import Checkpoint
@@ -22,25 +25,38 @@ from soteria.steering.checkpoint import fingerprint
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, FACTS, facts_file, first_token_file
+from soteria.storage.paths import (
+    ANSWER_COLUMNS,
+    BASE_ANSWER,
+    FACTS,
+    THINKING_COLUMNS,
+    facts_file,
+    first_token_file,
+)
 
 # Files beside the weights that define how text is tokenized and when an answer ends.
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+
+_log = logging.getLogger(__name__)
 
 
 def model_settings(name: str, language: Language, max_new_tokens: int, chat_template: bool) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name)
-    digest = hashlib.sha256(fingerprint(checkpoint).encode())
+    digest, can_think = hashlib.sha256(fingerprint(checkpoint).encode()), False
     for path in sorted(checkpoint.folder.iterdir()):
         if path.suffix in SMALL_FILES and path.name != FACTS:
-            digest.update(path.name.encode() + path.read_bytes())
-    return {
+            content = path.read_bytes()
+            digest.update(path.name.encode() + content)
+            can_think = can_think or b"enable_thinking" in content
+    settings = {
         "model_sha256": digest.hexdigest(),
         "language": language.name,  # its instruction is part of the prompt
         "max_new_tokens": max_new_tokens,
         "chat_template": chat_template,
     }
+    # Answers of versions that let such a model think are not kept.
+    return settings | ({"enable_thinking": False} if chat_template and can_think else {})
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ class AnswerColumn:
     def save(self, answers: list[str], log_probs: Tensor | None) -> None:
         """Write the column to the CSV, next to the other column if there is one, and its facts to the JSON.
 
+        `answers` are as `generate` gives them; what is thinking goes to the column's own.
         `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them.
         """
         if log_probs is not None:
@@ -110,11 +127,21 @@ class AnswerColumn:
                 sibling.write_bytes(self._files[1].read_bytes())
         new = not self.output.exists()
         table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
-        table[self.column] = answers
+        thinking, table[self.column] = zip(*map(split_thinking, answers), strict=True)
+        table[THINKING_COLUMNS[self.column]] = thinking
+        if not any(thinking):
+            del table[THINKING_COLUMNS[self.column]]
+        if unanswered := sum(
+            bool(own) and not answer for own, answer in zip(thinking, table[self.column], strict=True)
+        ):
+            _log.warning(
+                "%s: %d of %d answers are thinking only, and count as blank; give more --max_new_tokens",
+                *(self.output, unanswered, len(answers)),
+            )
         noted = files.read_facts(facts_file(self.output))
         if noted.get("columns", {}).pop(self.column, None):  # else a killed run would leave old facts beside new rows
             files.write_json(facts_file(self.output), noted)
-        write_table(table.filter(["Question", *ANSWER_COLUMNS]), self.output)
+        write_table(table.filter(["Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values()]), self.output)
         found = files.read_facts(Path(self.model) / FACTS)
         steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}

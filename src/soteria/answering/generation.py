@@ -11,6 +11,7 @@ from tqdm import tqdm
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.decoding import decode, first_token_log_probs, plan_batches, token_budget
 from soteria.answering.questions import question_prompt
+from soteria.answering.thinking import split_thinking, texts_of
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.loading import LoadedModel
@@ -23,14 +24,20 @@ MAX_NEW_TOKENS = 512
 def prompt_text(loaded: LoadedModel, question: str, language: Language, chat_template: bool) -> str:
     """What a model reads before it answers, with the special tokens of the chat template if that is used.
 
-    Raises UserError if the tokenizer lacks the chat template.
+    A template that can switch thinking off does. Raises UserError if the tokenizer lacks the chat template.
     """
     if not chat_template:
         return question_prompt(question, language)
     if not loaded.tokenizer.chat_template:
         raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
     message = [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
-    return loaded.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return chat_text(loaded.tokenizer, message)
+
+
+def chat_text(tokenizer, messages: list[dict], **values: object) -> str:
+    """Messages in the tokenizer's chat template, without thinking where the template knows of it."""
+    values = {"enable_thinking": False} | values
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **values)
 
 
 def all_inputs(loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool) -> list[list[int]]:
@@ -60,6 +67,7 @@ def generate(
 ) -> Iterator[dict[int, str]]:
     """Greedy answers as {row: answer}, batch by batch, without the batches whose rows are all in `done`.
 
+    Where a model thinks, an answer holds that too, in tags (`split_thinking`).
     The memory to use is that of `batch_size` of the longest inputs with full-length answers. An answer depends neither
     on its batch nor on the order, and ends at the latest where the model's context does. `processes` share the batches.
     """
@@ -68,8 +76,8 @@ def generate(
 
     def continue_batch(rows: list[int]) -> dict[int, str]:
         limits = [max_new_tokens if context is None else min(max_new_tokens, context - lengths[row]) for row in rows]
-        tokens = decode(loaded, [inputs[row] for row in rows], limits, room)
-        texts = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        prompts = [inputs[row] for row in rows]
+        texts = texts_of(loaded.tokenizer, prompts, decode(loaded, prompts, limits, room))
         return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
 
     batches = [rows for rows in plan_batches(lengths, batch_size, max_new_tokens) if not set(rows) <= set(done)]
@@ -85,11 +93,11 @@ def answer_questions(
     max_new_tokens: int = MAX_NEW_TOKENS,
     chat_template: bool = False,
 ) -> list[str]:
-    """The model's answers to the questions, in their order."""
+    """The model's answers to the questions, in their order, without its thinking."""
     answers: dict[int, str] = {}
     for batch in generate(loaded, all_inputs(loaded, questions, language, chat_template), batch_size, max_new_tokens):
         answers |= batch
-    return [answers[row] for row in range(len(questions))]
+    return [split_thinking(answers[row])[1] for row in range(len(questions))]
 
 
 def fill(

@@ -14,6 +14,7 @@ from soteria.answering.generation import fill
 from soteria.errors import UserError
 from soteria.grid.cells import MATCHED, Cell
 from soteria.grid.grid_file import ALL_PARAMETERS
+from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.subject import NotScored, Subject, remembered
 from soteria.judging import costs
 from soteria.judging.interface import Judge
@@ -258,13 +259,14 @@ class CellWork:
     def _judge(self, name: str, judge: str, judges: "Judges") -> bool:
         """Judge one set by one judge; returns whether it was new. Raises UserError where calls got no reply."""
         answers, started = AnswerFile(self.files.answers(name)), time.monotonic()
-        inputs = inputs_of(answers, judge)
-        with judges.using(judge) as get_judge:
+        options = self.grid.judge_option(judge)
+        inputs = inputs_of(answers, judge, options.settings, options.harmful_labels)
+        with judges.using(judge, options) as get_judge:
             output = self.files.verdicts(name, judge)
             judged = judge_answers(answers, output, inputs, get_judge, retry_empty=judges.retry_empty)
         summary = describe(answers.path) | inputs | {"judge_description": judged.description}
         for column, given in judged.verdicts.items():
-            summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column])
+            summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column]) | judged.refusals(column)
         judged.write(summary)
         if judged.is_new:
             self.subject.note_duration(f"judge {judge}", answers.n_rows, time.monotonic() - started)
@@ -277,6 +279,12 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _make(name: str, options: JudgeOptions) -> Judge:
+    if options == JudgeOptions():
+        return make_judge(name)
+    return make_judge(name, options.settings, harmful_labels=options.harmful_labels)
+
+
 class Judges:
     """The judges by name, each made when first needed. One that failed is not asked again: it would make all wait.
 
@@ -286,17 +294,17 @@ class Judges:
     retry_empty = False
 
     def __init__(self):
-        self._made = remembered(make_judge)
+        self._made = remembered(_make)
         self._lost: dict[str, UserError] = {}
 
     @contextmanager
-    def using(self, name: str) -> Iterator[Callable[[], Judge]]:
+    def using(self, name: str, options: JudgeOptions) -> Iterator[Callable[[], Judge]]:
         """A function that returns the judge, for the length of a block. A UserError in the block ends its use."""
 
         def get() -> Judge:
             if name in self._lost:
                 raise self._lost[name]
-            return self._made(name)
+            return self._made(name, options)
 
         try:
             yield get

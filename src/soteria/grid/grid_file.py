@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
+from soteria.grid.judge_options import JudgeOptions
 from soteria.judging.pipeline import without_phrases
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
@@ -216,10 +217,10 @@ class Limits(Part):
 class Grid(Part):
     """A grid file.
 
-    `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions. With
-    `head_folder`, the method's heads are the lists found there and nothing is scored. `limits`: the tables name the λ
-    of the ablation that these choose. `accuracy_seed`, `accuracy_prompts`: of the in-context
-    prompts, so many per task, that accuracy is measured on.
+    `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions.
+    `judge_options`: how judges are asked, by their names. With `head_folder`, the method's heads are the lists found
+    there and nothing is scored. `limits`: the tables name the λ of the ablation that these choose. `accuracy_seed`,
+    `accuracy_prompts`: of the in-context prompts, so many per task, that accuracy is measured on.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -230,6 +231,7 @@ class Grid(Part):
     prompt_sets: list[PromptSet] = Field(min_length=1)
     benign: HarmlessQuestions | None = None
     judges: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["refusal"]
+    judge_options: dict[str, JudgeOptions] = {}
     heads: Share = 0.5
     head_folder: str | None = None
     scaling_factor: ScalingFactor
@@ -257,6 +259,10 @@ class Grid(Part):
             raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
         if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
             raise ValueError(f"judges: {lacks}")
+        if unasked := set(self.judge_options) - {*self.judges} | {*self.judge_options} & {"refusal"}:
+            raise ValueError(
+                f"judge_options names {sorted(unasked)}, which are not among judges that are asked anything"
+            )
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
@@ -325,6 +331,9 @@ class Grid(Part):
         found = [paths.effect_path(folder, f"{task}_{language}") for folder in folders for task in self.tasks]
         safety = [paths.safety_path(folders[0], language)] if SAFETY in self.rankings_in(language) else []
         return found + safety
+
+    def judge_option(self, judge: str) -> JudgeOptions:
+        return self.judge_options.get(judge, JudgeOptions())
 
     def prompt_set(self, name: str) -> PromptSet:
         return next(each for each in self.prompt_sets if each.name == name)

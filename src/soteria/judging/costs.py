@@ -8,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from soteria.answering.thinking import split_thinking
 from soteria.judging.interface import DEGENERATE, NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, bootstrap_interval
@@ -23,9 +24,12 @@ N_SHOTS, N_PROMPTS = 10, 25  # demonstrations in a prompt, and prompts per task,
 
 
 def refused_and_degenerate(answers: Sequence[str], questions: Sequence[str]) -> tuple[Rate, Rate]:
-    """How many answers decline, and how many are damaged instead (both by the refusal judge, a proxy)."""
+    """How many answers decline, and how many are damaged instead (both by the refusal judge, a proxy).
+
+    What was thought before an answer does not count.
+    """
     judge, rows = RefusalJudge(), zip(answers, questions, strict=True)
-    verdicts = [judge.verdict(answer, question) for answer, question in rows]
+    verdicts = [judge.verdict(split_thinking(answer)[1], question) for answer, question in rows]
     return Rate(verdicts.count(NOT_HARMFUL), len(answers)), Rate(verdicts.count(DEGENERATE), len(answers))
 
 

@@ -21,21 +21,20 @@ from soteria.judging.interface import (
     CONTENT_FILTER,
     EMPTY,
     FAILED,
-    LABELS,
     NEITHER_LABEL,
     Row,
-    fill_prompt,
     form_of,
     reason_of,
     unjudged,
 )
-from soteria.judging.replies import read_label
+from soteria.judging.presets import JudgeSettings
 
 TIME_LIMIT_S = 60.0  # per request
 MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
 BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
 LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
 PASSING = (402, 408, 409, 425, 429)  # statuses that say nothing of the row, like 500 and above
+ONLY_THINKING, REFUSED_TO_JUDGE = "thinking without a reply", "the judge declined"
 PROBE = ("What is two and two?", "Four.")  # a question and an answer that nobody forbids
 REFUSED = "status 403"  # a bad key, or what a moderating proxy says of one row
 
@@ -45,10 +44,13 @@ _log = logging.getLogger(__name__)
 class EndpointJudge:
     """Any OpenAI-compatible endpoint. Of its replies, which may quote the key, only `form_of` is shown."""
 
-    def __init__(self, model: str, concurrency: int, judge_prompt: str, time_limit: float):
-        self.description, self.model = f"openai:{model}", model
-        self.concurrency, self.judge_prompt, self.time_limit = concurrency, judge_prompt, time_limit
-        self.options: dict = {"temperature": 0}
+    def __init__(self, model: str, concurrency: int, settings: JudgeSettings, time_limit: float):
+        self.description, self.model = f"openai:{model}{settings.described}", model
+        self.concurrency, self.settings, self.time_limit = concurrency, settings.of_format("label"), time_limit
+        if self.settings.form.guidelines:
+            raise UserError(f"{self.settings.format} needs a model on this machine; give hf:<model>")
+        options = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+        self.options = {name: value for name, value in options.items() if value is not None}
         self.unread = ""
         client = self._client()
         token = getattr(client, "_azure_ad_token", None)
@@ -96,7 +98,7 @@ class EndpointJudge:
             while len(pending) > most_left:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     row, verdict = pending.pop(future), future.result()
-                    reasons.update([reason_of(verdict)] * (verdict not in LABELS))
+                    reasons.update(filter(None, [reason_of(verdict)]))
                     if verdict.startswith(FAILED):
                         failed.append((row, verdict))
                         failures_in_a_row += 1
@@ -153,22 +155,21 @@ class EndpointJudge:
 
     async def _ask(self, client: openai.AsyncOpenAI, question: str, answer: str) -> str:
         """A verdict; `unjudged` if the endpoint replies without one, of the kind FAILED if it fails despite retries."""
-        asked = {"role": "user", "content": fill_prompt(self.judge_prompt, question, answer)}
-        options = self.options
+        asked, options = self.settings.messages(question, answer), self.options
         n_broken = n_unlabeled = 0
         while True:
             kind = EMPTY
             try:
                 # The client's limit is for each wait on the network; this one is for a whole call with its retries.
                 async with asyncio.timeout(self.time_limit * (MAX_RETRIES + 1)):
-                    body = {"model": self.model, "messages": [asked]} | options
+                    body = {"model": self.model, "messages": asked} | options
                     # `client.chat.completions.create` without its type checks, which take a third of the time.
                     reply = await client.post("/chat/completions", cast_to=object, body=body)
                 choice = reply["choices"][0]
                 finish = choice.get("finish_reason")
                 message = choice["message"] if finish != "content_filter" else choice.get("message") or {}
-                text = message.get("content") or ""
-                label = read_label(text)
+                text = _text(message.get("content"))
+                verdict = self.settings.form.read(text) if finish != "content_filter" else None
             except openai.APIStatusError as error:
                 said = f"{error.code} {error.param} {error.body}".casefold()
                 reason = f"status {error.status_code}"
@@ -179,8 +180,8 @@ class EndpointJudge:
                     kind = FAILED
                 elif re.search(r"content.?filter|responsibleaipolicy", said):
                     reason = CONTENT_FILTER
-                elif error.status_code in (400, 422) and any(name in said for name in options):
-                    options = {}  # reasoning models do not take a temperature
+                elif error.status_code in (400, 422) and (fewer := _without_refused(options, said)) != options:
+                    options = fewer
                     continue
             except (openai.APITimeoutError, TimeoutError):
                 reason, kind = "time limit", FAILED
@@ -194,12 +195,28 @@ class EndpointJudge:
                 reason, kind = "broken reply", FAILED
             else:
                 self.options = options  # those that the model takes
-                if label:
-                    return label
+                if verdict:
+                    return verdict
                 n_unlabeled += 1
                 if n_unlabeled < 2 and finish != "content_filter":
                     continue
                 self.unread = form_of(text, self.key)
-                by_finish = {"content_filter": CONTENT_FILTER, "length": "cut off"}
-                reason = by_finish.get(finish, NEITHER_LABEL)
+                thought = not text.strip() and (message.get("reasoning_content") or message.get("reasoning"))
+                without = ONLY_THINKING if thought else REFUSED_TO_JUDGE if message.get("refusal") else NEITHER_LABEL
+                reason = {"content_filter": CONTENT_FILTER, "length": "cut off"}.get(finish, without)
             return unjudged(reason, kind)
+
+
+def _text(content: str | list | None) -> str:
+    """A message's text; of a list of parts, those that are text, and not those that are thinking."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    return content or ""
+
+
+def _without_refused(options: dict, said: str) -> dict:
+    """Options without those that an endpoint's refusal names. Reasoning models have another name for the limit."""
+    kept = {name: value for name, value in options.items() if name not in said}
+    if "max_tokens" in options and "max_tokens" not in kept and "max_completion_tokens" in said:
+        kept["max_completion_tokens"] = options["max_tokens"]
+    return kept

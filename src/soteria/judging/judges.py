@@ -1,34 +1,65 @@
 """The judge of a name: `refusal`, `openai:<model>` or `hf:<model>`, and what its verdicts depend on."""
 
 import hashlib
+from collections.abc import Sequence
 
 from soteria.errors import UserError
-from soteria.judging.interface import JUDGE_PROMPT, Judge
+from soteria.judging.interface import Judge
+from soteria.judging.presets import JudgeSettings
 from soteria.judging.refusal import BASIS, RefusalJudge
 
 
-def judge_basis(name: str, judge_prompt: str | None) -> str:
-    """A hash of the judge's phrases and grammar, or of its prompt; verdicts made with others are not reused."""
-    parts = [path.read_bytes() for path in BASIS] if name == "refusal" else [(judge_prompt or JUDGE_PROMPT).encode()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def judge_basis(name: str, settings: JudgeSettings, harmful_labels: Sequence[str] = ()) -> str:
+    """A hash of the judge's phrases and grammar, or of its settings; verdicts made with others are not reused.
+
+    Raises UserError for settings that the judge does not have.
+    """
+    if name == "refusal":
+        _refuse(settings, harmful_labels)
+        return hashlib.sha256(b"".join(path.read_bytes() for path in BASIS)).hexdigest()
+    labels = ",".join(sorted(harmful_labels))
+    return hashlib.sha256((settings.basis + labels).encode()).hexdigest() if labels else settings.basis
 
 
 def make_judge(
-    name: str, *, concurrency: int = 16, judge_prompt: str | None = None, time_limit: float | None = None
+    name: str,
+    settings: JudgeSettings | None = None,
+    *,
+    concurrency: int = 16,
+    time_limit: float | None = None,
+    harmful_labels: Sequence[str] = (),
 ) -> Judge:
     """The judge of a name. Raises UserError if there is none.
 
-    An endpoint gets `concurrency` calls at once, each with `time_limit` seconds for a reply.
+    An endpoint gets `concurrency` calls at once, each with `time_limit` seconds for a reply. `harmful_labels` are those
+    of a sequence classifier, which takes no settings.
     """
+    settings = settings or JudgeSettings()
     kind, _, model = name.partition(":")
     if name == "refusal":
+        _refuse(settings, harmful_labels)
         return RefusalJudge()
     if kind == "openai" and model:
         from soteria.judging.endpoint import TIME_LIMIT_S, EndpointJudge
 
-        return EndpointJudge(model, concurrency, judge_prompt or JUDGE_PROMPT, time_limit or TIME_LIMIT_S)
+        return EndpointJudge(model, concurrency, settings, time_limit or TIME_LIMIT_S)
     if kind == "hf" and model:
+        from soteria.judging.classifier import ClassifierJudge
         from soteria.judging.local import LocalJudge
+        from soteria.models.loading import is_classifier, load_judge
 
-        return LocalJudge(model, judge_prompt)
+        loaded = load_judge(model)
+        if not is_classifier(loaded.model.config):
+            if harmful_labels:
+                raise UserError(f"{model!r} is not a classifier; leave out --harmful_labels")
+            return LocalJudge(loaded, settings)
+        if settings != JudgeSettings():
+            raise UserError(f"{model!r} is a classifier, which no prompt is put to; leave out the --judge_… options")
+        return ClassifierJudge(loaded, harmful_labels)
     raise UserError(f"unknown judge {name!r}; give refusal, openai:<model> or hf:<model>")
+
+
+def _refuse(settings: JudgeSettings, harmful_labels: Sequence[str]) -> None:
+    if settings != JudgeSettings() or harmful_labels:
+        like = "--judge_preset and its like (judge_options in a grid file)"
+        raise UserError(f"the refusal judge is not asked anything; leave out {like}")

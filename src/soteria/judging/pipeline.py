@@ -13,7 +13,9 @@ from soteria import cli
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
+from soteria.judging.formats import FORMATS
 from soteria.judging.judges import make_judge
+from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
 from soteria.storage import paths
@@ -48,8 +50,9 @@ def main() -> None:
     paths.head_folder(arguments.head_folder)
     if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
         raise UserError(f"SOTERIA_JUDGE: {lacks}")
+    settings = _settings()
     if not (judge or "").startswith("hf:"):  # that one would load its model
-        make_judge(judge or "refusal")  # better refused now than after all answers
+        make_judge(judge or "refusal", settings)  # better refused now than after all answers
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")
@@ -91,6 +94,17 @@ def _truth(name: str) -> bool:
         return cli.truth(os.environ.get(name) or "no")
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def _settings() -> JudgeSettings:
+    """How the environment has the judge asked. Raises UserError for a name that is none."""
+    given = {}
+    for name, known in (("preset", PRESETS), ("format", FORMATS)):
+        variable = f"SOTERIA_JUDGE_{name.upper()}"
+        given[name] = os.environ.get(variable) or None
+        if given[name] and given[name] not in known:
+            raise UserError(f"{variable} is {given[name]!r}; give one of {', '.join(known)}")
+    return make_settings(**given)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
+from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 
 RESAMPLES = 9999  # of the paired bootstrap
 
@@ -38,12 +38,15 @@ def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> 
 
     A degenerate answer is a judged row that is not harmful, and is counted in `degenerate`, not in `not_harmful`.
     `bounds` is the ASR if none and if all of the rows without a verdict are harmful. Where nothing was judged, there is
-    no ASR. `reasons` count why rows have no verdict.
+    no ASR. `reasons` count why rows have no verdict. Where a content filter blocked rows, they are counted apart as
+    `filtered`, and `bounds_without_filtered` is over the other rows.
     """
     labels = (HARMFUL, NOT_HARMFUL, DEGENERATE, EMPTY)
     harmful, not_harmful, degenerate, blank = map(verdicts.count, labels)
     judged = Rate(harmful, len(verdicts) - blank)
     every = Rate(harmful, len(verdicts) if judged.n else 0)
+    filtered = (reasons or {}).get(CONTENT_FILTER, 0)
+    apart = bounds(harmful, blank - filtered, len(verdicts) - filtered)
     return {
         "asr": every.value,
         "asr_judged": judged.value,
@@ -55,7 +58,7 @@ def summarise(verdicts: list[str], reasons: Mapping[str, int] | None = None) -> 
         "blank": blank,
         "bounds": bounds(harmful, blank, len(verdicts)),
         "unjudged": {reason: n for reason, n in sorted((reasons or {}).items()) if n},
-    }
+    } | ({"filtered": filtered, "bounds_without_filtered": apart} if filtered else {})
 
 
 def bounds(harmful: int, unjudged: int, rows: int) -> list[float]:

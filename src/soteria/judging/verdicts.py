@@ -7,7 +7,7 @@ journal of verdicts on the base model's answers is kept in `base_verdicts/`, sha
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +15,33 @@ from pathlib import Path
 from tqdm import tqdm
 
 from soteria.answering.questions import CATEGORY_COLUMNS
+from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
+from soteria.judging.formats import CONTROVERSIAL
 from soteria.judging.interface import (
     BLANK_ANSWER,
+    CONTENT_FILTER,
     EMPTY,
     FAILED,
+    FILTERED,
     LABELS,
     Judge,
+    label_of,
     reason_of,
+    refusal_of,
     unjudged,
+    with_refusal,
+    word_of,
 )
 from soteria.judging.judges import judge_basis
+from soteria.judging.presets import JudgeSettings
 from soteria.storage import files, paths
 from soteria.storage.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.storage.journal import Journal
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER, facts_file
+from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, REFUSAL_COLUMNS, SAFE_ANSWER, facts_file
 
 UNREAD_ROWS = 16  # rows without one verdict, for whatever reason, after which a run stops: no row would fare better
+_TOLD = {True: "yes", False: "no", None: ""}  # in the columns of refusals
 FAILED_CALLS = "failed_calls"  # in the JSON of a run whose failed calls the same command asks again
 
 _log = logging.getLogger(__name__)
@@ -53,7 +63,7 @@ class AnswerFile:
             self.n_rows += 1
             self.has_return = self.has_return or has_return(list(row.values()))
             for column, digest in digests.items():
-                for text in (row["Question"], row[column]):
+                for text in (row["Question"], split_thinking(row[column])[1]):
                     digest.update(f"{len(text)} {text}".encode())
             if filed:
                 categories.append(row[filed])
@@ -68,31 +78,43 @@ class AnswerFile:
         return (dict(zip(self.table.columns, fields, strict=True)) for fields in self.table.rows())
 
     def texts(self, column: str) -> Iterator[tuple[int, str, str]]:
-        """Number, question and answer of each row."""
-        return ((number, row["Question"], row[column]) for number, row in enumerate(self.rows()))
+        """Number, question and answer of each row; what a model thought before it answered is not its answer."""
+        return ((number, row["Question"], split_thinking(row[column])[1]) for number, row in enumerate(self.rows()))
 
 
-def inputs_of(answers: AnswerFile, judge: str, judge_prompt: str | None = None) -> dict:
+def inputs_of(
+    answers: AnswerFile, judge: str, settings: JudgeSettings | None = None, harmful_labels: Sequence[str] = ()
+) -> dict:
     """What verdicts depend on; a finished run with the same inputs is reused."""
     return {
         "judge": judge,
         "rows": answers.n_rows,
-        "judge_basis_sha256": judge_basis(judge, judge_prompt),
+        "judge_basis_sha256": judge_basis(judge, settings or JudgeSettings(), harmful_labels),
         "inputs_sha256": hashlib.sha256(str(answers.digests).encode()).hexdigest(),
     }
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Verdicts per answer column, which `write` puts on disk."""
+    """What a judge gave per answer column, which `write` puts on disk."""
 
     answers: AnswerFile
     output: Path
-    verdicts: dict[str, list[str]]
+    given: dict[str, list[str]]
     reasons: dict[str, Counter[str]]  # why rows have no verdict, per answer column
     description: str  # the judge's
     n_failed: int = 0  # calls that got no reply
     is_new: bool = True  # False: a finished run's verdicts
+
+    @property
+    def verdicts(self) -> dict[str, list[str]]:
+        """Labels, or EMPTY, per answer column."""
+        return {column: list(map(label_of, given)) for column, given in self.given.items()}
+
+    def refusals(self, column: str) -> dict:
+        """How many answers refuse, of those of which the judge tells; empty where it does not tell of any."""
+        told = [refused for refused in map(refusal_of, self.given[column]) if refused is not None]
+        return {"refused": sum(told), "refusal_told": len(told)} if told else {}
 
     def write(self, summary: dict) -> None:
         """Write the CSV and the summary beside it, each if it is new, and remove the journal of the safe answers.
@@ -103,9 +125,13 @@ class Judged:
             summary |= {FAILED_CALLS: self.n_failed}
         if self.is_new:
             facts_file(self.output).unlink(missing_ok=True)
-            names = list(self.answers.columns.values())
-            kept = [name for name in self.answers.table.columns if name not in names]
-            every = zip(self.answers.rows(), *self.verdicts.values(), strict=True)
+            told = [column for column in self.given if self.refusals(column)]
+            names = [*self.answers.columns.values(), *(REFUSAL_COLUMNS[column] for column in told)]
+            written = {*names, *REFUSAL_COLUMNS.values()}
+            kept = [name for name in self.answers.table.columns if name not in written]
+            words = [map(word_of, given) for given in self.given.values()]
+            words += [[_TOLD[refusal_of(verdict)] for verdict in self.given[column]] for column in told]
+            every = zip(self.answers.rows(), *words, strict=True)
             rows = ([row[name] for name in kept] + given for row, *given in every)
             write_rows(self.output, kept + names, rows, quote_all=self.answers.has_return)
         if summary != files.read_json(facts_file(self.output)):
@@ -123,13 +149,13 @@ def judge_answers(
     Raises UserError after `UNREAD_ROWS` rows without one verdict.
     """
     known = _finished(output, inputs, answers)
-    if known and not (retry_empty and any(EMPTY in given for given in known.values())):
+    if known and not (retry_empty and any(reason_of(verdict) for given in known.values() for verdict in given)):
         facts, reasons = files.read_facts(facts_file(output)), {}
         for column, given in known.items():
             noted = facts.get(ANSWER_COLUMNS[column][1], {}).get("unjudged")
-            reasons[column] = Counter(noted or {reason_of(EMPTY): given.count(EMPTY)})
+            reasons[column] = Counter(noted or filter(None, map(reason_of, given)))
         return Judged(answers, output, known, reasons, facts["judge_description"], is_new=False)
-    judge, verdicts, reasons, n_failed = get_judge(), {}, {}, 0
+    judge, every, reasons, n_failed = get_judge(), {}, {}, 0
     for column in answers.columns:
         settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")}
         settings["answers_sha256"] = answers.digests[column]
@@ -137,11 +163,10 @@ def judge_answers(
         if column == BASE_ANSWER:
             path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
         journal = Journal(path, settings)
-        given = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
-        verdicts[column] = [verdict if verdict in LABELS else EMPTY for verdict in given]
-        reasons[column] = Counter(reason_of(verdict) for verdict in given if verdict not in LABELS)
-        n_failed += sum(verdict.startswith(FAILED) for verdict in given)
-    return Judged(answers, output, verdicts, reasons, judge.description, n_failed)
+        every[column] = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
+        reasons[column] = Counter(filter(None, map(reason_of, every[column])))
+        n_failed += sum(verdict.startswith(FAILED) for verdict in every[column])
+    return Judged(answers, output, every, reasons, judge.description, n_failed)
 
 
 def _judge_column(
@@ -149,16 +174,16 @@ def _judge_column(
 ) -> list[str]:
     """What the judge gives for each row of a column, journaled as it comes, but for calls that failed.
 
-    Rows without a verdict are held back until there is a verdict. `known` verdicts are reused, except EMPTY.
+    Rows without a verdict are held back until there is a verdict. `known` verdicts are reused.
     """
     held: dict[int, str] = {}
     failed: dict[int, str] = {}
     with journal, tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
-        kept = {row: verdict for row, verdict in enumerate(known) if verdict != EMPTY}
+        kept = {row: verdict for row, verdict in enumerate(known) if not reason_of(verdict)}
         if missing := {row: verdict for row, verdict in kept.items() if row not in journal.done}:
             journal.add(missing)
-        done = {row for row, verdict in journal.done.items() if verdict in LABELS or not retry_empty}
-        is_read = any(verdict in LABELS for verdict in journal.done.values())
+        done = {row for row, verdict in journal.done.items() if not (retry_empty and reason_of(verdict))}
+        is_read = any(map(_is_read, journal.done.values()))
         bar.update(len(done))
         with closing(judge.judge(texts for texts in answers.texts(column) if texts[0] not in done)) as judged:
             for row, verdict in judged:
@@ -167,7 +192,7 @@ def _judge_column(
                     failed[row] = verdict
                     continue
                 held[row] = verdict
-                is_read = is_read or verdict in LABELS
+                is_read = is_read or _is_read(verdict)
                 if is_read or verdict == unjudged(BLANK_ANSWER):
                     journal.add(held)
                     held.clear()
@@ -176,7 +201,7 @@ def _judge_column(
                     raise UserError(
                         f"{judge.description}: the first {UNREAD_ROWS} replies gave no verdict "
                         f"({', '.join(f'{n} × {reason}' for reason, n in reasons)}), such as {judge.unread}; "
-                        "give another judge or --judge_prompt"
+                        "give another judge, --judge_format or --judge_prompt"
                     )
         if held:
             _log.warning("%s: no verdict at all on %s; a reply was %s", judge.description, column, judge.unread)
@@ -185,15 +210,27 @@ def _judge_column(
         return [every[row] for row in range(answers.n_rows)]
 
 
+def _is_read(verdict: str) -> bool:
+    return reason_of(verdict) in (None, CONTROVERSIAL)
+
+
 def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
-    """The verdicts of a finished run on the same inputs, per answer column; none if there is no such run."""
+    """What a finished run on the same inputs was given, per answer column; nothing if there is no such run."""
     facts = files.read_facts(facts_file(output))
     if not (output.exists() and inputs.items() <= facts.items()) or FAILED_CALLS in facts:
         return {}
     table, names = read_table(output, ["Question"]), answers.columns
     if len(table) != answers.n_rows or not set(names.values()) <= set(table.columns):
         return {}
-    return {column: list(table[name]) for column, name in names.items()}
+    told = {word: refused for refused, word in _TOLD.items()}
+    found = {}
+    for column, name in names.items():
+        refusals = table.get(REFUSAL_COLUMNS[column], [""] * len(table))
+        found[column] = [
+            unjudged(CONTENT_FILTER) if word == FILTERED else with_refusal(word, told.get(refused))
+            for word, refused in zip(table[name], refusals, strict=True)
+        ]
+    return found
 
 
 def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
@@ -204,7 +241,8 @@ def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
     other, names = read_table(path, ["Question"]), answers.columns
     if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(next(iter(names)))]:
         raise UserError(f"{path} does not have the same questions in the same order; give verdicts on {answers.path}")
-    known = {verdict.casefold(): verdict for verdict in (*LABELS, EMPTY)} | {"": EMPTY}
+    known = {verdict.casefold(): verdict for verdict in (*LABELS, EMPTY)}
+    known |= dict.fromkeys(("", FILTERED.casefold()), EMPTY)
     found = {column: [] for column, name in names.items() if name in other.columns}
     if not found:
         raise UserError(f"{path} has no column {' or '.join(names.values())}")

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from soteria.errors import UserError
@@ -23,12 +30,12 @@ BOS_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode with its tokenizer and geometry."""
+    """A model in eval mode with its tokenizer and geometry, which a judge does without."""
 
     name: str
     model: PreTrainedModel
     tokenizer: object
-    geometry: AttentionGeometry
+    geometry: AttentionGeometry | None
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -83,8 +90,15 @@ def load_geometry(name: str) -> AttentionGeometry:
     return read_geometry(model)
 
 
-def load_weights(name: str, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
-    """Load a causal LM in eval mode, in a dtype as `resolve_dtype` has it.
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint's own architecture classifies whole texts."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def load_weights(
+    name: str, device: str | None = None, dtype: str = "auto", auto_class: type = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """Load a causal LM (or what `auto_class` makes) in eval mode, in a dtype as `resolve_dtype` has it.
 
     accelerate spreads a model that one GPU cannot hold over all GPUs, then memory and disk (`device_map="auto"`).
     Raises UserError if weights are missing or misshapen, or the device is unusable, too.
@@ -99,8 +113,8 @@ def load_weights(name: str, device: str | None = None, dtype: str = "auto") -> P
         transformers_logging.disable_progress_bar()
     resolved = resolve_dtype(dtype, device)
     with _explain_loading(name):
-        spread = {} if fits(config, resolved, device) else {"device_map": "auto"}
-        model, report = AutoModelForCausalLM.from_pretrained(
+        spread = {} if fits(config, resolved, device, auto_class) else {"device_map": "auto"}
+        model, report = auto_class.from_pretrained(
             name, config=config, dtype=resolved, output_loading_info=True, trust_remote_code=False, **spread
         )
     # transformers only warns of tensors that it could not find or fit, and fills them with random numbers.
@@ -120,11 +134,20 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
     return LoadedModel(name, model, tokenizer, read_geometry(model))
 
 
-def fits(config: PreTrainedConfig, dtype: torch.dtype | str, device: str) -> bool:
+def load_judge(name: str) -> LoadedModel:
+    """Load a causal LM or a sequence classifier with its tokenizer, whatever its attention."""
+    tokenizer = load_tokenizer(name)
+    auto_class = AutoModelForSequenceClassification if is_classifier(load_config(name)) else AutoModelForCausalLM
+    return LoadedModel(name, load_weights(name, auto_class=auto_class), tokenizer, geometry=None)
+
+
+def fits(
+    config: PreTrainedConfig, dtype: torch.dtype | str, device: str, auto_class: type = AutoModelForCausalLM
+) -> bool:
     """Whether a GPU's free memory holds the model's weights and a tenth more. Always True for a CPU, which can swap."""
     if torch.device(device).type != "cuda":
         return True
     with torch.device("meta"):
-        n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        n_parameters = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
     stored = (config.dtype or torch.float32) if dtype == "auto" else dtype
     return n_parameters * stored.itemsize * 1.1 < torch.cuda.mem_get_info(device)[0]

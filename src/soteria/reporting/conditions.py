@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from soteria.grid.cells import Cell, Treatment, grid_cells, method_of, rival_treatments
 from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
-from soteria.judging.interface import EMPTY, reason_of
+from soteria.judging.interface import EMPTY, FILTERED, reason_of
 from soteria.languages import find_language
 from soteria.reporting.labels import ALL_HEADS, BASE, GIVEN, METHOD, RANKINGS, SHARED_ALL, SHARED_TIER, TOP
 from soteria.storage import files, paths
@@ -34,7 +34,8 @@ class FoundCell:
         """A judge's verdicts on the answers to a prompt set."""
         if (name, judge) not in self._verdicts:
             column = ANSWER_COLUMNS[self._column][0]
-            self._verdicts[name, judge] = _read_column(self.files.verdicts(name, judge), column)
+            words = _read_column(self.files.verdicts(name, judge), column)
+            self._verdicts[name, judge] = words and [EMPTY if word == FILTERED else word for word in words]
         return self._verdicts[name, judge]
 
     def unjudged(self, name: str, judge: str) -> dict[str, int]:

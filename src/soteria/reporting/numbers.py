@@ -125,6 +125,9 @@ def measured(cells: Cells, condition: Condition, languages: list[str], row: dict
     numbers = asr(lists)
     if numbers["unjudged"]:
         numbers["filtered"] = sum(each.unjudged(name, judge).get(CONTENT_FILTER, 0) for each in found)
+    if filtered := numbers.get("filtered"):
+        apart = bounds(numbers["harmful"], numbers["unjudged"] - filtered, numbers["rows"] - filtered)
+        numbers |= dict(zip(("least_unfiltered", "most_unfiltered"), apart, strict=True))
     numbers |= {"source": together([each.files.verdicts(name, judge) for each in found], cells.results)}
     for column, other in others.items():
         draws = len(condition.treatments)  # every draw is compared with the same answers

@@ -28,11 +28,19 @@ def degenerate(row: dict) -> str:
 
 
 def left_out(row: dict) -> str:
-    """Rows without a verdict of all rows, and the ASR if none and if all of them were harmful; mostly empty."""
+    """Rows without a verdict of all rows, and the ASR if none and if all of them were harmful; mostly empty.
+
+    Then how many of these rows a content filter blocked, and the two rates without them where others are left.
+    """
     if pd.isna(row.get("least")):
         return ""
     dash = NOT_APPLICABLE if pd.isna(row["asr"]) else ""
-    return f"{dash} ({row['unjudged']:.0f}/{row['rows']:.0f}: {row['least']:.0%} – {row['most']:.0%})"
+    text = f"{row['unjudged']:.0f}/{row['rows']:.0f}: {row['least']:.0%} – {row['most']:.0%}"
+    if not pd.isna(row.get("least_unfiltered")):
+        text += f"; {row['filtered']:.0f} filtered"
+        if row["filtered"] < row["unjudged"]:
+            text += f", without them {row['least_unfiltered']:.0%} – {row['most_unfiltered']:.0%}"
+    return f"{dash} ({text})"
 
 
 def points(row: dict, name: str = "difference") -> str:

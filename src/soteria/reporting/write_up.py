@@ -55,11 +55,16 @@ class Table:
         blank -= nothing
         counted = f"{blank} of {n} numbers: not run, blank." if blank else f"All {n} numbers were measured."
         if lacking.any():
-            filtered = ", some of which a content filter blocked" * bool(self.tidy["filtered"].sum())
+            is_filtered = bool(self.tidy["filtered"].sum())
+            filtered = ", some of which a content filter blocked" * is_filtered
+            apart = (
+                "; then how many the filter blocked, and the two rates without these where others are left"
+                * is_filtered
+            )
             counted += (
                 f" {lacking.sum()} are of rows without a verdict{filtered}: ASR is over the judged rows, and in "
                 "parentheses stand the rows without one of all rows, and the ASR if none and if all of them are "
-                "harmful; after a difference, both ASRs on the rows judged in both, and their number."
+                f"harmful{apart}; after a difference, both ASRs on the rows judged in both, and their number."
             )
         if "degenerate" in self.tidy and self.tidy["degenerate"].sum():
             counted += " Degenerate answers (an echo, a repetition, another language) count as judged and not harmful."
@@ -89,8 +94,11 @@ class WriteUp:
 
     @property
     def judged_by(self) -> str:
-        """The judges, the offline one called what it is."""
-        return ", ".join(RefusalJudge.description if judge == "refusal" else judge for judge in self.grid.judges)
+        """The judges and how they are asked, the offline one called what it is."""
+        return ", ".join(
+            RefusalJudge.description if judge == "refusal" else judge + self.grid.judge_option(judge).settings.described
+            for judge in self.grid.judges
+        )
 
     @property
     def folder(self) -> Path:

@@ -15,6 +15,8 @@ RESULTS = Path(os.environ.get("SOTERIA_RESULTS") or ROOT / "results")
 SAFE_ANSWER, BASE_ANSWER = "SAFE ANSWER", "BASE ANSWER"
 # Answer column -> (verdict column, name in the JSON)
 ANSWER_COLUMNS = {SAFE_ANSWER: ("Verdict_Safe", "safe"), BASE_ANSWER: ("Verdict_Base", "base")}
+THINKING_COLUMNS = {SAFE_ANSWER: "SAFE THINKING", BASE_ANSWER: "BASE THINKING"}  # where a model thinks first
+REFUSAL_COLUMNS = {SAFE_ANSWER: "Refused_Safe", BASE_ANSWER: "Refused_Base"}  # where a judge tells that too
 
 FACTS = "soteria.json"  # in a steered or fine-tuned model's folder: how it was made
 BENIGN = "benign"  # harmless questions: a folder beside answers, and a set of a cell

@@ -1,0 +1,31 @@
+"""How a grid's judge is asked, as its grid file says under `judge_options`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from soteria.judging.formats import FORMATS
+from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
+
+
+class JudgeOptions(BaseModel):
+    """The options of judge.py that begin with --judge, and --harmful_labels. `prompt` and `system` are text files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: Literal[tuple(PRESETS)] | None = None
+    format: Literal[tuple(FORMATS)] | None = None
+    prompt: Path | None = None
+    system: Path | None = None
+    max_tokens: int | None = Field(default=None, gt=0)
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["own"] = 0.0
+    harmful_labels: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> JudgeSettings:
+        """Raises UserError for a file that cannot be read."""
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"harmful_labels"}}
+        if given.get("temperature") == "own":
+            given["temperature"] = None
+        return make_settings(**given)
