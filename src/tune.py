@@ -106,7 +106,7 @@ def main() -> None:
                 "benign": arguments.benign,
                 "questions_sha256": benches[name].sha256(),
                 "judge": RefusalJudge.description,
-                "judge_basis_sha256": judge_basis("refusal", None),
+                "judge_basis_sha256": judge_basis("refusal"),
             },
             space,
             rank_heads(effects[name]),

@@ -16,7 +16,7 @@ from conftest import named_by, run_in_child, shown_by
 
 import reproduce
 from soteria.answering.generation import answer_questions
-from soteria.answering.questions import read_questions
+from soteria.answering.questions import read_questions, spread_rows
 from soteria.errors import UserError
 from soteria.grid import cell_work, subject
 from soteria.grid.cells import grid_cells
@@ -103,7 +103,8 @@ def test_every_cell_has_its_answers_its_verdicts_and_what_it_cost(done, grid_fil
 
 
 def answers(model: str, language: str) -> list[str]:
-    questions = read_questions(f"policy_{language}", find_language(language)).questions[:12]
+    questions = read_questions(f"policy_{language}", find_language(language)).questions
+    questions = [questions[row] for row in spread_rows(len(questions), 12)]
     loaded = load_model(model, "cpu")
     return answer_questions(loaded, questions, find_language(language), batch_size=64, max_new_tokens=64)
 

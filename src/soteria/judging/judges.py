@@ -9,11 +9,12 @@ from soteria.judging.presets import JudgeSettings
 from soteria.judging.refusal import BASIS, RefusalJudge
 
 
-def judge_basis(name: str, settings: JudgeSettings, harmful_labels: Sequence[str] = ()) -> str:
+def judge_basis(name: str, settings: JudgeSettings | None = None, harmful_labels: Sequence[str] = ()) -> str:
     """A hash of the judge's phrases and grammar, or of its settings; verdicts made with others are not reused.
 
     Raises UserError for settings that the judge does not have.
     """
+    settings = settings or JudgeSettings()
     if name == "refusal":
         _refuse(settings, harmful_labels)
         return hashlib.sha256(b"".join(path.read_bytes() for path in BASIS)).hexdigest()

@@ -89,7 +89,7 @@ def inputs_of(
     return {
         "judge": judge,
         "rows": answers.n_rows,
-        "judge_basis_sha256": judge_basis(judge, settings or JudgeSettings(), harmful_labels),
+        "judge_basis_sha256": judge_basis(judge, settings, harmful_labels),
         "inputs_sha256": hashlib.sha256(str(answers.digests).encode()).hexdigest(),
     }
 
