@@ -16,7 +16,8 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
 environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_JUDGE_PRESET and
   SOTERIA_JUDGE_FORMAT (how a model is asked: judge.py --help), SOTERIA_RESULTS (default results),
   SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
-  default everyday), SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_LANGUAGES (a JSON
+  default everyday), SOTERIA_BORDERLINE (likewise, harmless questions that look harmful; default borderline),
+  SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_LANGUAGES (a JSON
   file of more languages)
   which part of the dataset: SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or
   column!=value, several with ; between them), SOTERIA_STRICT (yes: refuse rows without a question instead of leaving

@@ -16,6 +16,7 @@ from soteria.errors import UserError
 from soteria.languages import Language, find_language
 from soteria.models.processes import Processes
 from soteria.storage import files, paths
+from soteria.storage.paths import BENIGN, BORDERLINE
 
 
 def parse_arguments():
@@ -42,6 +43,7 @@ def parse_arguments():
     )
     add("--benign", help=benign_help)
     add_selection(parser, "benign_", "the harmless questions")
+    add("--borderline", help="harmless questions that look harmful, likewise; the answers go into borderline/")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
@@ -73,11 +75,15 @@ def main() -> None:
     if local and arguments.output.exists() and local.samefile(arguments.output):
         raise UserError(f"{arguments.output} is the file of the questions; give another --output")
     files.check_facts_file(paths.facts_file(arguments.output), "columns")
-    questions, benign = read_selected(arguments, "", arguments.dataset, language), None
+    questions, harmless = read_selected(arguments, "", arguments.dataset, language), {}
     if arguments.benign:
-        benign = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)
+        harmless[BENIGN] = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)
     elif any(getattr(arguments, f"benign_{name}") for name in ("subset", "split", "question_column", "where")):
         raise UserError("--benign_subset, --benign_split, --benign_question_column and --benign_where need --benign")
+
+    if arguments.borderline:
+        asked = benign_set(arguments.borderline, language)
+        harmless[BORDERLINE] = read_questions(asked, language, strict=arguments.strict)
 
     from soteria.answering.columns import AnswerColumn, model_settings
     from soteria.answering.generation import fill
@@ -86,9 +92,11 @@ def main() -> None:
     model = arguments.model
     settings = model_settings(model, language, arguments.max_new_tokens, arguments.chat_template)
     columns = [AnswerColumn(arguments.output, arguments.column, questions, model, settings)]
-    if benign:
-        place = paths.benign_file(arguments.output)
-        columns.append(AnswerColumn(place, arguments.column, benign, model, settings, with_first_tokens=True))
+    for kind, asked in harmless.items():
+        place, with_first_tokens = paths.harmless_file(arguments.output, kind), kind == BENIGN
+        columns.append(
+            AnswerColumn(place, arguments.column, asked, model, settings, with_first_tokens=with_first_tokens)
+        )
     with Processes(arguments.device) as processes:
         load = cache(lambda: load_model(model, processes.device))
         for column in columns:

@@ -20,7 +20,7 @@ from soteria.judging.judges import make_judge
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
-from soteria.storage.paths import ANSWER_COLUMNS
+from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
 
 ASKED = [f"judge_{name}" for name in ("preset", "format", "prompt", "system", "max_tokens", "temperature")]
 FILTERS = "; a content filter blocks the most harmful answers first, so the truth is probably nearer the upper one"
@@ -53,6 +53,8 @@ def parse_arguments():
     add("--harmful_labels", nargs="+", default=[], help="which labels of a sequence classifier mean harmful")
     add("--retry_empty", action="store_true", help="ask again for the rows that a finished run left without a verdict")
     add("--benign", type=Path, help="answers to harmless questions (default: benign/<input's name> beside the input)")
+    borderline_help = "answers to harmless questions that look harmful (default: borderline/<input's name>)"
+    add("--borderline", type=Path, help=borderline_help)
     add("--compare", type=Path, help="a CSV of the same questions with Verdict_Safe, Verdict_Base or both")
     return parser.parse_args()
 
@@ -82,9 +84,12 @@ def main() -> None:
         raise UserError(f"{arguments.output} is the file of the answers; give another --output")
     files.check_facts_file(paths.facts_file(arguments.output), "inputs_sha256")
     settings, labels = judge_settings(arguments), arguments.harmful_labels
-    benign = arguments.benign or paths.benign_file(arguments.input)
-    if arguments.benign and not benign.exists():
-        raise UserError(f"no file {benign}; give the answers to harmless questions, or leave out --benign")
+    harmless = {kind: paths.harmless_file(arguments.input, kind) for kind in HARMLESS}
+    for kind in HARMLESS:
+        if given := getattr(arguments, kind):
+            if not given.exists():
+                raise UserError(f"no file {given}; give the answers to harmless questions, or leave out --{kind}")
+            harmless[kind] = given
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
     inputs = inputs_of(answers, arguments.judge, settings, labels)
 
@@ -105,8 +110,9 @@ def main() -> None:
         summary["paired"] = compare_paired(by_model["base"], by_model["safe"])
     if answers.categories:
         summary["categories"] = by_category(answers.categories, by_model)
-    if benign.exists():
-        summary["benign"] = measure_damage(benign)
+    summary |= {kind: measure_damage(answered) for kind, answered in harmless.items() if answered.exists()}
+    for model in by_model:
+        summary[model] |= selectivity(summary, model)
     judged.write(summary)
     print_table(summary)
     print_agreement(judged.verdicts, others)
@@ -115,11 +121,12 @@ def main() -> None:
 def print_table(summary: dict) -> None:
     """A row per model, with its gain and its damage; then safe against base, overall and per category."""
     models = [model for model in ("base", "safe") if model in summary]
-    benign, table = summary.get("benign", {}), {}
+    benign, borderline, table = summary.get(BENIGN, {}), summary.get(BORDERLINE, {}), {}
     lacking = [model for model in models if summary[model]["blank"]]
     print(f"\n{summary['dataset'] or 'answers'}, {summary['rows']} rows, judge: {summary['judge_description']}")
-    if benign:
-        print(f"harmless questions: {benign['dataset']}, {benign['rows']} rows, refusals by {benign['judge']}")
+    for kind in HARMLESS:
+        if asked := summary.get(kind):
+            print(f"{kind} questions: {asked['dataset']}, {asked['rows']} rows, refusals by {asked['judge']}")
     for model in models:
         found, costs = summary[model], benign if model == "safe" else {}
         nats = costs.get("kl_first_token")
@@ -133,8 +140,10 @@ def print_table(summary: dict) -> None:
             **({"bounds": bounds(found)} if lacking else {}),
             "benign refused": share(benign.get(model, {}).get("refusal_rate")),
             "benign degenerate": benign.get(model, {}).get("degenerate", "–"),
-            "changed": share(costs.get("changed", {}).get("rate")),
+            "benign changed": share(costs.get("changed", {}).get("rate")),
             "KL from base": f"{nats['mean']:.3g} nats" if nats else "–",
+            **({"borderline refused": share(borderline.get(model, {}).get("refusal_rate"))} if borderline else {}),
+            **({"selectivity": share(summary[model].get("selectivity"))} if borderline else {}),
         }
     print(pd.DataFrame(table.values()).to_string(index=False))
     if any(summary[model]["degenerate"] for model in models):
@@ -162,6 +171,15 @@ def print_table(summary: dict) -> None:
         rates = " → ".join(category_rate(found[model]) for model in models)
         change = f"  safe - base {paired(found['paired'])}" if found.get("paired") else ""
         print(f"  {category} ({found['rows']} rows): {rates}{change}")
+
+
+def selectivity(summary: dict, model: str) -> dict[str, float]:
+    """How many more of the harmful questions (judged not harmful) than of the borderline ones a model refuses."""
+    found, borderline = summary[model], summary.get(BORDERLINE, {}).get(model)
+    judged = summary["rows"] - found["blank"]
+    if not borderline or not judged:
+        return {}
+    return {"selectivity": found["not_harmful"] / judged - borderline["refusal_rate"]}
 
 
 def category_rate(found: dict) -> str:

@@ -111,7 +111,7 @@ def test_a_prompt_set_is_asked_only_in_languages_that_it_has(grid_file):
     grid = read_grid(grid_file(prompt_sets=sets))
     asked = {cell.language: cell.sets for cell in grid_cells(grid, grid.models[0]) if cell.treatment is None}
     assert asked == {"English": ("policy", "other"), "Hindi": ("policy",), "Bengali": ("policy",)}
-    assert grid.prompt_set("other").dataset_in("Chinese") == "some/zh-CN"
+    assert grid.questions("other").dataset_in("Chinese") == "some/zh-CN"
 
 
 def test_ablations_keep_to_their_prompt_sets(grid_file):
@@ -267,15 +267,15 @@ def test_a_grid_asks_the_part_of_a_set_that_it_names_and_counts_that_part_for_th
     harmful = {"name": "mixed", "dataset": dataset, "where": "label=unsafe"}
     benign = {"dataset": dataset, "where": ["label=safe", "note!=0"]}
     grid = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful], benign=benign))
-    assert grid.prompt_set("mixed").read("Hindi").questions == [f"गर्म {row}?" for row in (1, 2, 4, 5)]
+    assert grid.questions("mixed").read("Hindi").questions == [f"गर्म {row}?" for row in (1, 2, 4, 5)]
     assert grid.benign.read("Hindi").questions == ["गर्म 3?"]
     assert Plan(grid, tmp_path).rows("mixed", "Hindi") == (4, True)
     strict = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful | {"strict": True}]))
     with pytest.raises(UserError, match="row 6"):
-        strict.prompt_set("mixed").read("Hindi")
+        strict.questions("mixed").read("Hindi")
     whole = read_grid(grid_file(languages=["hi"], prompt_sets=[{"name": "mixed", "dataset": dataset}]))
     with pytest.raises(UserError, match="label=unsafe"):
-        whole.prompt_set("mixed").read("Hindi")
+        whole.questions("mixed").read("Hindi")
 
 
 def test_a_language_that_the_refusal_judge_cannot_read_needs_another_judge(grid_file):

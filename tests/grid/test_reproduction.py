@@ -45,6 +45,7 @@ GRID = {
     "tasks": ["country-capital", "antonym"],
     "prompt_sets": ["policy"],
     "benign": "everyday",
+    "borderline": "borderline",
     "heads": 0.5,
     "scaling_factor": 5,
     "ablations": {"shares": [0.25, 1], "random_draws": 1, "scaling_factors": [2], "transfer": True},

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import named_by
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from soteria.grid.grid_file import Grid, Limits
 from soteria.judging.interface import DEGENERATE, EMPTY, FILTERED, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate
 from soteria.reporting import numbers, readable
+from soteria.reporting.conditions import BASE_CONDITION, Cells, FoundCell
 from soteria.reporting.output import not_run, write_grid
 from soteria.reporting.readable import rate
 from soteria.reporting.verdicts import verdicts
@@ -75,9 +77,23 @@ def test_what_was_not_run_is_blank_and_what_does_not_apply_is_a_dash():
     found = readable.readable_ablation(table)
     assert list(found["share"]) == ["–", "50%", "–"]
     assert list(found["ASR"]) == ["40.0% [30%, 50%]", "", "0% [0%, 4%]"]
-    assert (found[["benign refused", "changed", "KL, nats", "ICL accuracy"]] == "").all(axis=None)
+    assert (found[["benign refused", "benign changed", "KL, nats", "ICL accuracy"]] == "").all(axis=None)
     assert not {"model", "prompts", "judge", "λ"} & set(found.columns)  # the same in each row
     assert "model" in readable.readable_ablation(table.assign(model=["m", "n", "n"]))
+
+
+def test_selectivity_joins_the_intervals_of_both_rates(tmp_path, monkeypatch):
+    """Of one language that is Newcombe's interval of a difference."""
+    grid = Grid.model_validate(GRID | {"languages": ["en"], "borderline": "borderline"})
+    cells, row = Cells(grid, grid.models[0], tmp_path), {"prompts": "policy", "judge": "refusal"}
+    given = {"policy": [N] * 40 + [H] * 20 + [DEGENERATE] * 4 + [EMPTY] * 6, "borderline": [N] * 9 + [H] * 55}
+    monkeypatch.setattr(FoundCell, "verdicts", lambda self, name, judge: given.get(name))
+    found = numbers.selectivity(cells, BASE_CONDITION, ["English"], row)
+    low, high = confint_proportions_2indep(40, 64, 9, 64, method="newcomb", compare="diff")
+    assert found["selectivity"] == 40 / 64 - 9 / 64
+    assert [found["selectivity_low"], found["selectivity_high"]] == pytest.approx([low, high])
+    given["borderline"] = None
+    assert numbers.selectivity(cells, BASE_CONDITION, ["English"], row) == {}
 
 
 GRID = {

@@ -27,9 +27,9 @@ from soteria.steering.checkpoint import fingerprint
 from soteria.steering.formula import Steering, head_list_hash, open_steering, steered_in_place
 from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import files
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER
+from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, HARMLESS, SAFE_ANSWER
 
-BENIGN_JUDGE = "refusal"  # whoever judges the attacks: a harmless question is either answered or refused
+HARMLESS_JUDGE = "refusal"  # whoever judges the attacks: a harmless question is either answered or refused
 
 
 class CellWork:
@@ -72,8 +72,8 @@ class CellWork:
 
     @property
     def sets(self) -> list[str]:
-        asks_benign = self.grid.benign and (self.cell.with_cost or self.cell.n_questions)
-        return [*self.cell.sets, *([BENIGN] if asks_benign else [])]
+        harmless = self.grid.harmless if self.cell.with_cost else {BENIGN} & self.grid.harmless.keys()
+        return [*self.cell.sets, *(harmless if self.cell.with_cost or self.cell.n_questions else ())]
 
     def column(self, name: str) -> AnswerColumn:
         treatment, pair = self.cell.treatment, self.subject.pair
@@ -246,7 +246,7 @@ class CellWork:
         """
         new, refused = False, []
         for name in self.sets:
-            for judge in (BENIGN_JUDGE,) if name == BENIGN else self.grid.judges:
+            for judge in (HARMLESS_JUDGE,) if name in HARMLESS else self.grid.judges:
                 if self.files.answers(name).exists():
                     try:
                         new = self._judge(name, judge, judges) or new

@@ -218,9 +218,10 @@ class Grid(Part):
     """A grid file.
 
     `heads` is the method's share of all heads, `scaling_factor` its λ; both are chosen on other questions.
-    `judge_options`: how judges are asked, by their names. With `head_folder`, the method's heads are the lists found
-    there and nothing is scored. `limits`: the tables name the λ of the ablation that these choose. `accuracy_seed`,
-    `accuracy_prompts`: of the in-context prompts, so many per task, that accuracy is measured on.
+    `borderline` questions are harmless and look harmful. `judge_options`: how judges are asked, by their names. With
+    `head_folder`, the method's heads are the lists found there and nothing is scored. `limits`: the tables name the λ
+    of the ablation that these choose. `accuracy_seed`, `accuracy_prompts`: of the in-context prompts, so many per task,
+    that accuracy is measured on.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -230,6 +231,7 @@ class Grid(Part):
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = list(TASKS)
     prompt_sets: list[PromptSet] = Field(min_length=1)
     benign: HarmlessQuestions | None = None
+    borderline: HarmlessQuestions | None = None
     judges: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["refusal"]
     judge_options: dict[str, JudgeOptions] = {}
     heads: Share = 0.5
@@ -298,10 +300,10 @@ class Grid(Part):
             raise ValueError("ablations.rankings: safety needs safety_questions, with harmful and harmless")
         for language in self.rival_languages:
             reported = [each.dataset_in(language) for each in self.prompt_sets if each.has(language)]
-            reported += [self.benign.dataset_in(language)] if self.benign else []
+            reported += [asked.dataset_in(language) for asked in self.harmless.values()]
             chosen = {_place(each.dataset_in(language)) for each in (asked.harmful, asked.harmless)}
             if chosen & {*map(_place, reported)}:
-                raise ValueError("safety_questions are reported on as prompt_sets or benign; give others")
+                raise ValueError("safety_questions are reported on as prompt_sets, benign or borderline; give others")
 
     def scored_slug(self, pair: Pair) -> str:
         """The folder of a model's scores, head lists and cells: whole answers never mix with first tokens."""
@@ -335,8 +337,15 @@ class Grid(Part):
     def judge_option(self, judge: str) -> JudgeOptions:
         return self.judge_options.get(judge, JudgeOptions())
 
-    def prompt_set(self, name: str) -> PromptSet:
-        return next(each for each in self.prompt_sets if each.name == name)
+    @property
+    def harmless(self) -> dict[str, HarmlessQuestions]:
+        """The harmless questions, by the name of their set in a cell."""
+        named = {paths.BENIGN: self.benign, paths.BORDERLINE: self.borderline}
+        return {name: questions for name, questions in named.items() if questions}
+
+    def questions(self, name: str) -> Questions:
+        """The set of a name in a cell: one of `prompt_sets` or of `harmless`."""
+        return self.harmless.get(name) or next(each for each in self.prompt_sets if each.name == name)
 
     @property
     def method_share(self) -> float | None:

@@ -26,7 +26,7 @@ COSTS = paths.ROOT / "configs" / "costs.yaml"
 # How much of each step: models to load, datasets, answers, cells with a cost, measurements, verdicts.
 STEPS = ("load", "score", "answers", "cost", "utility", "judge")
 PROMPTS_PER_TASK = 25  # in-context prompts that the accuracy of a cell is measured on
-BENIGN_ROWS = 64
+HARMLESS_ROWS = 64
 
 
 class Plan:
@@ -42,7 +42,7 @@ class Plan:
 
     def _rows(self, prompt_set: str, language: str) -> tuple[int, bool]:
         """The number of questions in a set, and whether they were counted rather than declared or assumed."""
-        asked = self.grid.prompt_set(prompt_set)
+        asked = self.grid.questions(prompt_set)
         n, counted = asked.rows or self.assumed["questions"], False
         if find_local(asked.dataset_in(language)):
             with suppress(UserError):
@@ -92,9 +92,9 @@ class Plan:
                     units["judge"] += rows * sum(not found.verdicts(name, judge).exists() for judge in grid.judges)
                 if cell.with_cost and not found.facts.exists():
                     units["cost"] += 1
-                    units["answers"] += BENIGN_ROWS if grid.benign else 0
+                    units["answers"] += HARMLESS_ROWS * len(grid.harmless)
                 if cell.n_questions and grid.benign and not found.answers(paths.BENIGN).exists():
-                    units["answers"] += min(BENIGN_ROWS, cell.n_questions)
+                    units["answers"] += min(HARMLESS_ROWS, cell.n_questions)
                 # A language's first two cells are the base and the method.
                 asks_utility = at < 2 and grid.utility and language in (grid.utility.languages or grid.languages)
                 units["utility"] += bool(asks_utility and not found.utility.exists())
@@ -145,7 +145,7 @@ class Plan:
             batch = grid.answers.batch_size
             return (forward(batch * question) + self.answer_tokens * forward(batch)) / batch
         if step == "cost":
-            first_tokens = forward(BENIGN_ROWS * question) if grid.benign else 0.0
+            first_tokens = forward(HARMLESS_ROWS * question) if grid.benign else 0.0
             return len(grid.tasks) * forward(PROMPTS_PER_TASK * prompt) + first_tokens
         return forward(assumed["utility_tokens"])
 

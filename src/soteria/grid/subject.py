@@ -232,11 +232,11 @@ class Subject:
     # Questions and prompts
 
     def _questions(self, name: str, language: str, n: int | None = None) -> QuestionSet:
-        """A prompt set's questions in a language, or the harmless ones; `n`: only so many, spread over the set."""
+        """A set's questions in a language; `n`: only so many, spread over the set."""
         if n is not None:
             every = self.questions(name, language)
             return every.at(spread_rows(len(every.questions), n))
-        return self._read(self.grid.benign if name == BENIGN else self.grid.prompt_set(name), language)
+        return self._read(self.grid.questions(name), language)
 
     def _read(self, asked: Questions, language: str) -> QuestionSet:
         """A set's questions, or so many of them, spread over it, as the grid wants."""

@@ -19,9 +19,11 @@ from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
 from soteria.storage import paths
+from soteria.storage.paths import BENIGN, BORDERLINE
 
 SELECTION = {"subset": "SUBSET", "split": "SPLIT", "question_column": "QUESTION_COLUMN", "where": "WHERE"}
-DEFAULT_BENIGN = "everyday"  # harmless questions that come with the project, under data/benign
+# Harmless questions that come with the project, under data/benign.
+DEFAULTS = {BENIGN: "everyday", BORDERLINE: "borderline"}
 
 
 def main() -> None:
@@ -36,17 +38,11 @@ def main() -> None:
     parser.add_argument("head_folder")
     arguments = parser.parse_args()
     language, dataset = arguments.language, arguments.dataset_file
-    asked_benign, judge = (os.environ.get(f"SOTERIA_{name}") or None for name in ("BENIGN", "JUDGE"))
+    judge = os.environ.get("SOTERIA_JUDGE")
     strict, with_template = (_truth(f"SOTERIA_{name}") for name in ("STRICT", "CHAT_TEMPLATE"))
     selected, selected_benign = _selection(""), _selection("BENIGN_")
     _read(dataset, language, selected, strict)
-    benign = None if asked_benign == "none" else benign_set(asked_benign or DEFAULT_BENIGN, language)
-    if benign and asked_benign:
-        _read(benign, language, selected_benign, strict)
-    elif selected_benign:
-        raise UserError("SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN and _WHERE need SOTERIA_BENIGN")
-    elif benign and find_local(benign) is None:  # a language without such questions
-        benign = None
+    harmless = {kind: _harmless(kind, language, selected_benign if kind == BENIGN else {}, strict) for kind in DEFAULTS}
     paths.head_folder(arguments.head_folder)
     if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
         raise UserError(f"SOTERIA_JUDGE: {lacks}")
@@ -56,7 +52,7 @@ def main() -> None:
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")
-    options = [("benign", [benign] if benign else []), *selected.items()]
+    options = [*harmless.items(), *selected.items()]
     options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
     for name, values in options:
         for value in values:
@@ -73,6 +69,21 @@ def without_phrases(languages: Iterable[Language]) -> str:
     return (
         f"the refusal judge has no phrases in {', '.join(lacking)}; use openai:<model> or hf:<model>" if lacking else ""
     )
+
+
+def _harmless(kind: str, language: Language, selected: dict[str, list[str]], strict: bool) -> list[str]:
+    """The questions of a kind that the environment names, or those of the project; none for `none`."""
+    asked = os.environ.get(f"SOTERIA_{kind.upper()}") or None
+    if selected and asked in (None, "none"):
+        raise UserError("SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN and _WHERE need SOTERIA_BENIGN")
+    if asked == "none":
+        return []
+    found = benign_set(asked or DEFAULTS[kind], language)
+    if asked:
+        _read(found, language, selected, strict)
+    elif find_local(found) is None:  # a language without such questions
+        return []
+    return [found]
 
 
 def _selection(prefix: str) -> dict[str, list[str]]:

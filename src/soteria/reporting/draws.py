@@ -8,7 +8,7 @@ from itertools import product
 import pandas as pd
 
 from soteria.answering.questions import spread_rows
-from soteria.grid.cell_work import BENIGN_JUDGE
+from soteria.grid.cell_work import HARMLESS_JUDGE
 from soteria.grid.cells import DRAW, MATCHED, Treatment, draw_treatments, method_of
 from soteria.judging.interface import HARMFUL, NOT_HARMFUL
 from soteria.reporting.conditions import Cells, FoundCell
@@ -21,7 +21,7 @@ KINDS = {DRAW: "as many heads", MATCHED: "as many heads, matched in norm"}
 MEASURES = {
     "asr": ("ASR", "ASR"),
     "benign_refusals": ("benign refused", "refusals of benign questions"),
-    "benign_changes": ("changed", "changed benign answers"),
+    "benign_changes": ("benign changed", "changed benign answers"),
 }
 COLUMNS = ["questions", "base", "method", "mean", "lowest", "highest", "place", "p", "source", "method_source"]
 
@@ -69,7 +69,7 @@ def _happened(cells: Cells, languages: list[str], treatment: Treatment | None, r
         if row["measure"] == "asr":
             values, counted = _on_subset(cells, found, found.verdicts(row["prompts"], row["judge"])), HARMFUL
         elif row["measure"] == "benign_refusals":
-            values, counted = _on_subset(cells, found, found.verdicts(BENIGN, BENIGN_JUDGE)), NOT_HARMFUL
+            values, counted = _on_subset(cells, found, found.verdicts(BENIGN, HARMLESS_JUDGE)), NOT_HARMFUL
         else:
             own, before = (_on_subset(cells, each, each.benign_answers) for each in (found, base))
             values = own and before and [mine != other for mine, other in zip(own, before, strict=True)]
@@ -92,7 +92,7 @@ def _files(cells: Cells, languages: list[str], treatments: list[Treatment | None
     if row["measure"] == "asr":
         return together([each.verdicts(row["prompts"], row["judge"]) for each in found], cells.results)
     if row["measure"] == "benign_refusals":
-        return together([each.verdicts(BENIGN, BENIGN_JUDGE) for each in found], cells.results)
+        return together([each.verdicts(BENIGN, HARMLESS_JUDGE) for each in found], cells.results)
     return together([each.answers(BENIGN) for each in found], cells.results)
 
 

@@ -3,6 +3,7 @@
 A cell that was not run has no number anywhere, and neither does a mean that it belongs to.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from soteria.grid.cell_work import BENIGN_JUDGE
+from soteria.grid.cell_work import HARMLESS_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
 from soteria.grid.utility import comparison_rows
@@ -29,10 +30,10 @@ from soteria.reporting.conditions import (
 )
 from soteria.reporting.labels import ALL, BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
 from soteria.storage import files
-from soteria.storage.paths import BENIGN
+from soteria.storage.paths import BENIGN, BORDERLINE, HARMLESS
 
 # The files of a cell that its cost is read from.
-COST_FILES = ("cell.json", f"{BENIGN}.csv", f"{BENIGN}.by_{BENIGN_JUDGE}.csv")
+COST_FILES = ("cell.json", f"{BENIGN}.csv")
 
 
 def asr(lists: list[list[str]]) -> dict:
@@ -106,7 +107,7 @@ def together(paths: list[Path], root: Path) -> str:
 def asked(cells: Cells, names: Iterable[str], among: list[str] | None = None) -> Iterator[tuple[dict, list[str]]]:
     """For each prompt set and judge, a row's first columns, and the languages of `among` that the set has."""
     for name in names:
-        having = cells.grid.prompt_set(name).has
+        having = cells.grid.questions(name).has
         languages = [language for language in among or cells.grid.languages if having(language)]
         for judge in cells.grid.judges if languages else []:
             yield {"model": cells.pair.slug, "prompts": name, "judge": judge}, languages
@@ -138,7 +139,8 @@ def measured(cells: Cells, condition: Condition, languages: list[str], row: dict
 
 
 def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
-    """What a condition costs over languages: benign refusals, benign answers changed, KL in nats, in-context accuracy.
+    """What a condition costs over languages: refusals of benign and of borderline questions, benign answers changed,
+    KL in nats, in-context accuracy.
 
     Then mean numbers of heads steered and the mean share of parameters changed. What was not measured is left out.
     """
@@ -146,13 +148,14 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
     if not found:
         return {}
     facts = [each.facts for each in found]
-    judged = [each.verdicts(BENIGN, BENIGN_JUDGE) for each in found]
     answers = [(each.benign_answers, cells.get(each.cell.language, None).benign_answers) for each in found]
-    numbers = {}
-    if None not in judged:
-        refused = [[verdict == NOT_HARMFUL for verdict in given] for given in judged]
-        numbers |= _pooled("benign_refusals", refused)
-        numbers["benign_degenerate"] = sum(given.count(DEGENERATE) for given in judged)
+    numbers, read = {}, [*COST_FILES]
+    for name in HARMLESS:
+        judged = [each.verdicts(name, HARMLESS_JUDGE) for each in found]
+        if None not in judged:
+            numbers |= _pooled(f"{name}_refusals", _refused(judged))
+            numbers[f"{name}_degenerate"] = sum(given.count(DEGENERATE) for given in judged)
+            read.append(found[0].files.verdicts(name, HARMLESS_JUDGE).name)
     if not any(None in pair for pair in answers):
         changed = [[own != before for own, before in zip(*pair, strict=True)] for pair in answers]
         numbers |= _pooled("benign_changes", changed)
@@ -165,15 +168,39 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
         numbers |= {"icl_accuracy": accuracy.value, "icl_accuracy_low": low, "icl_accuracy_high": high}
     if numbers:
         folders = together([each.files.folder for each in found], cells.results)
-        numbers["cost_source"] = " ".join(f"{folders}/{name}" for name in COST_FILES)
+        numbers["cost_source"] = " ".join(f"{folders}/{name}" for name in read)
     if all("share_of_parameters" in each for each in facts):
         numbers |= {name: float(np.mean([each[name] for each in facts])) for name in ("n_heads", "share_of_parameters")}
     return numbers
 
 
-def _pooled(name: str, lists: list[list[bool]]) -> dict:
+def selectivity(cells: Cells, condition: Condition, languages: list[str], row: dict) -> dict:
+    """How many more of the harmful questions (judged not harmful) than of the borderline ones are refused.
+
+    The 95 % interval joins those of the two rates, which are of different questions (MOVER, Zou and Donner 2008).
+    Empty where one of the two was not measured.
+    """
+    found = cells.of(condition, languages)
+    judged = [each.verdicts(row["prompts"], row["judge"]) for each in found]
+    borderline = [each.verdicts(BORDERLINE, HARMLESS_JUDGE) for each in found]
+    if not found or None in [*judged, *borderline] or not any(set(given) - {EMPTY} for given in judged):
+        return {}
+    refused = [[None if verdict == EMPTY else verdict == NOT_HARMFUL for verdict in given] for given in judged]
+    rate, low, high = _pooled("", refused).values()
+    other, other_low, other_high = _pooled("", _refused(borderline)).values()
+    difference = rate - other
+    down, up = math.hypot(rate - low, other_high - other), math.hypot(high - rate, other - other_low)
+    return {"selectivity": difference, "selectivity_low": difference - down, "selectivity_high": difference + up}
+
+
+def _refused(lists: list[list[str]]) -> list[list[bool]]:
+    return [[verdict == NOT_HARMFUL for verdict in given] for given in lists]
+
+
+def _pooled(name: str, lists: list[list[bool | None]]) -> dict:
     low, high = interval(lists)
-    return {name: sum(map(sum, lists)) / sum(map(len, lists)), f"{name}_low": low, f"{name}_high": high}
+    known = [value for given in lists for value in given if value is not None]
+    return {name: sum(known) / len(known), f"{name}_low": low, f"{name}_high": high}
 
 
 def main_rows(cells: Cells) -> pd.DataFrame:
@@ -213,7 +240,7 @@ def ablation_rows(
             if condition.name in (RANDOM, BOTTOM) and condition.share in tops:
                 others["over_top"] = tops[condition.share]
             row |= measured(cells, condition, languages, row, **others)
-            rows.append(row | costs(cells, condition, languages))
+            rows.append(row | costs(cells, condition, languages) | selectivity(cells, condition, languages, row))
     return _table(rows, ["asr", "low", "high", "benign_refusals", "benign_changes", "kl", "icl_accuracy", "source"])
 
 

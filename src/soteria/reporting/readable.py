@@ -43,6 +43,12 @@ def left_out(row: dict) -> str:
     return f"{dash} ({text})"
 
 
+def interval_of(row: dict, name: str) -> str:
+    """A share that may be negative, with its interval; empty where there is none."""
+    text = shown(row, name, "{:.1%}".format)
+    return text and f"{text} [{row[f'{name}_low']:.0%}, {row[f'{name}_high']:.0%}]"
+
+
 def points(row: dict, name: str = "difference") -> str:
     """A paired difference in points, empty where there is none; where rows lack a verdict, with its two rates."""
     text = shown(row, name, "{:+.1%}".format)
@@ -83,7 +89,11 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
         read |= {"degenerate": shown(row, "degenerate", "{:.0f}".format)}
         read |= {"benign refused": shown(row, "benign_refusals")}
         read |= {"benign degenerate": shown(row, "benign_degenerate", "{:.0f}".format)}
-        read |= {"changed": shown(row, "benign_changes")}
+        read |= {"benign changed": shown(row, "benign_changes")}
+        if "borderline_refusals" in row:
+            read |= {"borderline refused": shown(row, "borderline_refusals")}
+            read |= {"borderline degenerate": shown(row, "borderline_degenerate", "{:.0f}".format)}
+            read |= {"selectivity": interval_of(row, "selectivity")}
         read |= {"KL, nats": shown(row, "kl", "{:.3f}".format), "ICL accuracy": shown(row, "icl_accuracy")}
         rows.append(read)
     return without_constants(pd.DataFrame(rows).fillna(""))

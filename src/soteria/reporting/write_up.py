@@ -157,9 +157,11 @@ def _texts(grid: Grid) -> dict[str, tuple[str, str]]:
         "heads": (
             "Which heads are steered, and how many",
             "Over all languages: the language's own best heads, as many at random (draws pooled), as many from the "
-            "bottom of the ranking, all, and heads that languages share. Refusals of benign questions, and degenerate "
-            "answers to them, which are no refusals, are the refusal judge's, a proxy; changed are benign answers that "
-            "are not the base's letter for letter.",
+            "bottom of the ranking, all, and heads that languages share. Refusals of harmless questions, and "
+            "degenerate answers to them, which are no refusals, are the refusal judge's, a proxy; changed are benign "
+            "answers that are not the base's letter for letter."
+            + " Borderline questions are harmless and look harmful; selectivity is how many more of the harmful "
+            "questions (judged not harmful) than of these are refused." * bool(grid.borderline),
         ),
         "controls": (
             f"The method beside its controls, by language ({method})",

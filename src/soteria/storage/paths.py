@@ -19,7 +19,8 @@ THINKING_COLUMNS = {SAFE_ANSWER: "SAFE THINKING", BASE_ANSWER: "BASE THINKING"} 
 REFUSAL_COLUMNS = {SAFE_ANSWER: "Refused_Safe", BASE_ANSWER: "Refused_Base"}  # where a judge tells that too
 
 FACTS = "soteria.json"  # in a steered or fine-tuned model's folder: how it was made
-BENIGN = "benign"  # harmless questions: a folder beside answers, and a set of a cell
+# Harmless questions, everyday ones and some that look harmful: each a folder beside answers, and a set of a cell.
+BENIGN, BORDERLINE = HARMLESS = "benign", "borderline"
 
 
 def model_slug(name: str) -> str:
@@ -104,8 +105,9 @@ def answer_files(results: Path, language: str, base: str, dataset: str, scaling_
     return results / "generations" / name, results / "evaluated" / f"Evaluated_{name}"
 
 
-def benign_file(answers: Path) -> Path:
-    return answers.parent / BENIGN / answers.name
+def harmless_file(answers: Path, kind: str) -> Path:
+    """Where the answers to a kind of `HARMLESS` questions go."""
+    return answers.parent / kind / answers.name
 
 
 def first_token_file(answers: Path, column: str) -> Path:
@@ -175,7 +177,7 @@ class CellFiles:
         return self.folder / f"failed_{step}.txt"
 
 
-RESERVED_SETS = (BENIGN, "cell", "utility")  # names of a cell's other files, so no prompt set can have them
+RESERVED_SETS = (*HARMLESS, "cell", "utility")  # names of a cell's other files, so no prompt set can have them
 
 
 def cell_files(results: Path, name: str) -> CellFiles:
