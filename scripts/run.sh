@@ -18,7 +18,7 @@ environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refus
   SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
   default everyday), SOTERIA_BORDERLINE (likewise, harmless questions that look harmful; default borderline),
   SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_LANGUAGES (a JSON
-  file of more languages)
+  file of more languages), SOTERIA_PRESET (release: ask models as the original release did, and a model as the judge)
   which part of the dataset: SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or
   column!=value, several with ; between them), SOTERIA_STRICT (yes: refuse rows without a question instead of leaving
   them out); which part of SOTERIA_BENIGN: SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN, _WHERE
@@ -45,6 +45,8 @@ if [ "$do_base" = yes ]; then
   "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
     --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size" "${options[@]}"
 fi
+judge_preset=${SOTERIA_JUDGE_PRESET:-}
+if [ "${SOTERIA_JUDGE:-refusal}" != refusal ]; then judge_preset=${judge_preset:-${SOTERIA_PRESET:-}}; fi
 "$python" "$src/judge.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}" \
-  ${SOTERIA_JUDGE_PRESET:+--judge_preset "$SOTERIA_JUDGE_PRESET"} \
+  ${judge_preset:+--judge_preset "$judge_preset"} \
   ${SOTERIA_JUDGE_FORMAT:+--judge_format "$SOTERIA_JUDGE_FORMAT"}

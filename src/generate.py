@@ -11,7 +11,14 @@ from functools import cache
 
 from soteria import cli
 from soteria.answering.question_files import find_local
-from soteria.answering.questions import QUESTION_COLUMNS, QuestionSet, benign_set, read_questions
+from soteria.answering.questions import (
+    QUESTION_COLUMNS,
+    RELEASE,
+    RELEASE_TOKENS,
+    QuestionSet,
+    benign_set,
+    read_questions,
+)
 from soteria.errors import UserError
 from soteria.languages import Language, find_language
 from soteria.models.processes import Processes
@@ -33,7 +40,13 @@ def parse_arguments():
     add("--output", type=cli.csv_path, required=True, help="the CSV to write the column to")
     add("--column", choices=list(paths.ANSWER_COLUMNS), required=True, help="which model's answers these are")
     add("--batch_size", type=cli.positive_int, default=8, help="memory: that of this many of the longest questions")
-    add("--max_new_tokens", type=cli.positive_int, default=512, help="maximum length of an answer in tokens")
+    tokens_help = "maximum length of an answer in tokens (default: 512, or the preset's)"
+    add("--max_new_tokens", type=cli.positive_int, help=tokens_help)
+    preset_help = (
+        "ask as the original release did: instruction and question joined, 512 new tokens, of the base 256, sampled as "
+        "the model's generation config says, one question at a time"
+    )
+    add("--preset", choices=[RELEASE], help=preset_help)
     add("--chat_template", action="store_true", help="ask through the tokenizer's chat template")
     add_selection(parser, "", "the questions")
     add("--strict", action="store_true", help="refuse a set with a row without a question, rather than leave it out")
@@ -74,6 +87,8 @@ def main() -> None:
     local = find_local(arguments.dataset)
     if local and arguments.output.exists() and local.samefile(arguments.output):
         raise UserError(f"{arguments.output} is the file of the questions; give another --output")
+    if arguments.preset and arguments.chat_template:
+        raise UserError("the release asked without a chat template; leave out --chat_template or --preset")
     files.check_facts_file(paths.facts_file(arguments.output), "columns")
     questions, harmless = read_selected(arguments, "", arguments.dataset, language), {}
     if arguments.benign:
@@ -86,11 +101,12 @@ def main() -> None:
         harmless[BORDERLINE] = read_questions(asked, language, strict=arguments.strict)
 
     from soteria.answering.columns import AnswerColumn, model_settings
-    from soteria.answering.generation import fill
+    from soteria.answering.generation import MAX_NEW_TOKENS, fill
     from soteria.models.loading import load_model
 
-    model = arguments.model
-    settings = model_settings(model, language, arguments.max_new_tokens, arguments.chat_template)
+    model, preset = arguments.model, arguments.preset
+    longest = arguments.max_new_tokens or (RELEASE_TOKENS[arguments.column] if preset else MAX_NEW_TOKENS)
+    settings = model_settings(model, language, longest, arguments.chat_template, preset)
     columns = [AnswerColumn(arguments.output, arguments.column, questions, model, settings)]
     for kind, asked in harmless.items():
         place, with_first_tokens = paths.harmless_file(arguments.output, kind), kind == BENIGN

@@ -36,7 +36,12 @@ def parse_arguments():
     add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
     add("--concurrency", type=cli.positive_int, default=16, help="simultaneous calls to an endpoint")
     add("--time_limit", type=cli.positive_int, default=60, help="seconds an endpoint may take for a reply")
-    add("--judge_preset", choices=list(PRESETS), help="how a language model is asked (default: by its chat template)")
+    add(
+        "--judge_preset",
+        "--preset",
+        choices=list(PRESETS),
+        help="how a language model is asked (default: by its chat template)",
+    )
     format_help = "how its reply is read, and so what it is asked (default: by its chat template)"
     add("--judge_format", choices=list(FORMATS), help=format_help)
     prompt_help = "a text file with {answer}, and mostly {question} (default: that of the preset or format)"

@@ -40,7 +40,9 @@ SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 _log = logging.getLogger(__name__)
 
 
-def model_settings(name: str, language: Language, max_new_tokens: int, chat_template: bool) -> dict:
+def model_settings(
+    name: str, language: Language, max_new_tokens: int, chat_template: bool, preset: str | None = None
+) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name)
     digest, can_think = hashlib.sha256(fingerprint(checkpoint).encode()), False
@@ -55,6 +57,7 @@ def model_settings(name: str, language: Language, max_new_tokens: int, chat_temp
         "max_new_tokens": max_new_tokens,
         "chat_template": chat_template,
     }
+    settings |= {"preset": preset} if preset else {}
     # Answers of versions that let such a model think are not kept.
     return settings | ({"enable_thinking": False} if chat_template and can_think else {})
 
@@ -111,6 +114,7 @@ class AnswerColumn:
             raise UserError(f"{self.output} has answers to other questions; remove it, or write to another place")
         made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
         complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
+        complete = complete and made.get("preset") == self.settings.get("preset")
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 
     def save(self, answers: list[str], log_probs: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Greedy answers of a model to a set of questions (step 3.2).
+"""Answers of a model to a set of questions (step 3.2), greedy unless they are asked for as the original release did.
 
 In: a loaded model and questions. Out: texts in the questions' order, or a finished `AnswerColumn`.
 """
@@ -6,11 +6,12 @@ In: a loaded model and questions. Out: texts in the questions' order, or a finis
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 
+import torch
 from tqdm import tqdm
 
 from soteria.answering.columns import AnswerColumn
-from soteria.answering.decoding import decode, first_token_log_probs, plan_batches, token_budget
-from soteria.answering.questions import question_prompt
+from soteria.answering.decoding import decode, first_token_log_probs, pad_token, plan_batches, token_budget
+from soteria.answering.questions import RELEASE, question_prompt
 from soteria.answering.thinking import split_thinking, texts_of
 from soteria.errors import UserError
 from soteria.languages import Language
@@ -21,11 +22,15 @@ from soteria.models.processes import Processes
 MAX_NEW_TOKENS = 512
 
 
-def prompt_text(loaded: LoadedModel, question: str, language: Language, chat_template: bool) -> str:
+def prompt_text(
+    loaded: LoadedModel, question: str, language: Language, chat_template: bool, preset: str | None = None
+) -> str:
     """What a model reads before it answers, with the special tokens of the chat template if that is used.
 
     A template that can switch thinking off does. Raises UserError if the tokenizer lacks the chat template.
     """
+    if preset == RELEASE:
+        return language.instruction + question
     if not chat_template:
         return question_prompt(question, language)
     if not loaded.tokenizer.chat_template:
@@ -40,14 +45,16 @@ def chat_text(tokenizer, messages: list[dict], **values: object) -> str:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **values)
 
 
-def all_inputs(loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool) -> list[list[int]]:
+def all_inputs(
+    loaded: LoadedModel, questions: list[str], language: Language, chat_template: bool, preset: str | None = None
+) -> list[list[int]]:
     """The token ids of each question's prompt.
 
     Raises UserError if the tokenizer lacks the chat template, or, naming the row, if one leaves no room to answer.
     """
     context, inputs = loaded.context_length, []
     for row, question in enumerate(questions):
-        prompt = prompt_text(loaded, question, language, chat_template)
+        prompt = prompt_text(loaded, question, language, chat_template, preset)
         inputs.append(loaded.tokenizer(prompt, add_special_tokens=not chat_template).input_ids)
         if context is not None and len(inputs[-1]) >= context:
             raise UserError(
@@ -84,6 +91,32 @@ def generate(
     yield from (processes.map if processes else map)(continue_batch, batches)
 
 
+def generate_as_configured(
+    loaded: LoadedModel,
+    inputs: list[list[int]],
+    max_new_tokens: int,
+    done: Collection[int] = (),
+    processes: Processes | None = None,
+) -> Iterator[dict[int, str]]:
+    """Answers as `generate` gives them, decoded by transformers under the model's own generation config.
+
+    One question at a time, with its row as the seed of torch: a sampled answer depends on no other.
+    """
+    context = loaded.context_length
+
+    @torch.inference_mode()
+    def answer(row: int) -> dict[int, str]:
+        torch.manual_seed(row)
+        ids = torch.tensor([inputs[row]], device=loaded.model.device)
+        limit = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
+        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_token(loaded)}
+        tokens = loaded.model.generate(input_ids=ids, max_new_tokens=limit, **given)[:, ids.shape[1] :].tolist()
+        return {row: texts_of(loaded.tokenizer, [inputs[row]], tokens)[0].strip()}
+
+    rows = [row for row in range(len(inputs)) if row not in done]
+    yield from (processes.map if processes else map)(answer, rows)
+
+
 def answer_questions(
     loaded: LoadedModel,
     questions: list[str],
@@ -107,14 +140,18 @@ def fill(
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
     needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
     loaded = load() if processes.agree(needs_model) else None
-    inputs = all_inputs(loaded, questions, language, settings["chat_template"]) if loaded else None
+    preset, longest = settings.get("preset"), settings["max_new_tokens"]
+    inputs = all_inputs(loaded, questions, language, settings["chat_template"], preset) if loaded else None
     with journal if processes.is_first else nullcontext():
         answers = processes.agree(journal.done)
         hidden = None if processes.is_first else True
         progress = {"total": len(questions), "initial": len(answers), "unit": "answer", "leave": None}
         with tqdm(desc=column.output.stem, disable=hidden, **progress) as bar:
-            made = generate(loaded, inputs, batch_size, settings["max_new_tokens"], set(answers), processes)
-            for batch in made if loaded else ():
+            if preset == RELEASE:
+                made = generate_as_configured(loaded, inputs, longest, set(answers), processes) if loaded else ()
+            else:
+                made = generate(loaded, inputs, batch_size, longest, set(answers), processes) if loaded else ()
+            for batch in made:
                 fresh = {row: text for row, text in batch.items() if row not in answers}
                 answers |= fresh
                 if processes.is_first:

@@ -25,7 +25,11 @@ from soteria.errors import UserError
 from soteria.languages import Language, find_language, script
 from soteria.storage import paths
 from soteria.storage.csv_files import is_text
+from soteria.storage.paths import BASE_ANSWER, SAFE_ANSWER
 
+# The preset of the original release: instruction and question joined, sampling left to the model's generation config,
+# and the most new tokens of an answer.
+RELEASE, RELEASE_TOKENS = "release", {SAFE_ANSWER: 512, BASE_ANSWER: 256}
 QUESTION_COLUMNS = ("question", "Question", "prompt", "text", "Goal")
 ANSWER_COLUMNS = ("answer", "Answer", "response", "output", "completion")
 CATEGORY_COLUMNS = (

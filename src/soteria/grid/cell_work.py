@@ -68,6 +68,7 @@ class CellWork:
             else:
                 steered = [fingerprint(vector.tuned), head_list_hash(self.heads)]
             settings["model_sha256"] = _sha256([base, *steered, self.scaling_factor])
+            settings["max_new_tokens"] = self.grid.longest(SAFE_ANSWER)
         return settings
 
     @property

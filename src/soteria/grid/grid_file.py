@@ -7,7 +7,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from soteria.answering.question_files import find_local
-from soteria.answering.questions import QuestionSet, benign_set, read_questions
+from soteria.answering.questions import RELEASE, RELEASE_TOKENS, QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
 from soteria.grid.judge_options import JudgeOptions
 from soteria.judging.pipeline import without_phrases
@@ -221,7 +221,8 @@ class Grid(Part):
     `borderline` questions are harmless and look harmful. `judge_options`: how judges are asked, by their names. With
     `head_folder`, the method's heads are the lists found there and nothing is scored. `limits`: the tables name the λ
     of the ablation that these choose. `accuracy_seed`, `accuracy_prompts`: of the in-context prompts, so many per task,
-    that accuracy is measured on.
+    that accuracy is measured on. `preset`: models are asked as by the original release, and judges too where
+    `judge_options` does not say otherwise.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -246,6 +247,7 @@ class Grid(Part):
     limits: Limits | None = None
     safety_questions: SafetyQuestions | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    preset: Literal[RELEASE] | None = None
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Grid":
@@ -265,6 +267,9 @@ class Grid(Part):
             raise ValueError(
                 f"judge_options names {sorted(unasked)}, which are not among judges that are asked anything"
             )
+        chats = any(pair.chat_template for pair in self.models)
+        if self.preset and (chats or "max_new_tokens" in self.answers.model_fields_set):
+            raise ValueError("preset: release has answer lengths of its own and no chat template; remove those or it")
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
@@ -335,7 +340,12 @@ class Grid(Part):
         return found + safety
 
     def judge_option(self, judge: str) -> JudgeOptions:
-        return self.judge_options.get(judge, JudgeOptions())
+        preset = None if judge == "refusal" else self.preset
+        return self.judge_options.get(judge, JudgeOptions(preset=preset) if preset else JudgeOptions())
+
+    def longest(self, column: str) -> int:
+        """The most new tokens of a column's answers."""
+        return RELEASE_TOKENS[column] if self.preset else self.answers.max_new_tokens
 
     @property
     def harmless(self) -> dict[str, HarmlessQuestions]:

@@ -17,7 +17,7 @@ from soteria.errors import UserError
 from soteria.grid.cells import DRAWN, MATCHED, Treatment, method_of
 from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair, Questions
 from soteria.judging.costs import read_tasks
-from soteria.languages import find_language
+from soteria.languages import Language, find_language
 from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
 from soteria.models.processes import Processes
 from soteria.models.task_vector import TaskVector
@@ -35,7 +35,7 @@ from soteria.scoring.run import ScoringSettings
 from soteria.scoring.safety import SafetyRun, mean_divergence
 from soteria.steering.formula import is_steered
 from soteria.storage import files, paths
-from soteria.storage.paths import BENIGN
+from soteria.storage.paths import BASE_ANSWER, BENIGN
 
 
 class NotScored(UserError):
@@ -123,7 +123,8 @@ class Subject:
     def base_settings(self) -> dict:
         """What the base's answers depend on, beside the language."""
         language = find_language(self.grid.languages[0])
-        settings = model_settings(self.pair.base, language, self.grid.answers.max_new_tokens, self.pair.chat_template)
+        longest, asked = self.grid.longest(BASE_ANSWER), (self.pair.chat_template, self.grid.preset)
+        settings = model_settings(self.pair.base, language, longest, *asked)
         return settings | {"dtype": self.dtype}
 
     @cached_property
@@ -148,7 +149,7 @@ class Subject:
         sets = [self._read(each, language) for each in (asked.harmless, asked.harmful)]
 
         def inputs(loaded: LoadedModel) -> list[list[list[int]]]:
-            return [all_inputs(loaded, each.questions, spoken, self.pair.chat_template) for each in sets]
+            return [self._inputs(loaded, each.questions, spoken) for each in sets]
 
         asked = [self.base_settings[name] for name in ("chat_template", "model_sha256")]
         asked += [[each.questions for each in sets], spoken.instruction]
@@ -244,6 +245,9 @@ class Subject:
         n_rows = len(found.questions)
         return found.at(spread_rows(n_rows, self.grid.answers.questions or n_rows))
 
+    def _inputs(self, loaded: LoadedModel, questions: list[str], language: Language) -> list[list[int]]:
+        return all_inputs(loaded, questions, language, self.pair.chat_template, self.grid.preset)
+
     def _tasks(self, language: str) -> dict[str, Split]:
         """The in-context rows, split as step 1 splits them."""
         scoring = self.grid.scoring
@@ -253,7 +257,7 @@ class Subject:
         """Log-probabilities (questions, vocabulary) of the first answer token to the harmless questions, as the model
         stands."""
         questions = self.questions(BENIGN, language).questions
-        inputs = all_inputs(self.loaded, questions, find_language(language), self.pair.chat_template)
+        inputs = self._inputs(self.loaded, questions, find_language(language))
         return first_token_log_probs(self.loaded, inputs, self.grid.answers.batch_size)
 
     def _base_log_probs(self, language: str) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from soteria import cli
 from soteria.answering.question_files import find_local
-from soteria.answering.questions import benign_set, dataset_slug, read_questions
+from soteria.answering.questions import RELEASE, benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.judges import make_judge
@@ -46,13 +46,16 @@ def main() -> None:
     paths.head_folder(arguments.head_folder)
     if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
         raise UserError(f"SOTERIA_JUDGE: {lacks}")
+    preset = os.environ.get("SOTERIA_PRESET") or ""
+    if preset not in ("", RELEASE) or (preset and with_template):
+        raise UserError(f"SOTERIA_PRESET is {preset!r}; give {RELEASE}, without SOTERIA_CHAT_TEMPLATE, or leave it out")
     settings = _settings()
     if not (judge or "").startswith("hf:"):  # that one would load its model
         make_judge(judge or "refusal", settings)  # better refused now than after all answers
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")
-    options = [*harmless.items(), *selected.items()]
+    options = [("preset", [preset] if preset else []), *harmless.items(), *selected.items()]
     options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
     for name, values in options:
         for value in values:
