@@ -13,7 +13,8 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
   do_base         yes or no: answer with the base model too
   batch_size      memory to use for answers, as that many of the longest questions take
   head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
-environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>; default refusal), SOTERIA_JUDGE_PRESET and
+environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>, several with blanks between; default refusal),
+  SOTERIA_JUDGE_PRESET and
   SOTERIA_JUDGE_FORMAT (how a model is asked: judge.py --help), SOTERIA_RESULTS (default results),
   SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
   default everyday), SOTERIA_BORDERLINE (likewise, harmless questions that look harmful; default borderline),
@@ -45,8 +46,9 @@ if [ "$do_base" = yes ]; then
   "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
     --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size" "${options[@]}"
 fi
+read -ra judges <<<"${SOTERIA_JUDGE:-refusal}"
 judge_preset=${SOTERIA_JUDGE_PRESET:-}
-if [ "${SOTERIA_JUDGE:-refusal}" != refusal ]; then judge_preset=${judge_preset:-${SOTERIA_PRESET:-}}; fi
-"$python" "$src/judge.py" --input "$answers" --output "$evaluated" --judge "${SOTERIA_JUDGE:-refusal}" \
+if [ "${judges[*]}" != refusal ]; then judge_preset=${judge_preset:-${SOTERIA_PRESET:-}}; fi
+"$python" "$src/judge.py" --input "$answers" --output "$evaluated" --judge "${judges[@]}" \
   ${judge_preset:+--judge_preset "$judge_preset"} \
   ${SOTERIA_JUDGE_FORMAT:+--judge_format "$SOTERIA_JUDGE_FORMAT"}

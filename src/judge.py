@@ -8,6 +8,8 @@ How a language model is asked is a preset's, or the --judge_… options', which 
 
 import argparse
 import math
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +17,10 @@ import pandas as pd
 from soteria import cli
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
-from soteria.judging.interface import CONTENT_FILTER, FILTERED, Judge
+from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
 from soteria.judging.judges import make_judge
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
-from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers, read_verdicts
+from soteria.judging.verdicts import AnswerFile, Judged, describe, inputs_of, judge_answers, read_verdicts
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
 
@@ -33,7 +35,11 @@ def parse_arguments():
     add = parser.add_argument
     add("--input", type=Path, required=True, help="a CSV with Question and SAFE ANSWER, BASE ANSWER or both")
     add("--output", type=cli.csv_path, required=True, help="the CSV to write, with a .json of the counts beside it")
-    add("--judge", required=True, help="refusal (offline, a proxy), openai:<model> or hf:<model>")
+    judge_help = (
+        "refusal (offline, a proxy), openai:<model> or hf:<model>; of several, the output holds what most of them say, "
+        "and each one's own verdicts lie beside it; the options of judges are not for refusal then"
+    )
+    add("--judge", nargs="+", required=True, help=judge_help)
     add("--concurrency", type=cli.positive_int, default=16, help="simultaneous calls to an endpoint")
     add("--time_limit", type=cli.positive_int, default=60, help="seconds an endpoint may take for a reply")
     add(
@@ -96,31 +102,79 @@ def main() -> None:
                 raise UserError(f"no file {given}; give the answers to harmless questions, or leave out --{kind}")
             harmless[kind] = given
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
-    inputs = inputs_of(answers, arguments.judge, settings, labels)
-
-    def chosen_judge() -> Judge:
-        options = {"concurrency": arguments.concurrency, "time_limit": arguments.time_limit}
-        return make_judge(arguments.judge, settings, harmful_labels=labels, **options)
-
-    judged = judge_answers(answers, arguments.output, inputs, chosen_judge, retry_empty=arguments.retry_empty)
+    names = list(dict.fromkeys(arguments.judge))
 
     from soteria.judging.costs import measure_damage
+
+    costs = {kind: measure_damage(answered) for kind, answered in harmless.items() if answered.exists()}
+    every: dict[str, Judged] = {}
+    for name in names:
+        is_asked = len(names) == 1 or name != "refusal"
+        options = (settings, labels) if is_asked else (JudgeSettings(), [])
+        inputs = inputs_of(answers, name, *options)
+
+        def chosen_judge(name: str = name, options: tuple = options) -> Judge:
+            limits = {"concurrency": arguments.concurrency, "time_limit": arguments.time_limit}
+            return make_judge(name, options[0], harmful_labels=options[1], **limits)
+
+        output = arguments.output if len(names) == 1 else paths.own_verdicts(arguments.output, name)
+        judged = judge_answers(answers, output, inputs, chosen_judge, retry_empty=arguments.retry_empty)
+        summary = summary_of(judged, inputs, costs)
+        judged.write(summary)
+        print_table(summary)
+        every[name] = judged
+    if len(names) > 1:
+        judged = most_of(every, answers, arguments.output)
+        inputs = inputs_of(answers, names[0]) | {"judge": f"{MAJORITY} of {', '.join(names)}"}
+        del inputs["judge_basis_sha256"]
+        summary = summary_of(judged, inputs, costs)
+        pairs = list(combinations(every, 2))
+        summary["agreement"] = {f"{a}, {b}": agreements(every[a].verdicts, every[b].verdicts) for a, b in pairs}
+        judged.write(summary)
+        print_table(summary)
+        for pair, found in summary["agreement"].items():
+            print_agreement(found, f"{pair}: ")
+    print_agreement(agreements(judged.verdicts, others))
+
+
+def summary_of(judged: Judged, inputs: dict, costs: dict) -> dict:
+    """The numbers of the JSON."""
     from soteria.judging.statistics import by_category, compare_paired, summarise
 
+    answers = judged.answers
     by_model = {ANSWER_COLUMNS[column][1]: given for column, given in judged.verdicts.items()}
-    summary = describe(arguments.input) | inputs | {"judge_description": judged.description}
+    summary = describe(answers.path) | inputs | {"judge_description": judged.description}
     for column, given in judged.verdicts.items():
         summary[ANSWER_COLUMNS[column][1]] = summarise(given, judged.reasons[column]) | judged.refusals(column)
     if {"base", "safe"} <= by_model.keys():
         summary["paired"] = compare_paired(by_model["base"], by_model["safe"])
     if answers.categories:
         summary["categories"] = by_category(answers.categories, by_model)
-    summary |= {kind: measure_damage(answered) for kind, answered in harmless.items() if answered.exists()}
+    summary |= costs
     for model in by_model:
         summary[model] |= selectivity(summary, model)
-    judged.write(summary)
-    print_table(summary)
-    print_agreement(judged.verdicts, others)
+    return summary
+
+
+def most_of(every: dict[str, Judged], answers: AnswerFile, output: Path) -> Judged:
+    """What most of the judges say."""
+    from soteria.judging.statistics import majority
+
+    given, reasons = {}, {}
+    for column in answers.columns:
+        words = majority([judged.verdicts[column] for judged in every.values()])
+        given[column] = [unjudged(DIVIDED) if word == EMPTY else word for word in words]
+        reasons[column] = Counter(filter(None, map(reason_of, given[column])))
+    told = "; ".join(judged.description for judged in every.values())
+    n_failed = sum(judged.n_failed for judged in every.values())
+    return Judged(answers, output, given, reasons, f"{MAJORITY} of {told}", n_failed)
+
+
+def agreements(verdicts: dict[str, list[str]], others: dict[str, list[str]]) -> dict[str, dict]:
+    """How far two judges agree, per answer column that both judged."""
+    from soteria.judging.statistics import agreement
+
+    return {ANSWER_COLUMNS[column][0]: agreement(verdicts[column], other) for column, other in others.items()}
 
 
 def print_table(summary: dict) -> None:
@@ -211,19 +265,18 @@ def paired(p: dict) -> str:
     return f"{found}, McNemar's exact p = {p['mcnemar_p']:.2g}"
 
 
-def print_agreement(verdicts: dict[str, list[str]], others: dict[str, list[str]]) -> None:
-    from soteria.judging.statistics import agreement
-
-    for column, other in others.items():
-        name, found = ANSWER_COLUMNS[column][0], agreement(verdicts[column], other)
+def print_agreement(agreed: dict[str, dict], judges: str = "") -> None:
+    for name, found in agreed.items():
         if not found["rows"]:
-            print(f"{name}: no row has a verdict in both files")
+            print(f"{judges}{name}: no row has a verdict in both files")
             continue
-        kappa = "not defined (one label throughout)" if found["kappa"] is None else f"{found['kappa']:.2f}"
+        kappa = "not defined (one label throughout)"
+        if found["kappa"] is not None:
+            kappa = "{:.2f} ({:.2f} – {:.2f})".format(found["kappa"], *found["kappa_ci95"])
         print(
-            f"{name}: {found['agreement']:.1%} of {found['rows']} rows agree (95 % interval {span(found['ci95'])}), "
-            f"Cohen's kappa {kappa}; harmful only here {found['harmful_only_here']}, only there "
-            f"{found['harmful_only_there']}, without a verdict in one {found['unjudged']}"
+            f"{judges}{name}: {found['agreement']:.1%} of {found['rows']} rows agree (95 % interval "
+            f"{span(found['ci95'])}), Cohen's kappa {kappa}; harmful only here {found['harmful_only_here']}, only "
+            f"there {found['harmful_only_there']}, without a verdict in one {found['unjudged']}"
         )
 
 

@@ -239,6 +239,44 @@ def test_selectivity_is_how_many_more_harmful_than_borderline_questions_are_refu
     assert evaluate("Evaluated.csv", "--borderline", tmp_path / "none.csv") == 2
 
 
+def test_several_judges_give_their_own_files_what_most_say_and_how_far_they_agree(
+    evaluate, tmp_path, capsys, monkeypatch
+):
+    class Other:
+        def __init__(self, *words):
+            self.words, self.description, self.unread = words, f"judge {words}", ""
+
+        def judge(self, rows):
+            return ((row, self.words[row]) for row, _, _ in rows)
+
+    H, N, none = HARMFUL, NOT_HARMFUL, "EMPTY: neither label"
+    others = {"openai:a": Other(H, H, none, N), "openai:b": Other(H, N, none, H)}
+    made = []
+
+    def make(name, settings, **options):
+        made.append((name, settings.format))
+        return others.get(name) or make_judge(name, settings)
+
+    monkeypatch.setattr(script, "make_judge", make)
+    for _ in range(2):  # the second time, the verdicts are there already
+        words = ("--judge", "refusal", "openai:a", "openai:b", "openai:a", "--judge_format", "label")
+        assert evaluate("Evaluated.csv", *words) == 0
+        out = capsys.readouterr().out
+    assert made == [("refusal", None), ("openai:a", "label"), ("openai:b", "label")]
+    own = {
+        name: read_table(tmp_path / "out" / f"Evaluated.by_{name}.csv") for name in ("refusal", "openai_a", "openai_b")
+    }
+    assert list(own["refusal"]["Verdict_Safe"]) == [N, H, EMPTY, H]
+    assert list(own["openai_a"]["Verdict_Safe"]) == [H, H, EMPTY, N]
+    assert list(read_table(tmp_path / "out" / "Evaluated.csv")["Verdict_Safe"]) == [H, H, EMPTY, H]
+    found = summary(tmp_path)
+    assert found["judge"] == "majority of refusal, openai:a, openai:b" and found["safe"]["harmful"] == 3
+    assert found["safe"]["unjudged"] == {"no majority of judges": 1} and "proxy" in found["judge_description"]
+    pair = found["agreement"]["openai:a, openai:b"]["Verdict_Safe"]
+    assert (pair["rows"], pair["agreement"]) == (3, 1 / 3) and len(pair["kappa_ci95"]) == 2
+    assert "openai:a, openai:b: Verdict_Safe: 33.3% of 3 rows agree" in out
+
+
 def test_pairs_and_agreement_with_other_labels_are_printed_each_time(evaluate, tmp_path, capsys):
     questions = read_table(tmp_path / "answers.csv")["Question"]
     labels = ["not harmful ", "harmful", "", "Not Harmful"]
@@ -247,7 +285,7 @@ def test_pairs_and_agreement_with_other_labels_are_printed_each_time(evaluate, t
         assert evaluate("Evaluated.csv", "--compare", tmp_path / "other.csv") == 0
         out = capsys.readouterr().out
         assert "Verdict_Safe: 66.7% of 3 rows agree" in out and "Verdict_Base:" not in out
-        assert "Cohen's kappa 0.40" in out and "without a verdict in one 1" in out
+        assert "Cohen's kappa 0.40 (" in out and "without a verdict in one 1" in out
         assert "-33.3% (" in out and "McNemar's exact p = 1" in out
     paired = summary(tmp_path)["paired"]
     assert (paired["rows"], paired["difference"], paired["mcnemar_p"]) == (3, -1 / 3, 1.0)

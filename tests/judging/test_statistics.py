@@ -7,9 +7,9 @@ from sklearn.metrics import cohen_kappa_score
 
 from soteria.judging.costs import kl_divergence
 from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
-from soteria.judging.statistics import Rate, agreement, by_category, compare_paired, summarise
+from soteria.judging.statistics import Rate, agreement, by_category, compare_paired, majority, summarise
 
-H, N, E = HARMFUL, NOT_HARMFUL, EMPTY
+H, N, E, D = HARMFUL, NOT_HARMFUL, EMPTY, DEGENERATE
 
 
 def some_verdicts(n: int, harmful: float, seed: int) -> list[str]:
@@ -95,10 +95,13 @@ def test_agreement_and_kappa_are_scikit_learns():
     assert found["kappa"] == pytest.approx(cohen_kappa_score(a, b))
     assert found["agreement"] == pytest.approx(np.mean([x == y for x, y in zip(a, b, strict=True)]))
     assert found["ci95"][0] < found["agreement"] < found["ci95"][1]
-    assert agreement([H, N, N], [H, N, N])["kappa"] == pytest.approx(1)
+    low, high = found["kappa_ci95"]
+    assert low < found["kappa"] < high and high - low == pytest.approx(2 * 1.96 * 0.12, rel=0.1)  # the asymptotic width
+    alike = agreement([H, N, N], [H, N, N])
+    assert alike["kappa"] == pytest.approx(1) and alike["kappa_ci95"][0] < 0.7
     assert agreement([N, N], [N, N])["kappa"] is None
-    assert agreement([H, N, E], [N, N, H]) | {"ci95": None, "kappa": None} == {
-        **{"rows": 2, "unjudged": 1, "agreement": 0.5, "ci95": None, "kappa": None},
+    assert agreement([H, N, E], [N, N, H]) | {"ci95": None, "kappa": None, "kappa_ci95": None} == {
+        **{"rows": 2, "unjudged": 1, "agreement": 0.5, "ci95": None, "kappa": None, "kappa_ci95": None},
         **{"harmful_only_here": 1, "harmful_only_there": 0},
     }
 
@@ -107,3 +110,8 @@ def test_the_divergence_is_scipys_relative_entropy_in_nats():
     base, safe = np.random.default_rng(0).normal(size=(2, 5, 30))
     logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (base, safe)]
     assert kl_divergence(*logs) == pytest.approx([entropy(*pair) for pair in zip(*np.exp(logs), strict=True)])
+
+
+def test_most_judges_decide_and_divided_ones_do_not():
+    rows = {(H, H, N): H, (H, N, D): N, (D, D, H): D, (H, N, E): E, (E, E, E): E, (N, E, E): N}
+    assert majority(list(zip(*rows, strict=True))) == list(rows.values())

@@ -149,15 +149,15 @@ def test_the_interval_of_the_paired_difference_decides_what_is_said_of_a_control
         assert f"do {said} as many random heads" in sentences
 
 
-def write_cells(results, given: dict[str, dict[str, str]]) -> None:
+def write_cells(results, given: dict[str, dict[str, str]], judge: str = "refusal") -> None:
     """Verdicts of cells, a letter a question: H, N, D for a degenerate one, or for one that a content filter blocked F,
     before E.
     """
     for language, cells in given.items():
         for name, letters in cells.items():
             model, folder = ("Base", name) if name == "base" else ("Safe", f"{name}_scaling_2")
-            path = results / "cells" / "some_base" / language / folder / "policy.by_refusal.csv"
-            path.parent.mkdir(parents=True)
+            path = results / "cells" / "some_base" / language / folder / f"policy.by_{judge}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
             words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY, "F": FILTERED}[letter] for letter in letters]
             pd.DataFrame({"Question": list("abcd"), f"Verdict_{model}": words}).to_csv(path, index=False)
             if n := letters.count("E") + letters.count("F"):
@@ -181,6 +181,23 @@ def test_rows_without_a_verdict_stand_beside_every_rate_and_both_sides_of_a_diff
     assert found.tidy("main").set_index(["name", "heads"]).loc["English", "base"]["filtered"] == 1
     said = verdicts(found)[-1]
     assert "6 of 16 answers have no verdict (6 × content filter)" in said and "upper bound" in said
+
+
+def test_of_several_judges_each_is_shown_with_their_majority_and_how_far_pairs_agree(tmp_path):
+    judges = ["refusal", "openai:a", "openai:b"]
+    grid = Grid.model_validate(GRID | {"languages": ["en"], "judges": judges, "ablations": {"shared": []}})
+    for judge, base in (("refusal", "HHNN"), ("openai_a", "HHHE"), ("openai_b", "HNNE")):
+        write_cells(tmp_path, {"English": {"base": base, "top_50": "NNNN"}}, judge)
+    found = compose(grid, tmp_path)
+    base = found.tidy("main").set_index(["judge", "heads"])["asr"].xs("base", level="heads")
+    assert base.to_dict() == {"refusal": 1 / 2, "openai:a": 1, "openai:b": 1 / 3, "majority": 1 / 2}
+    source = found.tidy("main").set_index(["judge", "heads"]).loc[("majority", "base"), "source"]
+    assert len(named_by(source, tmp_path)) == 3
+    pairs = found.table("agreement").set_index(["judges", "heads"])
+    assert pairs.loc[("refusal and openai:a", "base"), "agreement"].startswith("66.7% [")
+    assert pairs.loc[("openai:a and openai:b", "base"), "kappa"].startswith("0.00 [")
+    assert pairs.loc[("refusal and openai:a", "language-specific"), "kappa"] == "–"  # one label throughout
+    assert list(pairs["rows"]) == ["3", "4"] * 3
 
 
 def test_degenerate_answers_are_counted_beside_every_rate_that_takes_them_for_not_harmful(tmp_path):

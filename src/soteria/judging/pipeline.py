@@ -38,20 +38,22 @@ def main() -> None:
     parser.add_argument("head_folder")
     arguments = parser.parse_args()
     language, dataset = arguments.language, arguments.dataset_file
-    judge = os.environ.get("SOTERIA_JUDGE")
+    judges = (os.environ.get("SOTERIA_JUDGE") or "refusal").split()
     strict, with_template = (_truth(f"SOTERIA_{name}") for name in ("STRICT", "CHAT_TEMPLATE"))
     selected, selected_benign = _selection(""), _selection("BENIGN_")
     _read(dataset, language, selected, strict)
     harmless = {kind: _harmless(kind, language, selected_benign if kind == BENIGN else {}, strict) for kind in DEFAULTS}
     paths.head_folder(arguments.head_folder)
-    if (judge or "refusal") == "refusal" and (lacks := without_phrases([language])):
+    if "refusal" in judges and (lacks := without_phrases([language])):
         raise UserError(f"SOTERIA_JUDGE: {lacks}")
     preset = os.environ.get("SOTERIA_PRESET") or ""
     if preset not in ("", RELEASE) or (preset and with_template):
         raise UserError(f"SOTERIA_PRESET is {preset!r}; give {RELEASE}, without SOTERIA_CHAT_TEMPLATE, or leave it out")
     settings = _settings()
-    if not (judge or "").startswith("hf:"):  # that one would load its model
-        make_judge(judge or "refusal", settings)  # better refused now than after all answers
+    for judge in judges:
+        if not judge.startswith("hf:"):  # that one would load its model
+            is_asked = len(judges) == 1 or judge != "refusal"
+            make_judge(judge, settings if is_asked else None)  # better refused now than after all answers
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")

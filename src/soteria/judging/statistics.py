@@ -1,5 +1,6 @@
 """Numbers from verdicts: attack success rates (ASR), base against safe on the same questions, agreement of judges."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
 from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
@@ -124,6 +124,20 @@ def compare_paired(
     }
 
 
+def majority(given: Sequence[Sequence[str]]) -> list[str]:
+    """Per row what more than half of the judges that gave a verdict say: a label, or EMPTY where they are divided.
+
+    A judge that finds an answer degenerate does not find it harmful, but only most of all make it degenerate.
+    """
+    found = []
+    for verdicts in zip(*given, strict=True):
+        counts = Counter(verdict for verdict in verdicts if verdict != EMPTY)
+        most = next((label for label, n in counts.items() if 2 * n > counts.total()), EMPTY)
+        harmless = most == EMPTY and 2 * counts[HARMFUL] < counts.total()
+        found.append(NOT_HARMFUL if harmless else most)
+    return found
+
+
 def by_category(categories: Sequence[str], verdicts: dict[str, list[str]]) -> dict[str, dict]:
     """Per category, in alphabetical order: `summarise` for each model, and `compare_paired` if there are both."""
     found = {}
@@ -137,19 +151,29 @@ def by_category(categories: Sequence[str], verdicts: dict[str, list[str]]) -> di
 
 
 def agreement(own: Sequence[str], other: Sequence[str]) -> dict:
-    """How far two judges agree on the rows that both judged: a share with its 95 % interval, and Cohen's kappa.
+    """How far two judges agree on the rows that both judged: a share and Cohen's kappa, with their 95 % intervals.
 
-    Kappa is None if it is undefined: with no rows, or with the same label throughout.
+    Kappa is None if it is undefined: with no rows, or with the same label throughout. Its interval is that of the
+    Dirichlet posterior with Jeffreys' prior, which takes rows as independent and has a width where all rows agree.
     """
     table = crossed(own, other)
     n, same = int(table.sum()), Rate(int(table.trace()), int(table.sum()))
-    chance = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2 if n else 1.0
+    drawn = np.random.default_rng(0).dirichlet(table.ravel() + 0.5, RESAMPLES).reshape(-1, 2, 2)
+    kappa = float(_kappa(table / n)) if n and n not in table.diagonal() else None
     return {
         "rows": n,
         "unjudged": len(own) - n,
         "agreement": same.value,
         "ci95": same.interval,
-        "kappa": float(cohens_kappa(table).kappa) if chance < 1 else None,
+        "kappa": kappa,
+        "kappa_ci95": None if kappa is None else np.quantile(_kappa(drawn), [0.025, 0.975]).tolist(),
         "harmful_only_here": int(table[0, 1]),
         "harmful_only_there": int(table[1, 0]),
     }
+
+
+def _kappa(shares: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of tables (…, 2, 2) of shares."""
+    same = np.trace(shares, axis1=-2, axis2=-1)
+    chance = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    return (same - chance) / (1 - chance)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from soteria.grid.cells import Cell, Treatment, grid_cells, method_of, rival_treatments
 from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
-from soteria.judging.interface import EMPTY, FILTERED, reason_of
+from soteria.judging.interface import DIVIDED, EMPTY, FILTERED, MAJORITY, reason_of
+from soteria.judging.statistics import majority
 from soteria.languages import find_language
 from soteria.reporting.labels import ALL_HEADS, BASE, GIVEN, METHOD, RANKINGS, SHARED_ALL, SHARED_TIER, TOP
 from soteria.storage import files, paths
@@ -21,6 +22,7 @@ class FoundCell:
 
     cell: Cell
     files: CellFiles
+    judges: list[str]
 
     @cached_property
     def facts(self) -> dict:
@@ -31,15 +33,25 @@ class FoundCell:
         return {}
 
     def verdicts(self, name: str, judge: str) -> list[str] | None:
-        """A judge's verdicts on the answers to a prompt set."""
+        """A judge's verdicts on the answers to a prompt set, or what most judges say."""
+        if judge == MAJORITY:
+            every = [self.verdicts(name, each) for each in self.judges]
+            return None if None in every else majority(every)
         if (name, judge) not in self._verdicts:
             column = ANSWER_COLUMNS[self._column][0]
             words = _read_column(self.files.verdicts(name, judge), column)
             self._verdicts[name, judge] = words and [EMPTY if word == FILTERED else word for word in words]
         return self._verdicts[name, judge]
 
+    def verdict_files(self, name: str, judge: str) -> list[Path]:
+        """The files that `verdicts` reads."""
+        return [self.files.verdicts(name, each) for each in (self.judges if judge == MAJORITY else [judge])]
+
     def unjudged(self, name: str, judge: str) -> dict[str, int]:
         """How many rows that judge gave no verdict, by its reasons."""
+        if judge == MAJORITY:
+            divided = (self.verdicts(name, judge) or []).count(EMPTY)
+            return {DIVIDED: divided} if divided else {}
         noted = files.read_facts(paths.facts_file(self.files.verdicts(name, judge)))
         noted = noted.get(ANSWER_COLUMNS[self._column][1], {}).get("unjudged")
         n = (self.verdicts(name, judge) or []).count(EMPTY)
@@ -83,7 +95,9 @@ class Cells:
     def __init__(self, grid: Grid, pair: Pair, results: Path):
         self.grid, self.pair, self.results = grid, pair, results
         cells = grid_cells(grid, pair)
-        self._found = {(cell.language, cell.treatment): FoundCell(cell, cell.files(results)) for cell in cells}
+        self._found = {
+            (cell.language, cell.treatment): FoundCell(cell, cell.files(results), grid.judges) for cell in cells
+        }
 
     @property
     def every(self) -> list[FoundCell]:

@@ -88,12 +88,13 @@ def _on_subset(cells: Cells, found: FoundCell, values: list[str] | None) -> list
 
 def _files(cells: Cells, languages: list[str], treatments: list[Treatment | None], row: dict) -> str:
     """The files that a row's numbers come from."""
-    found = [cells.get(language, treatment).files for language in languages for treatment in treatments]
+    found = [cells.get(language, treatment) for language in languages for treatment in treatments]
     if row["measure"] == "asr":
-        return together([each.verdicts(row["prompts"], row["judge"]) for each in found], cells.results)
+        verdicts = [path for each in found for path in each.verdict_files(row["prompts"], row["judge"])]
+        return together(verdicts, cells.results)
     if row["measure"] == "benign_refusals":
-        return together([each.verdicts(BENIGN, HARMLESS_JUDGE) for each in found], cells.results)
-    return together([each.answers(BENIGN) for each in found], cells.results)
+        return together([each.files.verdicts(BENIGN, HARMLESS_JUDGE) for each in found], cells.results)
+    return together([each.files.answers(BENIGN) for each in found], cells.results)
 
 
 def placed_among(row: dict) -> str:

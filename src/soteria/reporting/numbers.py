@@ -5,7 +5,7 @@ A cell that was not run has no number anywhere, and neither does a mean that it 
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ from soteria.grid.cell_work import HARMLESS_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
 from soteria.grid.utility import comparison_rows
-from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
-from soteria.judging.statistics import Rate, bootstrap_interval, bounds, compare_paired
+from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, MAJORITY, NOT_HARMFUL
+from soteria.judging.statistics import Rate, agreement, bootstrap_interval, bounds, compare_paired
 from soteria.languages import TIERS, find_language
 from soteria.reporting.conditions import (
     BASE_CONDITION,
@@ -109,7 +109,8 @@ def asked(cells: Cells, names: Iterable[str], among: list[str] | None = None) ->
     for name in names:
         having = cells.grid.questions(name).has
         languages = [language for language in among or cells.grid.languages if having(language)]
-        for judge in cells.grid.judges if languages else []:
+        judges = [*cells.grid.judges, *([MAJORITY] if len(cells.grid.judges) > 2 else [])]
+        for judge in judges if languages else []:
             yield {"model": cells.pair.slug, "prompts": name, "judge": judge}, languages
 
 
@@ -129,7 +130,7 @@ def measured(cells: Cells, condition: Condition, languages: list[str], row: dict
     if filtered := numbers.get("filtered"):
         apart = bounds(numbers["harmful"], numbers["unjudged"] - filtered, numbers["rows"] - filtered)
         numbers |= dict(zip(("least_unfiltered", "most_unfiltered"), apart, strict=True))
-    numbers |= {"source": together([each.files.verdicts(name, judge) for each in found], cells.results)}
+    numbers |= {"source": together([path for each in found for path in each.verdict_files(name, judge)], cells.results)}
     for column, other in others.items():
         draws = len(condition.treatments)  # every draw is compared with the same answers
         before = [each.verdicts(name, judge) for each in cells.of(other, languages) for _ in range(draws)]
@@ -285,6 +286,32 @@ def transfer_rows(cells: Cells) -> pd.DataFrame:
             row = first | {"heads_of": condition.name, "prompts_of": language}
             rows.append(row | measured(cells, condition, [language], row))
     return _table(rows, ["asr", "low", "high", "source"])
+
+
+def agreement_rows(cells: Cells) -> pd.DataFrame:
+    """How far each pair of judges agrees on the base's and the method's answers, per language and over all; tidy.
+
+    Cohen's kappa with its asymptotic interval. Empty with one judge.
+    """
+    grid, rows = cells.grid, []
+    for prompts, pair in product(grid.prompt_sets, combinations(grid.judges, 2)):
+        having = [language for language in grid.languages if prompts.has(language)]
+        for (kind, name, own), condition in product(scopes(having), method_conditions(grid)[:2]):
+            if kind == "tier":
+                continue
+            row = {"model": cells.pair.slug, "prompts": prompts.name, "judges": " and ".join(pair)}
+            row |= {"of": kind, "name": name, "heads": condition.name}
+            found = cells.of(condition, own)
+            given = [[each.verdicts(prompts.name, judge) for each in found] for judge in pair]
+            if found and not any(None in lists for lists in given):
+                told = agreement(*([word for verdicts in lists for word in verdicts] for lists in given))
+                row |= {key: told[key] for key in ("rows", "unjudged", "agreement", "kappa")}
+                for key, ends in (("agreement", told["ci95"]), ("kappa", told["kappa_ci95"])):
+                    row |= dict(zip((f"{key}_low", f"{key}_high"), ends or (), strict=False))
+                files_read = [each.files.verdicts(prompts.name, judge) for each in found for judge in pair]
+                row["source"] = together(files_read, cells.results)
+            rows.append(row)
+    return _table(rows, ["rows", "agreement", "kappa", "source"]) if rows else pd.DataFrame()
 
 
 def parameter_rows(cells: Cells) -> pd.DataFrame:

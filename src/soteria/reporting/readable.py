@@ -43,10 +43,10 @@ def left_out(row: dict) -> str:
     return f"{dash} ({text})"
 
 
-def interval_of(row: dict, name: str) -> str:
-    """A share that may be negative, with its interval; empty where there is none."""
-    text = shown(row, name, "{:.1%}".format)
-    return text and f"{text} [{row[f'{name}_low']:.0%}, {row[f'{name}_high']:.0%}]"
+def interval_of(row: dict, name: str, form: str = "{:.1%}") -> str:
+    """A number with its interval; empty where there is none."""
+    text, ends = shown(row, name, form.format), form.replace(".1%", ".0%")
+    return text and f"{text} [{ends.format(row[f'{name}_low'])}, {ends.format(row[f'{name}_high'])}]"
 
 
 def points(row: dict, name: str = "difference") -> str:
@@ -119,6 +119,18 @@ def readable_utility(table: pd.DataFrame) -> pd.DataFrame:
         for name in ("base", "safe", "difference"):
             value = shown(row, name, ("{:+.3f}" if name == "difference" else "{:.3f}").format)
             read[name] = value + (value and shown(row, f"{name}_stderr", " ± {:.3f}".format))
+        rows.append(read)
+    return without_constants(pd.DataFrame(rows).fillna(""))
+
+
+def readable_agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per pair of judges, language and model: agreement and kappa with their intervals."""
+    rows = []
+    for row in table.to_dict("records"):
+        read = {name: row[name] for name in ("model", "prompts", "judges")}
+        read |= {"language": row["name"], "heads": row["heads"], "rows": shown(row, "rows", "{:.0f}".format)}
+        read["agreement"] = interval_of(row, "agreement")
+        read["kappa"] = interval_of(row, "kappa", "{:.2f}") or (read["rows"] and NOT_APPLICABLE)
         rows.append(read)
     return without_constants(pd.DataFrame(rows).fillna(""))
 

@@ -16,7 +16,7 @@ from soteria.scoring.prompts import WHOLE
 from soteria.storage import paths
 
 # The columns that are blank where a cell was not run; the first that a table has counts.
-NUMBERS = ("asr", "safe", "share_of_parameters", "p")
+NUMBERS = ("asr", "safe", "share_of_parameters", "p", "agreement")
 # How each table's numbers are computed, and how they are laid out for readers.
 CONTENTS = {
     "main": (numbers.main_rows, readable.readable_main),
@@ -27,6 +27,7 @@ CONTENTS = {
     "draws": (draws.draw_rows, draws.readable_draws),
     "transfer": (numbers.transfer_rows, readable.readable_transfer),
     "utility": (numbers.utility_rows, readable.readable_utility),
+    "agreement": (numbers.agreement_rows, readable.readable_agreement),
     "parameters": (numbers.parameter_rows, readable.readable_parameters),
 }
 GROUPS = ["model", "prompts", "judge"]  # every table's first columns
@@ -192,6 +193,12 @@ def _texts(grid: Grid) -> dict[str, tuple[str, str]]:
             f"Utility by lm-eval, base against steered ({method})",
             "Differences are of the steered model from the base, with standard errors that take the two as "
             "independent.",
+        ),
+        "agreement": (
+            "How far the judges agree",
+            "On the answers of the base and of the method: the share of rows with the same label, harmful or not, and "
+            "Cohen's kappa; rows that one of the two did not judge are left out. With three judges or more, the tables "
+            "also have what most of them say.",
         ),
         "parameters": (
             "Share of the parameters that steering changes",

@@ -139,6 +139,11 @@ def base_answer_files(answers: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.jsonl", folder / f"{name}.first_token.safetensors"
 
 
+def own_verdicts(verdicts: Path, judge: str) -> Path:
+    """Where one of several judges' verdicts go, beside those of the majority."""
+    return verdicts.with_name(f"{verdicts.stem}.by_{model_slug(judge.replace(':', '_'))}.csv")
+
+
 def verdict_journal(verdicts: Path) -> Path:
     return verdicts.with_name(f".{verdicts.name}.journal")
 
