@@ -13,16 +13,19 @@ usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_fil
   do_base         yes or no: answer with the base model too
   batch_size      memory to use for answers, as that many of the longest questions take
   head_folder     folder of <Language>_Heads.json: a name under results/heads, or a path
-environment: SOTERIA_JUDGE (refusal, openai:<model> or hf:<model>, several with blanks between; default refusal),
-  SOTERIA_JUDGE_PRESET and
-  SOTERIA_JUDGE_FORMAT (how a model is asked: judge.py --help), SOTERIA_RESULTS (default results),
-  SOTERIA_BENIGN (harmless questions to measure what steering costs: a path, a name under data/benign, or none;
-  default everyday), SOTERIA_BORDERLINE (likewise, harmless questions that look harmful; default borderline),
-  SOTERIA_CHAT_TEMPLATE (yes: ask through the tokenizer's chat template), SOTERIA_LANGUAGES (a JSON
-  file of more languages), SOTERIA_PRESET (release: ask models as the original release did, and a model as the judge)
-  which part of the dataset: SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or
-  column!=value, several with ; between them), SOTERIA_STRICT (yes: refuse rows without a question instead of leaving
-  them out); which part of SOTERIA_BENIGN: SOTERIA_BENIGN_SUBSET, _SPLIT, _QUESTION_COLUMN, _WHERE
+environment:
+  SOTERIA_RESULTS        where everything is written (default: results)
+  SOTERIA_JUDGE          refusal, openai:<model> or hf:<model>; several with blanks between (default: refusal)
+  SOTERIA_JUDGE_PRESET, SOTERIA_JUDGE_FORMAT      how a model is asked as a judge: see judge.py --help
+  SOTERIA_BENIGN         harmless questions, to measure what steering costs: a path, a name under data/benign, or none
+                         (default: everyday)
+  SOTERIA_BORDERLINE     likewise, harmless questions that look harmful (default: borderline)
+  SOTERIA_CHAT_TEMPLATE  yes: ask through the tokenizer's chat template
+  SOTERIA_PRESET         release: ask as the original release did (docs/original_release.md)
+  SOTERIA_LANGUAGES      a JSON file of more languages
+  SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or column!=value, several with ;
+  between them)          which part of the dataset; SOTERIA_BENIGN_SUBSET and so on: of SOTERIA_BENIGN
+  SOTERIA_STRICT         yes: refuse rows without a question instead of leaving them out
 example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
 USAGE
   exit 2
