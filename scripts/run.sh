@@ -26,7 +26,7 @@ environment:
   SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or column!=value, several with ;
   between them)          which part of the dataset; SOTERIA_BENIGN_SUBSET and so on: of SOTERIA_BENIGN
   SOTERIA_STRICT         yes: refuse rows without a question instead of leaving them out
-example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 3 yes 32 polyglot-base
+example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 2 yes 32 polyglot-base
 USAGE
   exit 2
 fi

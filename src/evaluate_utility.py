@@ -24,7 +24,7 @@ def parse_arguments():
     parser = cli.new_parser(
         __doc__,
         "python src/evaluate_utility.py --finetune_model data/models/polyglot-tuned --base_model "
-        "data/models/polyglot-base --language Hindi --scaling_factor 3 --head_folder polyglot-base",
+        "data/models/polyglot-base --language Hindi --scaling_factor 2 --head_folder polyglot-base",
     )
     add = parser.add_argument
     add("--base_model", required=True, help="the model before steering: hub id or folder")

@@ -18,7 +18,7 @@ def parse_arguments():
     parser = cli.new_parser(
         __doc__,
         "python src/steer.py --finetune_model data/models/polyglot-tuned --base_model data/models/polyglot-base "
-        "--language Hindi --scaling_factor 3 --head_folder polyglot-base",
+        "--language Hindi --scaling_factor 2 --head_folder polyglot-base",
     )
     add = parser.add_argument
     cli.add_pair(parser)
