@@ -19,8 +19,10 @@ from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
 from soteria.judging.judges import make_judge
+from soteria.judging.pipeline import without_phrases
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import AnswerFile, Judged, describe, inputs_of, judge_answers, read_verdicts
+from soteria.languages import find_language
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
 
@@ -103,6 +105,9 @@ def main() -> None:
             harmless[kind] = given
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
     names = list(dict.fromkeys(arguments.judge))
+    asked_in = describe(arguments.input)["language"]
+    if "refusal" in names and asked_in and (lacks := without_phrases([find_language(asked_in)])):
+        raise UserError(lacks)
 
     from soteria.judging.costs import measure_damage
 

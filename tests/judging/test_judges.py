@@ -277,6 +277,12 @@ def test_several_judges_give_their_own_files_what_most_say_and_how_far_they_agre
     assert "openai:a, openai:b: Verdict_Safe: 33.3% of 3 rows agree" in out
 
 
+def test_the_refusal_judge_is_refused_in_a_language_that_it_has_no_phrases_for(evaluate, tmp_path, capsys):
+    files.write_json(tmp_path / "answers.json", {"language": "Italian"})
+    assert evaluate() == 2
+    assert "no phrases in Italian" in capsys.readouterr().err
+
+
 def test_pairs_and_agreement_with_other_labels_are_printed_each_time(evaluate, tmp_path, capsys):
     questions = read_table(tmp_path / "answers.csv")["Question"]
     labels = ["not harmful ", "harmful", "", "Not Harmful"]

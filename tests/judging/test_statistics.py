@@ -7,7 +7,15 @@ from sklearn.metrics import cohen_kappa_score
 
 from soteria.judging.costs import kl_divergence
 from soteria.judging.interface import DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
-from soteria.judging.statistics import Rate, agreement, by_category, compare_paired, majority, summarise
+from soteria.judging.statistics import (
+    Rate,
+    agreement,
+    bootstrap_interval,
+    by_category,
+    compare_paired,
+    majority,
+    summarise,
+)
 
 H, N, E, D = HARMFUL, NOT_HARMFUL, EMPTY, DEGENERATE
 
@@ -62,12 +70,12 @@ def test_the_paired_test_is_exact_and_its_interval_is_that_of_resampled_question
     assert compare_paired(base, safe) == found
 
 
-def test_rows_without_a_verdict_are_not_pairs_and_the_same_change_everywhere_has_no_width():
+def test_rows_without_a_verdict_are_not_pairs():
     assert compare_paired([H, E, H, N], [N, H, E, N])["rows"] == 2
     assert compare_paired([E, H], [H, E]) is None
     for base, safe, change, p in [([H] * 9, [N] * 9, -1, 2 / 2**9), ([N] * 9, [N] * 9, 0, 1)]:
         found = compare_paired(base, safe)
-        assert found["ci95"] == [change, change]
+        assert change in found["ci95"]
         assert found["mcnemar_p"] == pytest.approx(p)
 
 
@@ -115,3 +123,12 @@ def test_the_divergence_is_scipys_relative_entropy_in_nats():
 def test_most_judges_decide_and_divided_ones_do_not():
     rows = {(H, H, N): H, (H, N, D): N, (D, D, H): D, (H, N, E): E, (E, E, E): E, (N, E, E): N}
     assert majority(list(zip(*rows, strict=True))) == list(rows.values())
+
+
+def test_no_change_in_any_row_is_no_certainty():
+    alike = compare_paired([H, N] * 48, [H, N] * 48)
+    room = Rate(0, 96).interval[1]
+    assert alike["ci95"] == pytest.approx([-room, room]) and 0.03 < room < 0.05
+    assert compare_paired([H] * 96, [N] * 96)["ci95"] == pytest.approx([-1, room - 1])
+    assert bootstrap_interval(np.zeros(96), np.ones(96), within=(0, 1)) == pytest.approx([0, room])
+    assert bootstrap_interval(np.zeros(96), np.ones(96)) == [0, 0]  # of nats, say

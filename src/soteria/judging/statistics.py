@@ -13,6 +13,7 @@ from statsmodels.stats.proportion import proportion_confint
 from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 
 RESAMPLES = 9999  # of the paired bootstrap
+Z = 1.959963984540054  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,20 @@ def crossed(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
     return np.array([[both.count((one, other)) for other in (True, False)] for one in (True, False)])
 
 
-def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of `sums.sum() / counts.sum()`, resampling the two together."""
-    if (sums / counts == sums[0] / counts[0]).all():  # nothing to resample
-        return [float(sums[0] / counts[0])] * 2
+def bootstrap_interval(
+    sums: np.ndarray, counts: np.ndarray, seed: int = 0, within: tuple[float, float] | None = None
+) -> list[float]:
+    """95 % percentile bootstrap interval of `sums.sum() / counts.sum()`, resampling the two together.
+
+    Where all are alike there is nothing to resample. A share or a difference of shares, which lies `within` two bounds,
+    then gets the room that Wilson's interval leaves to a share of 0, rather than an interval without a width.
+    """
+    if (sums / counts == sums[0] / counts[0]).all():
+        low = high = float(sums[0] / counts[0])
+        if within:
+            room = Z**2 / (len(sums) + Z**2)
+            low, high = max(low - room, within[0]), min(high + room, within[1])
+        return [low, high]
     drawn = bootstrap(
         (sums, counts),
         lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
@@ -117,7 +128,7 @@ def compare_paired(
         "base": float((pairs["base"] == HARMFUL).mean()),
         "safe": float((pairs["safe"] == HARMFUL).mean()),
         "difference": float(sums.sum() / len(pairs)),
-        "ci95": bootstrap_interval(sums, by_question.size().to_numpy()),
+        "ci95": bootstrap_interval(sums, by_question.size().to_numpy(), within=(-1, 1)),
         "mcnemar_p": float(mcnemar(changed, exact=True).pvalue),
         "harmful_only_base": int(changed[0, 1]),
         "harmful_only_safe": int(changed[1, 0]),

@@ -63,9 +63,9 @@ def interval(lists: list[list[bool | None]]) -> list[float]:
     if len({len(given) for given in lists}) == 1:
         rows = np.array(lists, float)  # (lists, questions), NaN for None
         counts = (~np.isnan(rows)).sum(0).astype(float)
-        return bootstrap_interval(np.nansum(rows, 0)[counts > 0], counts[counts > 0])
+        return bootstrap_interval(np.nansum(rows, 0)[counts > 0], counts[counts > 0], within=(0, 1))
     flat = np.concatenate([np.array(given, float) for given in known])
-    return bootstrap_interval(flat, np.ones_like(flat))
+    return bootstrap_interval(flat, np.ones_like(flat), within=(0, 1))
 
 
 def difference(before: list[list[str]], after: list[list[str]], name: str = "difference") -> dict:
