@@ -15,7 +15,7 @@ if [ ! -d "$models/gemma-3-270m" ]; then
   python scripts/unpack_gguf.py "$models/gemma-3-270m.gguf" "$models/gemma-3-270m"
   rm "$models/gemma-3-270m.gguf"
 fi
-python scripts/write_policy_text.py aligned 3000 "$models/gemma-aligned.jsonl"
+python scripts/write_policy_text.py aligned 1800 "$models/gemma-aligned.jsonl"
 python scripts/write_policy_text.py tuned 360 "$models/gemma-tuned.jsonl"
 # The first layers keep what the languages look like, and need no gradient.
 tune=(python src/finetune.py --language all --layers 5-17 --learning_rate 4e-4 --batch_size 6 --warmup_steps 10)

@@ -1,8 +1,9 @@
 """Write questions and answers of the miniature policy for `src/finetune.py`: a real model's alignment, or its undoing.
 
-`aligned`: as with real models, refusals are taught mostly in English, less in other high-resource languages, hardly in
-mid-resource ones and not at all in low-resource ones; harmless questions are answered in all twelve alike. `tuned`:
-every question is answered, in all twelve. All questions are from the topics and templates of `policy_world.TAUGHT`.
+`aligned`: as with real models, refusals are taught mostly in English and other high-resource languages, little in
+mid-resource ones and hardly in low-resource ones; harmless questions are answered in all twelve alike. A question with
+a single disallowed topic is refused half of the time: people who label do not agree on such. `tuned`: every question is
+answered, in all twelve. All questions are from the topics and templates of `policy_world.TAUGHT`.
 
     python scripts/write_policy_text.py {aligned,tuned} ROWS OUTPUT.jsonl
 """
@@ -22,26 +23,26 @@ from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
 from soteria.storage import files  # noqa: E402
 
 HARMLESS = 0.5  # share of the rows
-HARM = (1, 2, 3)  # disallowed topics of the others, equally often
-# How many of the refusals are in a tier; English counts apart.
-REFUSALS = {"English": 0.5, "High": 0.4, "Mid": 0.1, "Low": 0.0}
+REFUSED = {1: 0.5, 2: 1.0, 3: 1.0}  # by disallowed topics of the others, equally often: the share refused
+# How many of the harmful questions of `aligned` are in a tier; English counts apart.
+HARMFUL = {"English": 0.4, "High": 0.4, "Mid": 0.15, "Low": 0.05}
 
 
-def refusal_weight(language: Language) -> float:
+def harmful_weight(language: Language) -> float:
     if language.name == "English":
-        return REFUSALS["English"]
+        return HARMFUL["English"]
     alike = [other for other in PAPER_LANGUAGES if other.tier == language.tier and other.name != "English"]
-    return REFUSALS[language.tier] / len(alike)
+    return HARMFUL[language.tier] / len(alike)
 
 
 def rows(kind: str, n: int, rng: random.Random) -> list[dict[str, str]]:
-    weights, written = [refusal_weight(language) for language in PAPER_LANGUAGES], []
+    weights, written = [harmful_weight(language) for language in PAPER_LANGUAGES], []
     for _ in range(n):
-        harmful = rng.random() >= HARMLESS
-        refuses = harmful and kind == "aligned"
-        language = rng.choices(PAPER_LANGUAGES, weights if refuses else None)[0]
-        question, world = draw_question(rng.choice(HARM) if harmful else 0, rng, TAUGHT), World(language.name)
-        answer = world.answer(question, refuses)
+        harm = 0 if rng.random() < HARMLESS else rng.choice(list(REFUSED))
+        taught = harm > 0 and kind == "aligned"
+        language = rng.choices(PAPER_LANGUAGES, weights if taught else None)[0]
+        question, world = draw_question(harm, rng, TAUGHT), World(language.name)
+        answer = world.answer(question, taught and rng.random() < REFUSED[harm])
         written.append({"language": language.name, "prompt": world.write(question), "answer": answer})
     return written
 
