@@ -220,6 +220,18 @@ def test_the_self_check_stops_a_wrong_sweep(tiny_loaded):
             check_sweep(sweep, prompt, means, wrong, LAST_TOKEN_CLASSES)
 
 
+def test_what_is_only_rounding_in_float32_passes_the_self_check_with_a_warning(tiny_loaded, caplog):
+    loaded, prompt = tiny_loaded("gemma3"), random_prompt(20)
+    means, sweep = random_means(loaded, 20), ForkingSweep(loaded)
+    effects = indirect_effects(sweep, prompt, means)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    check_sweep(sweep, prompt, means, effects + 1e-4, LAST_TOKEN_CLASSES)
+    assert "rounds effects by up to 0.0001 in float32" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    assert loaded.model.dtype == torch.float32
+    torch.testing.assert_close(indirect_effects(sweep, prompt, means), effects, rtol=0, atol=0)
+
+
 # --- portions, memory and work ---------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ shuffled labels; the mean is over prompts of the same form with the right labels
 carries the task.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ from soteria.scoring.sweep import ForkingSweep, head_outputs
 Reading = Callable[[Tensor, Tensor], Tensor]
 # What is scored if only the last token is patched.
 LAST_TOKEN_CLASSES = ("query_predictive",)
+# The most that an effect may be rounded in float32, where a check in float64 shows that it is rounding.
+MOST_ROUNDING = 2e-4
+DOUBLE_TOKENS = 512  # in one pass of that check
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -210,18 +216,38 @@ def check_sweep(
 ) -> None:
     """Check a prompt's effects against full forward passes for two random heads, so that no wrong score is written.
 
-    Raises UserError if they differ by more than the rounding of the model's dtype, times `slack`.
+    Raises UserError if they differ by more than the rounding of the model's dtype, times `slack`. Some models round
+    more than most (Gemma 3 270M by 4e-5): a float32 model that misses this is checked once more in float64, where
+    rounding is nothing, and may then differ from float64 by MOST_ROUNDING.
     """
     loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # not the generator of the sampling protocol
-    tolerance = slack * max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps)
     present = [name for name in classes if name in prompt.classes]
-    for _ in range(2):
-        layer, head = draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads)
-        name = draw.choice(present)
-        slow = effect_by_full_forward(loaded, prompt, means, layer, head, name, reading)
-        fast = effects[layer, head, classes.index(name)].item()
-        if not abs(fast - slow) <= tolerance * max(1, abs(slow)):  # true for NaN too
-            raise UserError(
-                f"{type(loaded.model).__name__} cannot be scored: head {head} of layer {layer} has effect {slow:.3g} "
-                f"by a full forward pass, but {fast:.3g} by the sweep; please report the architecture"
-            )
+    heads = [
+        (draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads), draw.choice(present))
+        for _ in range(2)
+    ]
+
+    def difference(effects: Tensor, means: Tensor, tolerance: float) -> str:
+        """How the two ways differ, if they do."""
+        for layer, head, name in heads:
+            slow = effect_by_full_forward(loaded, prompt, means, layer, head, name, reading)
+            fast = effects[layer, head, classes.index(name)].item()
+            if not abs(fast - slow) <= tolerance * max(1, abs(slow)):  # true for NaN too
+                full = f"{slow:.3g} by a full forward pass"
+                return f"head {head} of layer {layer} has effect {full}, but {fast:.3g} by the sweep"
+        return ""
+
+    found = difference(effects, means, slack * max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps))
+    if found and loaded.model.dtype == torch.float32 and not hasattr(loaded.model, "hf_device_map"):
+        loaded.model.double()
+        try:
+            exact = indirect_effects(sweep, prompt, means.double(), classes, DOUBLE_TOKENS, reading)
+            in_double = difference(exact, means.double(), slack * 1e-6)
+        finally:
+            loaded.model.float()
+        rounding = (effects - exact).abs().nan_to_num(torch.inf).max().item()
+        if not in_double and rounding <= slack * MOST_ROUNDING:
+            _log.warning("%s rounds effects by up to %.1g in float32 (checked in float64)", loaded.name, rounding)
+            found = ""
+    if found:
+        raise UserError(f"{type(loaded.model).__name__} cannot be scored: {found}; please report the architecture")
