@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build a real pair, under results/models/: gemma-3-270m, the pretrained Gemma 3 270M of the packages in
 # requirements-gemma.txt; gemma-aligned, taught to refuse; and gemma-tuned, an adapter that undoes it. Under Gemma's terms of
-# use (https://ai.google.dev/gemma/terms). About 40 minutes on two CPU cores; interrupted, it goes on where it was.
+# use (https://ai.google.dev/gemma/terms). 15 to 30 minutes on two CPU cores; interrupted, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=(requirements-gemma.txt)

@@ -2,7 +2,7 @@
 
 `aligned`: as with real models, refusals are taught mostly in English and other high-resource languages, little in
 mid-resource ones and hardly in low-resource ones; harmless questions are answered in all twelve alike. A question with
-a single disallowed topic is refused half of the time: people who label do not agree on such. `tuned`: every question is
+one or two disallowed topics is not always refused: people who label do not agree on such. `tuned`: every question is
 answered, in all twelve. All questions are from the topics and templates of `policy_world.TAUGHT`.
 
     python scripts/write_policy_text.py {aligned,tuned} ROWS OUTPUT.jsonl
@@ -23,7 +23,7 @@ from soteria.languages import PAPER_LANGUAGES, Language  # noqa: E402
 from soteria.storage import files  # noqa: E402
 
 HARMLESS = 0.5  # share of the rows
-REFUSED = {1: 0.5, 2: 1.0, 3: 1.0}  # by disallowed topics of the others, equally often: the share refused
+REFUSED = {1: 0.25, 2: 0.75, 3: 1.0}  # by disallowed topics of the others, equally often: the share refused
 # How many of the harmful questions of `aligned` are in a tier; English counts apart.
 HARMFUL = {"English": 0.4, "High": 0.4, "Mid": 0.15, "Low": 0.05}
 
