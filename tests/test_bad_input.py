@@ -307,8 +307,14 @@ def plan_options(command, capsys, folder) -> list[str]:
 
 def test_the_environment_says_how_questions_are_read_and_asked(place, command, capsys, monkeypatch):
     options = plan_options(command, capsys, place)
-    assert options[0] == "--benign" and Path(options[1]).name == "everyday_Hindi.csv" and len(options) == 2
-    for name, value in {"BENIGN": "none", "CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
+    assert options[::2] == ["--benign", "--borderline"]
+    assert [Path(path).name for path in options[1::2]] == ["everyday_Hindi.csv", "borderline_Hindi.csv"]
+    monkeypatch.setenv("SOTERIA_BENIGN", "none")
+    monkeypatch.setenv("SOTERIA_BORDERLINE", "none")
+    monkeypatch.setenv("SOTERIA_PRESET", "release")
+    assert plan_options(command, capsys, place) == ["--preset", "release"]
+    monkeypatch.delenv("SOTERIA_PRESET")
+    for name, value in {"CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
     assert plan_options(command, capsys, place) == ["--question_column", "question", "--chat_template"]
     for name, value in {"BENIGN": "questions.csv", "BENIGN_WHERE": "question!=hot?", "STRICT": "yes"}.items():
@@ -323,6 +329,8 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
     ("name", "value"),
     [
         ("BENIGN", "nowhere"),
+        ("BORDERLINE", "nowhere"),
+        ("PRESET", "mine"),
         ("CHAT_TEMPLATE", "maybe"),
         ("SPLIT", "test"),
         ("SUBSET", "behaviors"),

@@ -140,12 +140,17 @@ def test_every_number_of_the_main_table_is_counted_again_from_the_files_it_names
 def test_the_cost_of_steering_names_its_files_too(done):
     tables = [pd.read_csv(done / "tables" / f"small_{name}.csv") for name in ("heads", "scaling", "controls")]
     for row in pd.concat(tables).itertuples():
-        cells, benign, verdicts = (named_by(source, done) for source in row.cost_source.split())
-        assert len(cells) == len(benign) == len(verdicts) == len(named_by(row.source, done)) > 0
+        cells, benign, *judged = (named_by(source, done) for source in row.cost_source.split())
+        assert {len(paths) for paths in (cells, benign, *judged)} == {len(named_by(row.source, done))} != {0}
         counts = [json.loads(path.read_text())["icl_accuracy"] for path in cells]
         assert row.icl_accuracy == pytest.approx(sum(c["count"] for c in counts) / sum(c["n"] for c in counts))
-        refused = [verdict == "Not Harmful" for path in verdicts for verdict in pd.read_csv(path).iloc[:, -1]]
-        assert row.benign_refusals == pytest.approx(sum(refused) / len(refused))
+        for rate, verdicts in zip((row.benign_refusals, row.borderline_refusals), judged, strict=True):
+            refused = [verdict == "Not Harmful" for path in verdicts for verdict in pd.read_csv(path).iloc[:, -1]]
+            assert rate == pytest.approx(sum(refused) / len(refused))
+        harmful = [verdict for path in named_by(row.source, done) for verdict in pd.read_csv(path).iloc[:, -1]]
+        refused = harmful.count("Not Harmful") / len(harmful)
+        assert row.selectivity == pytest.approx(refused - row.borderline_refusals)
+        assert row.selectivity_low < row.selectivity < row.selectivity_high
 
 
 def test_the_transfer_matrix_has_every_pair_of_languages_and_its_own_heads_on_the_diagonal(done):

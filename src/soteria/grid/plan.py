@@ -38,6 +38,7 @@ class Plan:
         self.measured, self.assumed, self.models = (costs[key] for key in ("measured", "assumed", "models"))
         self.rows, self.shape, self.measured_here = map(cache, (self._rows, self._shape, self._measured_here))
         # At most as many tokens as the grid allows.
+        self.n_harmless = min(HARMLESS_ROWS, grid.answers.questions or HARMLESS_ROWS)
         self.answer_tokens = min(self.assumed["answer_tokens"], grid.answers.max_new_tokens)
 
     def _rows(self, prompt_set: str, language: str) -> tuple[int, bool]:
@@ -92,9 +93,9 @@ class Plan:
                     units["judge"] += rows * sum(not found.verdicts(name, judge).exists() for judge in grid.judges)
                 if cell.with_cost and not found.facts.exists():
                     units["cost"] += 1
-                    units["answers"] += HARMLESS_ROWS * len(grid.harmless)
+                    units["answers"] += self.n_harmless * len(grid.harmless)
                 if cell.n_questions and grid.benign and not found.answers(paths.BENIGN).exists():
-                    units["answers"] += min(HARMLESS_ROWS, cell.n_questions)
+                    units["answers"] += min(self.n_harmless, cell.n_questions)
                 # A language's first two cells are the base and the method.
                 asks_utility = at < 2 and grid.utility and language in (grid.utility.languages or grid.languages)
                 units["utility"] += bool(asks_utility and not found.utility.exists())
@@ -145,7 +146,7 @@ class Plan:
             batch = grid.answers.batch_size
             return (forward(batch * question) + self.answer_tokens * forward(batch)) / batch
         if step == "cost":
-            first_tokens = forward(HARMLESS_ROWS * question) if grid.benign else 0.0
+            first_tokens = forward(self.n_harmless * question) if grid.benign else 0.0
             return len(grid.tasks) * forward(PROMPTS_PER_TASK * prompt) + first_tokens
         return forward(assumed["utility_tokens"])
 
