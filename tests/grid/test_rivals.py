@@ -293,7 +293,7 @@ def test_a_plan_counts_the_scores_cells_and_answers_of_rivals(grid_file, tmp_pat
     assert run_script(reproduce, grid_file, "--plan", "--results", tmp_path) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| polyglot-base | 40"))
     cells, scores, answers = (text.strip() for text in row.split("|")[2:5])
-    # Effects of the first token and the whole answer, and safety; 14 cells of 10 questions and 6 draws of 4, with the
-    # harmless questions or the draws' 4.
+    # Effects of the first token and the whole answer, and safety; 14 cells of 10 questions and 6 draws of 4, with as
+    # many harmless ones.
     assert (cells, scores) == ("40 (0 done)", "6")
-    assert answers == f"{2 * (14 * (10 + 64) + 6 * (4 + 4)):,}"
+    assert answers == f"{2 * (14 * (10 + 10) + 6 * (4 + 4)):,}"
