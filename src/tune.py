@@ -12,7 +12,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.answering.questions import read_questions
 from soteria.errors import UserError
-from soteria.grid.grid_file import Limits
+from soteria.grid.limits import Limits
 from soteria.languages import find_language, language_names
 from soteria.scoring.heads import mean_effect, rank_heads
 from soteria.scoring.prompts import TASKS

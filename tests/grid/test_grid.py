@@ -8,7 +8,8 @@ import yaml
 
 from soteria.errors import UserError
 from soteria.grid.cells import Shard, Treatment, grid_cells
-from soteria.grid.grid_file import Limits, read_grid
+from soteria.grid.grid_file import read_grid
+from soteria.grid.limits import Limits
 from soteria.grid.plan import Plan
 from soteria.judging.presets import JudgeSettings
 

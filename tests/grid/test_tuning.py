@@ -17,7 +17,7 @@ from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs, answer_questions
 from soteria.answering.questions import read_questions
 from soteria.errors import UserError
-from soteria.grid.grid_file import Limits
+from soteria.grid.limits import Limits
 from soteria.grid.tuning import MAX_NEW_TOKENS, N_RANDOM_TRIALS, RATES, Bench, Space, SteeredBench, Tuning
 from soteria.judging import costs
 from soteria.judging.interface import HARMFUL

@@ -8,7 +8,8 @@ import pytest
 from conftest import named_by
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from soteria.grid.grid_file import Grid, Limits
+from soteria.grid.grid_file import Grid
+from soteria.grid.limits import Limits
 from soteria.judging.interface import DEGENERATE, EMPTY, FILTERED, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate
 from soteria.reporting import numbers, readable

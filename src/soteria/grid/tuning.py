@@ -20,7 +20,7 @@ from optuna.distributions import FloatDistribution
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs, answer_questions
 from soteria.errors import UserError
-from soteria.grid.grid_file import ROUNDING, Limits
+from soteria.grid.limits import ROUNDING, Limits
 from soteria.judging import costs
 from soteria.judging.interface import HARMFUL
 from soteria.judging.refusal import RefusalJudge
