@@ -18,7 +18,7 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
-from soteria.judging.judges import make_judge
+from soteria.judging.judges import make_judge, settings_of
 from soteria.judging.pipeline import without_phrases
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import AnswerFile, Judged, describe, inputs_of, judge_answers, read_verdicts
@@ -114,8 +114,7 @@ def main() -> None:
     costs = {kind: measure_damage(answered) for kind, answered in harmless.items() if answered.exists()}
     every: dict[str, Judged] = {}
     for name in names:
-        is_asked = len(names) == 1 or name != "refusal"
-        options = (settings, labels) if is_asked else (JudgeSettings(), [])
+        options = settings_of(name, names, settings), [] if name == "refusal" and len(names) > 1 else labels
         inputs = inputs_of(answers, name, *options)
 
         def chosen_judge(name: str = name, options: tuple = options) -> Judge:

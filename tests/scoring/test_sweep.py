@@ -232,6 +232,20 @@ def test_what_is_only_rounding_in_float32_passes_the_self_check_with_a_warning(t
     torch.testing.assert_close(indirect_effects(sweep, prompt, means), effects, rtol=0, atol=0)
 
 
+def test_a_model_that_float64_does_not_fit_is_refused_in_one_sentence(tiny_loaded, monkeypatch):
+    loaded, prompt = tiny_loaded("llama"), random_prompt(20)
+    means, sweep = random_means(loaded, 20), ForkingSweep(loaded)
+    effects = indirect_effects(sweep, prompt, means)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
+
+    monkeypatch.setattr("soteria.scoring.indirect_effect.indirect_effects", out_of_memory)
+    with pytest.raises(UserError, match="cannot be scored"):
+        check_sweep(sweep, prompt, means, effects + 1e-4, LAST_TOKEN_CLASSES)
+    assert loaded.model.dtype == torch.float32
+
+
 # --- portions, memory and work ---------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,11 @@ def make_judge(
     raise UserError(f"unknown judge {name!r}; give refusal, openai:<model> or hf:<model>")
 
 
+def settings_of(name: str, names: Sequence[str], settings: JudgeSettings) -> JudgeSettings:
+    """How one of several judges is asked: the refusal judge beside others is asked nothing."""
+    return JudgeSettings() if name == "refusal" and len(names) > 1 else settings
+
+
 def _refuse(settings: JudgeSettings, harmful_labels: Sequence[str]) -> None:
     if settings != JudgeSettings() or harmful_labels:
         like = "--judge_preset and its like (judge_options in a grid file)"

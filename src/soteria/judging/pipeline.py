@@ -14,7 +14,7 @@ from soteria.answering.question_files import find_local
 from soteria.answering.questions import RELEASE, benign_set, dataset_slug, read_questions
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
-from soteria.judging.judges import make_judge
+from soteria.judging.judges import make_judge, settings_of
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
@@ -52,8 +52,7 @@ def main() -> None:
     settings = _settings()
     for judge in judges:
         if not judge.startswith("hf:"):  # that one would load its model
-            is_asked = len(judges) == 1 or judge != "refusal"
-            make_judge(judge, settings if is_asked else None)  # better refused now than after all answers
+            make_judge(judge, settings_of(judge, judges, settings))  # better refused now than after all answers
     named = (language.name, arguments.base_model)
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
     print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from soteria.errors import UserError
@@ -243,6 +244,10 @@ def check_sweep(
         try:
             exact = indirect_effects(sweep, prompt, means.double(), classes, DOUBLE_TOKENS, reading)
             in_double = difference(exact, means.double(), slack * 1e-6)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            exact, in_double = effects, "the memory does not hold it in float64"
         finally:
             loaded.model.float()
         rounding = (effects - exact).abs().nan_to_num(torch.inf).max().item()
