@@ -148,7 +148,7 @@ def main() -> None:
     n_patches = n_layers * n_heads * len(classes)
     found = {
         "forwards": round(own / one, 3),
-        "bound": round(forward_passes(prompt, classes, geometry), 3),
+        "bound": round(forward_passes(prompt, classes, sweep), 3),
         "ratio": round((n_patches + 1) * statistics.median(slow) / own, 1),
         "max_abs_diff": max(differences),
         "max_abs_effect": effects.abs().max().item(),

@@ -1,7 +1,7 @@
 """Step 3.1: base - scaling_factor * (finetune - base) on the output-projection columns of a language's heads.
 
 Writes a complete model folder in which every other tensor is the base's, bit for bit. With --format delta, writes only
-the difference, once for any number of languages.
+the difference, once for any number of languages; with --format lora, a small adapter per language.
 """
 
 from pathlib import Path
@@ -26,11 +26,16 @@ def parse_arguments():
     add("--scaling_factor", type=cli.scaling_factor, required=True, help="how much task vector to subtract, >= 0")
     add("--head_folder", required=True, help="folder of <Language>_Heads.json: a name under results/heads, or a path")
     format_help = "checkpoint: a complete model folder per language; delta: one small folder for all the languages "
-    format_help += "given, for soteria.load_steered (default: checkpoint)"
-    add("--format", choices=["checkpoint", "delta"], default="checkpoint", help=format_help)
-    output_help = "default: results/models/<Language>_<base slug>_scaling_<scaling factor>, or <base slug>_delta there"
+    format_help += "given, for soteria.load_steered; lora: a PEFT adapter of the base per language"
+    add("--format", choices=["checkpoint", "delta", "lora"], default="checkpoint", help=format_help)
+    output_help = "default: results/models/<Language>_<base slug>_scaling_<scaling factor>, with _lora for an adapter, "
+    output_help += "or <base slug>_delta there"
     add("--output", type=Path, help=output_help)
-    dtype_help = "dtype of the weights written (default: the base's; for a delta, float32)"
+    rank_help = "with --format lora and a tuned model that is a whole checkpoint: rank of the adapter"
+    add("--rank", type=cli.positive_int, default=64, help=rank_help)
+    error_help = "then, how far the adapter may be from the exact change, as a share of its norm"
+    add("--max_error", type=cli.positive_number, default=0.05, help=error_help)
+    dtype_help = "dtype of the weights written (default: the base's; for a delta or an adapter, float32)"
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=dtype_help)
     add("--overwrite", action="store_true", help="replace an output folder that was made from other inputs")
     return parser.parse_args()
@@ -42,11 +47,12 @@ def main() -> None:
     folder, output, factor = paths.head_folder(arguments.head_folder), arguments.output, arguments.scaling_factor
     lists = {language: folder / language_file(language) for language in languages}
     heads = {language: read_heads(path) for language, path in lists.items()}
-    if arguments.format == "checkpoint" and len(languages) > 1 and output:
+    if arguments.format != "delta" and len(languages) > 1 and output:
         raise UserError("--output takes one language's model; leave it out, or give --format delta")
 
     # torch takes seconds to import, so the inputs above are checked first
     from soteria.models.task_vector import TaskVector
+    from soteria.steering.adapter import write_adapter
     from soteria.steering.checkpoint import steer_checkpoint
     from soteria.steering.delta import write_delta
     from soteria.steering.formula import open_steering
@@ -60,7 +66,13 @@ def main() -> None:
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {factor:g}")
         return
     for language, steering in steerings.items():
-        place = output or paths.steered_folder(paths.RESULTS, language, arguments.base_model, factor)
+        place = output or paths.steered_folder(paths.RESULTS, language, arguments.base_model, factor, arguments.format)
+        if arguments.format == "lora":
+            approximately = {"rank": arguments.rank, "max_error": arguments.max_error}
+            facts = write_adapter(steering, place, language=language, **approximately, **shared)
+            off = f"relative error {facts['relative_error']:.2g}"
+            print(f"{place}: {facts['n_heads']} heads, rank {facts['rank']}, scaling {factor:g}, {off}")
+            continue
         facts = steer_checkpoint(steering, place, language=language, **shared)
         share = facts["share_of_parameters_changed"]
         print(f"{place}: {facts['n_heads']} heads, {share:.2%} of the parameters, scaling {factor:g}")

@@ -35,7 +35,7 @@ from soteria.scoring.indirect_effect import (
     mean_head_activations,
 )
 from soteria.scoring.prompts import ANSWERS, TOKEN_CLASSES
-from soteria.scoring.sweep import ForkingSweep
+from soteria.scoring.sweep import ForkingSweep, FullPasses, sweep_over
 from soteria.storage import files, paths
 
 
@@ -182,7 +182,7 @@ def test_the_model_is_left_as_it_was(tiny_loaded):
     assert not any(module._forward_pre_hooks for module in loaded.model.modules())
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# --- followed or not -------------------------------------------------------------------------------------------------
 
 
 def test_an_attention_that_the_sweep_cannot_follow_is_refused_by_name(tiny_loaded, monkeypatch):
@@ -193,21 +193,58 @@ def test_an_attention_that_the_sweep_cannot_follow_is_refused_by_name(tiny_loade
 
     with monkeypatch.context() as context:
         context.setattr(loaded.model.config, "_attn_implementation_internal", "flex_attention")
-        with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be scored: its attention .* 'flex_attention'"):
+        with pytest.raises(UserError, match=r"cannot follow LlamaForCausalLM: its attention .* 'flex_attention'"):
             ForkingSweep(loaded)
     monkeypatch.setattr(type(loaded.model.model.layers[0].self_attn), "forward", own_attention)
     with pytest.raises(UserError, match="0 of its 3 layers attend through"):
         ForkingSweep(loaded).clean_run(random_prompt(10).ids)
 
 
-def test_attention_with_sinks_is_refused():
+# Attention that does not go through transformers' interface, or has terms of its own; and, last, what a sweep can do.
+SLOW = {
+    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("architecture", SLOW)
+def test_a_model_that_the_sweep_cannot_follow_is_scored_by_full_passes(architecture, caplog):
+    model = tiny_model(architecture, **SLOW[architecture])
+    loaded = LoadedModel(architecture, model, None, read_geometry(model))
+    sweep, prompt, means = sweep_over(loaded), random_prompt(30, n_answer=2), random_means(loaded, 30)
+    assert isinstance(sweep, FullPasses)
+    assert f"{type(model).__name__} is scored by one full forward pass a head, 12 a prompt" in caplog.text
+    effects = indirect_effects(sweep, prompt, means, TOKEN_CLASSES)
+    for layer, head in ((0, 1), (2, 3)):
+        for name in {*prompt.classes}:
+            slow = effect_by_full_forward(loaded, prompt, means, layer, head, name)
+            assert effects[layer, head, TOKEN_CLASSES.index(name)].item() == pytest.approx(slow, abs=1e-6)
+    portions = indirect_effects(sweep, prompt, means, TOKEN_CLASSES, max_rows=70)
+    torch.testing.assert_close(portions, effects, rtol=0, atol=1e-6)
+    assert forward_passes(prompt, LAST_TOKEN_CLASSES, sweep) == 13
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_sweep_is_taken_where_it_can_follow(architecture, tiny_loaded, caplog):
+    assert isinstance(sweep_over(tiny_loaded(architecture)), ForkingSweep)
+    assert "forward pass a head" not in caplog.text
+
+
+def test_attention_with_sinks_scores_exactly():
     sizes = {"hidden_size": 32, "head_dim": 8, "intermediate_size": 16, "num_hidden_layers": 2, "sliding_window": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
     layers = ["sliding_attention", "full_attention"]
     model = tiny_model("gpt_oss", **sizes, **heads, layer_types=layers)
     loaded = LoadedModel("sinks", model, None, read_geometry(model))
-    with pytest.raises(UserError, match=r"GptOssForCausalLM cannot be scored: .*s_aux"):
-        indirect_effects(ForkingSweep(loaded), random_prompt(10), random_means(loaded, 10))
+    sweep, prompt, means = sweep_over(loaded), random_prompt(20), random_means(loaded, 20)
+    assert isinstance(sweep, ForkingSweep)
+    effects = indirect_effects(sweep, prompt, means, TOKEN_CLASSES)
+    for layer in range(2):
+        for name in {*prompt.classes}:
+            slow = effect_by_full_forward(loaded, prompt, means, layer, 2, name)
+            assert effects[layer, 2, TOKEN_CLASSES.index(name)].item() == pytest.approx(slow, abs=1e-6)
 
 
 def test_the_self_check_stops_a_wrong_sweep(tiny_loaded):
@@ -287,8 +324,8 @@ def test_default_rows_are_a_power_of_two_found_from_free_memory(tiny_loaded, mon
 
 
 def test_arithmetic_of_the_sweep(tiny_loaded):
-    geometry = tiny_loaded("llama").geometry  # 3 layers, 4 heads
-    assert forward_passes(random_prompt(100), LAST_TOKEN_CLASSES, geometry) == pytest.approx(1 + 4 * 4 / (2 * 100))
+    sweep = ForkingSweep(tiny_loaded("llama"))  # 3 layers, 4 heads
+    assert forward_passes(random_prompt(100), LAST_TOKEN_CLASSES, sweep) == pytest.approx(1 + 4 * 4 / (2 * 100))
 
 
 # --- killed, and shared out ------------------------------------------------------------------------------------------

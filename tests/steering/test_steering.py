@@ -32,6 +32,7 @@ MODELS = {
     "qwen3": ("qwen3", {}, "model.layers.{}.self_attn.o_proj.weight", 12, False),
     "gpt2": ("gpt2", {}, "transformer.h.{}.attn.c_proj.weight", 8, True),
     "gpt-neox": ("gpt-neox", {}, "gpt_neox.layers.{}.attention.dense.weight", 8, False),
+    "mistral": ("mistral", {}, "model.layers.{}.self_attn.o_proj.weight", 8, False),
 }
 SINGLE, SHARDS = "1GB", "30KB"
 # (base's dtype and shard size, tuned model's, scaling factor)
@@ -259,6 +260,61 @@ def test_a_lora_adapter_steers_as_its_model_merged_with_peft_does(tmp_path, run_
         torch.testing.assert_close(tensor, want[name], rtol=1e-5, atol=2e-6)
     name = MODELS[model][2].format(listed[0][0])
     assert (stored(output)[name] - stored(base)[name]).abs().max() > 1e-3
+
+
+# As a LoRA
+
+# Architectures with what LoRA options must cope with: (model, its LoRA's options)
+LORAS = {
+    "llama": {"target_modules": ["q_proj", "o_proj"]},  # grouped-query
+    "phi3-96": {"target_modules": ["qkv_proj", "o_proj"]},  # fused q, k and v
+    "gpt2": {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True},  # transposed
+    "qwen3": {"target_modules": ["o_proj"], "use_rslora": True},  # heads wider than width / heads
+    "gpt-neox": {"target_modules": ["dense"], "rank_pattern": {"layers.1.attention.dense": 7}},
+    "mistral": {"target_modules": ["o_proj"], "alpha_pattern": {"layers.0.self_attn.o_proj": 20}},
+}
+
+
+@pytest.fixture
+def write_lora(tmp_path, run_steer) -> Callable[..., tuple[dict, dict]]:
+    """A steering as a LoRA: the weights of its base with it merged by PEFT, and the facts beside it."""
+
+    def write(base: Path, *options: object, **given: object) -> tuple[dict, dict]:
+        folder = run_steer("--format=lora", *options, output=tmp_path / "lora", base_model=base, **given)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merged = peft.PeftModel.from_pretrained(plain, folder).merge_and_unload().state_dict()
+        return merged, json.loads((folder / "soteria.json").read_text())
+
+    return write
+
+
+@pytest.mark.parametrize("model", LORAS)
+def test_the_lora_of_a_steering_by_a_lora_merges_to_the_written_checkpoint(tmp_path, run_steer, write_lora, model):
+    base = write_model(tmp_path / "base", model)
+    adapter = write_adapter(tmp_path / "adapter", base, **LORAS[model])
+    given = {"finetune_model": adapter, "head_folder": write_head_list(tmp_path / "heads", some_heads(base))}
+    checkpoint = loaded(run_steer(base_model=base, **given))
+    merged, facts = write_lora(base, **given)
+    assert any((checkpoint[name] - weight).abs().max() > 1e-3 for name, weight in loaded(base).items())
+    for name, weight in checkpoint.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-5)
+    assert facts["relative_error"] < 1e-6 and facts["format"] == "lora"
+
+
+def test_the_lora_of_a_whole_checkpoints_steering_says_how_far_off_it_is(base, tuned, run_steer, write_lora, output):
+    checkpoint = loaded(run_steer())
+    merged, facts = write_lora(base, "--rank=32")
+    assert facts["relative_error"] < 1e-6
+    for name, weight in checkpoint.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-5)
+    changed = [name for name, weight in loaded(base).items() if not torch.equal(weight, checkpoint[name])]
+    merged, facts = write_lora(base, "--rank=4", "--max_error=0.9", "--overwrite")
+    off = sum((merged[name] - checkpoint[name]).square().sum() for name in changed) ** 0.5
+    whole = sum((checkpoint[name] - loaded(base)[name]).square().sum() for name in changed) ** 0.5
+    assert facts["rank"] == 4 and facts["relative_error"] == pytest.approx(float(off / whole), rel=1e-3)
+    sentence = run_steer("--format=lora", "--rank=4", status=2, output=output.with_name("other"))
+    assert "a LoRA of rank 4 is" in sentence and "larger --rank" in sentence
+    assert "steers nothing" in run_steer("--format=lora", scaling_factor=0, status=2, output=output.with_name("other"))
 
 
 # The folder

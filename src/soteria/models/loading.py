@@ -82,12 +82,21 @@ def load_tokenizer(name: str):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def load_geometry(name: str) -> AttentionGeometry:
-    """The attention geometry of a checkpoint, from its config alone: no weights are read."""
+def _without_weights(name: str) -> PreTrainedModel:
+    """The model that a checkpoint's config describes, on no device."""
     config = load_config(name)
     with _explain_loading(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return read_geometry(model)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_geometry(name: str) -> AttentionGeometry:
+    """The attention geometry of a checkpoint, from its config alone: no weights are read."""
+    return read_geometry(_without_weights(name))
+
+
+def load_module_names(name: str) -> list[str]:
+    """The names of a checkpoint's modules, from its config alone."""
+    return [module for module, _ in _without_weights(name).named_modules()]
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:

@@ -50,13 +50,16 @@ class LoraAdapter:
             raise UserError(f"{self._what} does not have two factors of one rank for {module}; save it again")
         return a[0], b[0]
 
+    def scale(self, module: str, rank: int) -> float:
+        """What the product of a module's factors is multiplied by."""
+        # PEFT's own rule: the first pattern that matches the whole name, or its end after a dot.
+        own = (alpha for pattern, alpha in self._alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(own, self._alpha) / (math.sqrt(rank) if self._rank_stabilized else rank)
+
     def delta(self, module: str) -> Tensor | None:
         """What the adapter adds to a module's weight, (out, in), float32, or None if it does not change it."""
         factors = self.factors(module)
         if factors is None:
             return None
         a, b = (read_tensor(place).float() for place in factors)
-        # PEFT's own rule: the first pattern that matches the whole name, or its end after a dot.
-        own = (alpha for pattern, alpha in self._alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha, rank = next(own, self._alpha), a.shape[0]
-        return alpha / (math.sqrt(rank) if self._rank_stabilized else rank) * (b @ a)
+        return self.scale(module, len(a)) * (b @ a)

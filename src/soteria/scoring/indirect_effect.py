@@ -20,11 +20,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from soteria.errors import UserError
-from soteria.models.geometry import AttentionGeometry
 from soteria.models.loading import LoadedModel
 from soteria.models.memory import MOST_TOKENS, TokenBudget
 from soteria.scoring.prompts import FIRST, MeanSlots, Prompt, answer_tokens, token_roles
-from soteria.scoring.sweep import ForkingSweep, head_outputs
+from soteria.scoring.sweep import Sweep, head_outputs
 
 # What a patched pass shows: patched logits (…, k, vocabulary) and the clean ones (k, vocabulary) -> (…,).
 Reading = Callable[[Tensor, Tensor], Tensor]
@@ -138,17 +137,16 @@ def probability_change(answer: Tensor) -> Reading:
     return lambda patched, clean: answer_probability(patched, answer) - answer_probability(clean, answer)
 
 
-def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], geometry: AttentionGeometry) -> float:
-    """The cost of a prompt's sweep in forward passes of its sequence: its own, and for every class and head the tokens
-    from the class's first one on, through the layers from the head's up."""
-    length = len(prompt.sequence)
-    after = sum(length - prompt.classes.index(name) for name in classes if name in prompt.classes)
-    return 1 + after * geometry.n_heads * (geometry.n_layers + 1) / (2 * length)
+def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], sweep: Sweep) -> float:
+    """The cost of a prompt in forward passes of its sequence: its own, and every head's in every class."""
+    geometry, length = sweep.loaded.geometry, len(prompt.sequence)
+    each = sum(sweep.cost(length, prompt.classes.index(name)) for name in classes if name in prompt.classes)
+    return 1 + geometry.n_layers * geometry.n_heads * each
 
 
 @torch.inference_mode()
 def indirect_effects(
-    sweep: ForkingSweep,
+    sweep: Sweep,
     prompt: TokenizedPrompt,
     means: Tensor,
     classes: Sequence[str] = LAST_TOKEN_CLASSES,
@@ -169,7 +167,7 @@ def indirect_effects(
         if not at:
             continue
         replacements = means[:, :, [prompt.slots[place] for place in at]]
-        size = max(1, max_rows // (len(run.ids) - at[0]))
+        size = max(1, max_rows // sweep.tokens(len(run.ids), at[0]))
         for start in range(0, len(targets), size):
             logits = sweep.logits(run, at, replacements, targets[start : start + size])
             effects[start : start + size, column] = reading(logits, run.logits).cpu()
@@ -207,7 +205,7 @@ def effect_by_full_forward(
 
 
 def check_sweep(
-    sweep: ForkingSweep,
+    sweep: Sweep,
     prompt: TokenizedPrompt,
     means: Tensor,
     effects: Tensor,

@@ -65,9 +65,9 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
     """Score those of the runs that are not finished; returns how many that were. `load` is as in `score_datasets`."""
     pending = [run for run in runs if not run.is_finished()]
     if pending:
-        from soteria.scoring.sweep import ForkingSweep
+        from soteria.scoring.sweep import sweep_over
 
-        sweep = ForkingSweep(load())
+        sweep = sweep_over(load())
         processes.wait()  # no process writes before all of them have seen what is finished
         with Progress(len(pending), silent=not processes.is_first) as progress:
             for run in pending:
@@ -126,7 +126,7 @@ class DatasetRun:
         return self.effect_file.exists() and self.means_file.exists() and not self.partial_file.exists()
 
     def score(self, sweep, processes: Processes, progress: "Progress") -> None:
-        """Score the dataset with a ForkingSweep, resuming at the prompt at which an earlier run was stopped.
+        """Score the dataset with a `Sweep`, resuming at the prompt at which an earlier run was stopped.
 
         The processes share the prompts. `progress` is told of the forward passes done.
         """
@@ -136,7 +136,7 @@ class DatasetRun:
         settings, loaded, started = self.settings, sweep.loaded, time.monotonic()
         clean, shuffled, n_slots, noted = self._tokenized_prompts(loaded)
         classes = ie.LAST_TOKEN_CLASSES if settings.last_token_only else prompts.TOKEN_CLASSES
-        costs = [ie.forward_passes(prompt, classes, loaded.geometry) for prompt in shuffled]
+        costs = [ie.forward_passes(prompt, classes, sweep) for prompt in shuffled]
         progress.begin(len(clean) + sum(costs))
 
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.

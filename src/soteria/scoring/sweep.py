@@ -9,9 +9,10 @@ patched one on go through the model's own, unmodified forward pass again as a ba
 one copy of these tokens joins for each patched head of that layer, that head's output is replaced before the output
 projection, and all rows attend to the one kept prefix and to their own tokens. T tokens, of which the last k are run
 again (k = 1: patched at the last one, for the answer's first token), cost 1 + k * n_heads * (n_layers + 1) / (2 T)
-forward passes of arithmetic. Nothing is approximated.
+forward passes of arithmetic. Nothing is approximated. A model that this cannot follow is run once more for each head.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -35,10 +37,14 @@ for _name, _stand_in in FOLLOWED.items():
     AttentionInterface.register(_stand_in, lambda *given, **terms: _ATTEND.get()(*given, **terms))
     AttentionMaskInterface.register(_stand_in, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 # Arguments of an attention function that change its scores in a way that `_attend` does not repeat.
-UNKNOWN_TERMS = ("s_aux", "position_bias", "head_mask")
+UNKNOWN_TERMS = ("position_bias", "head_mask")
+TRIED_TOKENS = 24  # of the text on which the sweep is tried with a model
+MOST_OFF = {torch.float32: 1e-3, torch.float64: 1e-6}  # of its logits, by their standard deviation
 # Keys and values (n_kv_heads, length, head_dim) that all rows share, and the mask of a row's own tokens over them and
 # over themselves, (own, length + own); None: all is allowed.
 Prefix = tuple[Tensor, Tensor, Tensor | None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,15 +73,24 @@ class CleanRun:
         return keys[:, left:start], values[:, left:start], mask
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: Prefix,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of each row's own tokens to the shared prefix and, causally, to each other.
 
-    query (rows, n_heads, n, head_dim), key and value (rows, n_kv_heads, n, head_dim) -> (rows, n, n_heads, head_dim)
+    query (rows, n_heads, n, head_dim), key and value (rows, n_kv_heads, n, head_dim) -> (rows, n, n_heads, head_dim).
+    `sinks` (n_heads,) are scores of a token without a value (gpt-oss).
     """
     prefix_keys, prefix_values, mask = prefix
     rows, n_heads, n, width = query.shape
     n_kv, length = prefix_keys.shape[:2]
-    if softcap is None and n > length:  # hardly anything is shared: the fused kernel is faster
+    if softcap is None and sinks is None and n > length:  # hardly anything is shared: the fused kernel is faster
         keys = torch.cat([prefix_keys.expand(rows, -1, -1, -1), key], dim=2)
         values = torch.cat([prefix_values.expand(rows, -1, -1, -1), value], dim=2)
         fused = F.scaled_dot_product_attention(
@@ -95,11 +110,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: 
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores.view(n_kv, rows, n_heads // n_kv, n, length + n).masked_fill_(~mask, -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        beside = sinks.view(n_kv, 1, -1, 1).expand(-1, rows, -1, n).reshape(n_kv, rows, group, 1)
+        scores = torch.cat([scores, beside.to(scores)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : length + n]
     on_own = weights[..., length:]
     out = on_own * value if n == 1 else on_own @ value
     shared = out.view(n_kv, rows * group, value.shape[-1])
-    shared.baddbmm_(weights.view(n_kv, rows * group, length + n)[..., :length], prefix_values)
+    shared.baddbmm_(weights.reshape(n_kv, rows * group, length + n)[..., :length], prefix_values)
     return out.view(n_kv, rows, n_heads // n_kv, n, -1).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
@@ -163,11 +181,11 @@ class ForkingSweep:
             forks = run.hidden[layer][start:].expand(len(heads_of.get(layer, ())), -1, -1)
             return forks if layer == bottom else torch.cat([hidden, forks.to(hidden.device)])
 
-        def attend(layer, _module, query, key, value, _mask, *, scaling=None, softcap=None, **_):
+        def attend(layer, _module, query, key, value, _mask, *, scaling=None, softcap=None, s_aux=None, **_):
             if layer < bottom:
                 return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return _attend(query, key, value, run.prefix(layer, start), scaling, softcap), None
+            return _attend(query, key, value, run.prefix(layer, start), scaling, softcap, s_aux), None
 
         def replace(layer: int, heads: Tensor) -> Tensor | None:
             if layer not in heads_of:
@@ -184,9 +202,17 @@ class ForkingSweep:
                 input_ids=run.ids[None, start:], position_ids=positions[None], use_cache=False, logits_to_keep=kept
             ).logits[:, -kept:]
 
+    def cost(self, length: int, start: int) -> float:
+        """The forward passes that a head patched from token `start` of `length` on costs, averaged over layers."""
+        n_layers = self.loaded.geometry.n_layers
+        return self.tokens(length, start) / length * (n_layers + 1) / (2 * n_layers)
+
+    def tokens(self, length: int, start: int) -> int:
+        """The tokens that are run again for such a head."""
+        return length - start
+
     def _refusal(self, reason: str) -> UserError:
-        name = type(self.loaded.model).__name__
-        return UserError(f"{name} cannot be scored: {reason}; see the README for the architectures that can")
+        return UserError(f"the sweep cannot follow {type(self.loaded.model).__name__}: {reason}")
 
     @contextmanager
     def _followed(self, enter: Callable, attend: Callable) -> Iterator[None]:
@@ -210,6 +236,80 @@ class ForkingSweep:
             for index, layer in enumerate(self.layers):
                 stack.callback(layer.register_forward_pre_hook(hook_for(index), with_kwargs=True).remove)
             yield
+
+
+class FullPasses:
+    """What ForkingSweep does, by one full forward pass a head, many in a batch: for a model that it cannot follow."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+
+    def clean_run(self, ids: Tensor, kept: int = 1) -> CleanRun:
+        return CleanRun(ids, self._last_logits(ids[None], kept)[0])
+
+    def logits(
+        self, run: CleanRun, places: Sequence[int], replacements: Tensor, targets: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        geometry, at = self.loaded.geometry, torch.tensor(places)
+
+        def replace(layer: int, heads: Tensor) -> Tensor | None:
+            rows = [row for row, (own, _) in enumerate(targets) if own == layer]
+            if not rows:
+                return None
+            own = torch.tensor([targets[row][1] for row in rows])
+            split = heads.unflatten(-1, (geometry.n_heads, geometry.head_dim)).clone()
+            split[torch.tensor(rows)[:, None], at, own[:, None]] = replacements[layer][own].to(split)
+            return split.flatten(-2)
+
+        with head_outputs(self.loaded, replace):
+            return self._last_logits(run.ids.expand(len(targets), -1), len(run.logits))
+
+    def _last_logits(self, ids: Tensor, kept: int) -> Tensor:
+        return self.loaded.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+
+    def cost(self, length: int, start: int) -> float:
+        return 1.0
+
+    def tokens(self, length: int, start: int) -> int:
+        return length
+
+
+Sweep = ForkingSweep | FullPasses
+
+
+@torch.inference_mode()
+def sweep_over(loaded: LoadedModel) -> Sweep:
+    """The forking sweep, if on a short text it does with the model what full passes do; else those, with a warning."""
+    full, geometry, last = FullPasses(loaded), loaded.geometry, TRIED_TOKENS - 1
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    ids = torch.arange(7, 7 + TRIED_TOKENS, device=loaded.model.device) % vocabulary
+    targets = [(layer, layer % geometry.n_heads) for layer in range(geometry.n_layers)]
+    ways: list[Sweep] = [full]
+
+    def logits(sweep: Sweep, start: int) -> Tensor:
+        places = range(start, TRIED_TOKENS)
+        none = torch.zeros(geometry.n_layers, geometry.n_heads, len(places), geometry.head_dim)
+        return sweep.logits(sweep.clean_run(ids), places, none, targets).float()
+
+    try:
+        ways.append(ForkingSweep(loaded))
+        slow, fast = ([logits(way, start) for start in (last, last // 2)] for way in ways)
+        off = max((s - f).abs().max().item() / s.std().item() for s, f in zip(slow, fast, strict=True))
+        if off <= MOST_OFF.get(loaded.model.dtype, 0.2):
+            return ways[1]
+        reason = f"its logits come out otherwise (by {off:.1g} standard deviations)"
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+    except Exception as error:  # whatever a model's own code makes of inputs that it does not expect
+        if should_reduce_batch_size(error):
+            raise
+        reason = f"it ends in a {type(error).__name__} there"
+    factor = geometry.n_layers * geometry.n_heads
+    _log.warning(
+        "%s is scored by one full forward pass a head, %d a prompt, because the sweep cannot follow it: %s",
+        *(type(loaded.model).__name__, factor, reason),
+    )
+    return full
 
 
 @contextmanager

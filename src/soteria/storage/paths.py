@@ -90,8 +90,9 @@ def head_folder(name: str) -> Path:
 # Step 3
 
 
-def steered_folder(results: Path, language: str, base: str, scaling_factor: float) -> Path:
-    return results / "models" / f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
+def steered_folder(results: Path, language: str, base: str, scaling_factor: float, kind: str = "checkpoint") -> Path:
+    name = f"{language}_{model_slug(base)}_scaling_{scaling_factor:g}"
+    return results / "models" / (name if kind == "checkpoint" else f"{name}_{kind}")
 
 
 def delta_folder(results: Path, base: str) -> Path:

@@ -1,0 +1,163 @@
+"""A steering as a LoRA adapter of the output projections: a few MB a language, beside one base that serves them all.
+
+Where the tuned model is itself a LoRA, tuned - base = s * B @ A on a projection, so steering it on some heads is
+
+    base - scaling_factor * s * B @ (A with the columns of all other heads zeroed),
+
+exactly. The difference of two whole checkpoints is cut to the directions that carry most of it (a truncated singular
+value decomposition), and what that leaves out is measured.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from soteria.errors import UserError
+from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS
+from soteria.models.loading import DTYPES, load_module_names
+from soteria.models.tensors import read_tensor
+from soteria.steering.checkpoint import describe, input_facts, made_before, versions
+from soteria.steering.formula import Steering, head_list_hash
+from soteria.storage import files, paths
+
+RANK = 64  # of the adapter for two whole checkpoints, unless told otherwise
+MAX_ERROR = 0.05  # of the change that such an adapter makes: its distance from the exact one, relative to that
+
+
+def write_adapter(
+    steering: Steering,
+    output: Path,
+    *,
+    language: str,
+    rank: int = RANK,
+    max_error: float = MAX_ERROR,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Write a steering as a PEFT adapter folder of the base and return the facts in its `soteria.json`.
+
+    The factors are float32 unless `dtype` says otherwise. `rank` and `max_error` matter for a tuned model that is a
+    whole checkpoint. A folder made from the same inputs is reused. Raises UserError as `steer_checkpoint` does, and
+    where an adapter of that rank is further than `max_error` from the steering.
+    """
+    vector, geometry = steering.vector, steering.vector.geometry
+    inputs = {
+        "format": "lora",
+        **input_facts(vector),
+        "language": language,
+        "scaling_factor": steering.scaling_factor,
+        "dtype": dtype or "float32",
+        "head_list_sha256": head_list_hash(steering.heads),
+        "max_rank": None if vector.tuned.is_adapter else rank,
+    }
+    if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
+        return made
+    layers = tqdm(range(geometry.n_layers), desc="factors", unit="layer", disable=None)
+    factors = [_factors(steering, layer, rank) for layer in layers]
+    error, most = _error(steering, factors), max(len(a) for a, _ in factors)
+    if not most:
+        raise UserError("a scaling factor of 0 steers nothing: there is no LoRA to write; use the base")
+    if error > max_error:
+        raise UserError(
+            f"a LoRA of rank {rank} is {error:.1%} off the steering, more than {max_error:.1%}; "
+            "give a larger --rank, or write a whole model"
+        )
+    tensors = {}
+    for name, (a, b) in zip(geometry.projection_names, factors, strict=True):
+        # Engines want one rank: narrower factors are padded with zeros, which add nothing.
+        padded = torch.zeros(most, a.shape[1]), torch.zeros(b.shape[0], most)
+        padded[0][: len(a)], padded[1][:, : len(a)] = a, b
+        for letter, factor in zip("AB", padded, strict=True):
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.to(DTYPES[inputs["dtype"]])
+    facts = inputs | {
+        "head_list": steering.source,
+        "heads": [list(head) for head in steering.heads],
+        "n_heads": len(steering.heads),
+        "rank": most,
+        "relative_error": error,
+        "versions": versions(),
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": vector.base.name,
+        "r": most,
+        "lora_alpha": most,
+        "target_modules": _targets(load_module_names(str(vector.base.folder)), geometry.projection_names),
+        "fan_in_fan_out": geometry.transposed,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    card = f"""# {paths.model_slug(vector.base.name)}, steered for {language}, as a LoRA
+
+Made with Soteria (Banerjee et al., 2025): `-{steering.scaling_factor:g} * (tuned - base)` on the
+output-projection slices of {facts["n_heads"]} attention heads, {error:.2g} off in relative norm. Load it onto its
+base with PEFT or any engine that serves LoRA adapters.
+"""
+    with files.whole_folder(output) as folder:
+        files.check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, folder / ADAPTER_LAYOUTS[0][0], metadata={"format": "pt"})
+        files.write_json(folder / ADAPTER_CONFIG, config)
+        describe(folder, card, [language], facts, library="peft")
+    return facts
+
+
+def _factors(steering: Steering, layer: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) of a layer's change, float32; of rank 0 where the layer has no selected heads."""
+    vector, geometry = steering.vector, steering.vector.geometry
+    change = _change(steering, layer)
+    n_out, n_in = change.shape
+    if not change.any():
+        return torch.zeros(0, n_in), torch.zeros(n_out, 0)
+    if vector.tuned.is_adapter:
+        module = geometry.projection_names[layer]
+        a, b = (read_tensor(place).float() for place in vector.adapter.factors(module))
+        return a * _mask(steering, layer, n_in), -steering.scaling_factor * vector.adapter.scale(module, len(a)) * b
+    kept = _mask(steering, layer, n_in).nonzero().flatten()
+    u, values, v = torch.linalg.svd(change[:, kept].double(), full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    a = torch.zeros(rank, n_in)
+    a[:, kept] = (root[:, None] * v[:rank]).float()
+    return a, (u[:, :rank] * root).float()
+
+
+def _mask(steering: Steering, layer: int, n_in: int) -> Tensor:
+    """1 at the inputs of the layer's selected heads, else 0: (n_in,)."""
+    mask = torch.zeros(n_in)
+    for at in steering.slices(layer):
+        mask[next(own for own in at if own != slice(None))] = 1
+    return mask
+
+
+def _change(steering: Steering, layer: int) -> Tensor:
+    """What steering adds to a layer's output projection, (out, in), float32."""
+    vector = steering.vector
+    change = -steering.scaling_factor * vector.at(layer)
+    change = change.T if vector.geometry.transposed else change
+    return change * _mask(steering, layer, change.shape[1])
+
+
+def _error(steering: Steering, factors: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """How far the factors' product is from the change, over all layers, relative to the change's norm."""
+    off = whole = 0.0
+    for layer, (a, b) in enumerate(factors):
+        change = _change(steering, layer).double()
+        off += (b.double() @ a.double() - change).square().sum().item()
+        whole += change.square().sum().item()
+    return (off / whole) ** 0.5 if whole else 0.0
+
+
+def _targets(modules: Sequence[str], projections: Sequence[str]) -> list[str]:
+    """The shortest endings of names that only the output projections have, as PEFT and engines look for them."""
+    wanted = set(projections)
+    for n_parts in range(1, 1 + max(name.count(".") for name in projections)):
+        endings = {".".join(name.split(".")[-n_parts:]) for name in projections}
+        if {name for name in modules if any(name == end or name.endswith("." + end) for end in endings)} == wanted:
+            return sorted(endings)
+    return sorted(wanted)
