@@ -29,6 +29,7 @@ from soteria.scoring.sweep import Sweep, head_outputs
 Reading = Callable[[Tensor, Tensor], Tensor]
 # What is scored if only the last token is patched.
 LAST_TOKEN_CLASSES = ("query_predictive",)
+CLOSE = 1e-5  # how close an effect must be to that by a full forward pass, in float32 or more
 # The most that an effect may be rounded in float32, where a check in float64 shows that it is rounding.
 MOST_ROUNDING = 2e-4
 DOUBLE_TOKENS = 512  # in one pass of that check
@@ -236,12 +237,12 @@ def check_sweep(
                 return f"head {head} of layer {layer} has effect {full}, but {fast:.3g} by the sweep"
         return ""
 
-    found = difference(effects, means, slack * max(1e-5, 4 * torch.finfo(loaded.model.dtype).eps))
+    found = difference(effects, means, slack * max(CLOSE, 4 * torch.finfo(loaded.model.dtype).eps))
     if found and loaded.model.dtype == torch.float32 and not hasattr(loaded.model, "hf_device_map"):
         loaded.model.double()
         try:
             exact = indirect_effects(sweep, prompt, means.double(), classes, DOUBLE_TOKENS, reading)
-            in_double = difference(exact, means.double(), slack * 1e-6)
+            in_double = difference(exact, means.double(), slack * CLOSE)  # norms and softmaxes stay in float32
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
