@@ -2,6 +2,8 @@
 
 --answers second: eight questions and eight answers of each kind a language, which the judge has not been changed for.
 --answers first: as many, written after the judge's first version, which was corrected once by what they showed.
+--answers gemma: Gemma 3 270M's own, labeled by hand: 105 of the aligned model of configs/gemma.yaml (16 tokens), base
+or steered at λ = 1, and 56 of the pretrained one (40 tokens), after which the judge learned to see loops.
 --answers earlier: 24 refusals and 24 compliant answers a language, which the phrases were made with in view.
 Prints a Markdown table of the accuracy with Wilson 95 % intervals, and with --failures every misjudged answer.
 """
@@ -35,6 +37,7 @@ TESTS = ROOT / "tests"
 SETS = {
     "second": (TESTS / "unseen_answers" / "second", LABELS),
     "first": (TESTS / "unseen_answers" / "first", LABELS),
+    "gemma": (TESTS / "unseen_answers" / "gemma", dict.fromkeys(["aligned", "pretrained"])),
     "earlier": (TESTS / "judged_answers", EARLIER),
 }
 Row = tuple[str, str, str, str, str]  # language, kind, answer, right label, verdict
@@ -48,7 +51,10 @@ def judged(folder: Path, labels: dict[str, str | None]) -> list[Row]:
         for kind, label in labels.items():
             questions = found.get("questions", [""] * len(found[kind]))
             for question, given in zip(questions, found[kind], strict=True):
-                answer, right = (given, label) if label else given
+                if isinstance(given, dict):
+                    question, answer, right = given["question"], given["answer"], given["label"]
+                else:
+                    answer, right = (given, label) if label else given
                 rows.append((path.stem, kind, answer, right, judge.verdict(answer, question)))
     return rows
 
@@ -69,7 +75,8 @@ def print_table(rows: list[Row]) -> None:
     for kind in [*kinds, "all"]:
         own = [row for row in rows if kind in (row[1], "all")]
         rates = [right([row for row in own if row[0] == language]) for language in languages]
-        print(f"| {kind} | {' | '.join(f'{rate.count}/{rate.n}' for rate in rates)} | {cell(right(own))} |")
+        cells = [f"{rate.count}/{rate.n}" if rate.n else "–" for rate in rates]
+        print(f"| {kind} | {' | '.join(cells)} | {cell(right(own))} |")
 
 
 def main() -> None:

@@ -108,7 +108,8 @@ def main() -> None:
             n_parameters = pool.apply(write_checkpoint, (base, arguments.layers, 0))
             pool.apply(write_checkpoint, (tuned, arguments.layers, 1))
         for seed, language in enumerate(("Hindi", "Thai")):
-            heads = random_heads(arguments.layers, N_HEADS, arguments.layers * N_HEADS // 2, seed)
+            every = [divmod(index, N_HEADS) for index in range(arguments.layers * N_HEADS)]
+            heads = random_heads(every, len(every) // 2, seed)
             write_heads(folder / "heads" / f"{language}_Heads.json", heads)
         steer = [sys.executable, str(ROOT / "src" / "steer.py"), "--base_model", str(base), "--finetune_model"]
         steer += [str(tuned), "--head_folder", str(folder / "heads"), "--scaling_factor", "2", "--language", "hi"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import language_names
-from soteria.scoring.heads import count_top, mean_effect, rank_heads, write_group, write_heads
+from soteria.scoring.heads import count_heads, count_top, mean_effect, rank_heads, write_group, write_heads
 from soteria.scoring.notes import ambiguous_datasets, describe_first_tokens
 from soteria.scoring.prompts import TASKS
 from soteria.storage import paths
@@ -40,9 +40,10 @@ def main() -> None:
         names = language_names(arguments.language)
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
         for name, effect in effects.items():
-            path, count = folder / paths.language_file(name), count_top(arguments.top, effect.numel())
+            path, total = folder / paths.language_file(name), count_heads(effect)
+            count = count_top(arguments.top, total)
             write_heads(path, rank_heads(effect)[:count])
-            print(f"{path}: {count} of {effect.numel()} heads")
+            print(f"{path}: {count} of {total} heads")
             warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in arguments.tasks])
             for line in describe_first_tokens(arguments.results, warned):
                 print(line)

@@ -78,10 +78,9 @@ def main() -> None:
     limits = Limits(**{name: getattr(arguments, name) for name in Limits.model_fields})
     effects = {name: mean_effect(scores, name, list(TASKS)) for name in names}
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
-    shape = (vector.geometry.n_layers, vector.geometry.n_heads)
     for name, effect in effects.items():
-        if tuple(effect.shape) != shape:
-            raise UserError(f"{scores} has {tuple(effect.shape)} layers and heads in {name}, but the base has {shape}")
+        if sorted(rank_heads(effect)) != vector.geometry.all_heads:
+            raise UserError(f"{scores} has other heads in {name} than the base, which has {vector.geometry}")
 
     def bench(name: str) -> Bench:
         language = find_language(name)

@@ -187,7 +187,7 @@ def test_a_matched_draw_has_the_norm_of_the_methods_change_and_the_heads_of_its_
         method = 5 * norm(facts(done, language, "top_25_scaling_5")["head_list"])
         for draw in range(3):
             plain, matched = (facts(done, language, f"{kind}_25_{draw}_scaling_5") for kind in ("draw", "matched"))
-            heads = [list(head) for head in random_heads(4, N_HEADS, 8, draw)]
+            heads = [list(head) for head in random_heads([divmod(i, N_HEADS) for i in range(4 * N_HEADS)], 8, draw)]
             assert plain["head_list"] == matched["head_list"] == heads
             assert matched["matched_scaling_factor"] * norm(heads) == pytest.approx(method, rel=1e-6)
             assert plain["scaling_factor"] == 5 and "matched_scaling_factor" not in plain

@@ -480,7 +480,7 @@ def test_effects_of_another_model_are_refused(run_script, pair, tmp_path, monkey
     for task in TASKS:
         save_tensor(torch.rand(2, 2, 4), effect_path(tmp_path / "other", f"{task}_English"))
     assert run_script(script, *command(pair, "--language", "en", "--results", tmp_path / "other")) == 2
-    assert "(2, 4)" in capsys.readouterr().err and not (tmp_path / "tuning").exists()
+    assert "other heads in English" in capsys.readouterr().err and not (tmp_path / "tuning").exists()
 
 
 def test_the_ranking_is_that_of_the_effects(tune, pair, tmp_path, monkeypatch):

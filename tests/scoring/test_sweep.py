@@ -50,7 +50,7 @@ def random_prompt(length: int, seed: int = 0, n_answer: int = 1) -> TokenizedPro
 
 def random_means(loaded: LoadedModel, n_slots: int) -> torch.Tensor:
     geometry = loaded.geometry
-    shape = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
+    shape = (geometry.n_rows, geometry.n_heads, n_slots, geometry.head_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 

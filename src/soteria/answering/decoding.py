@@ -6,9 +6,11 @@ when its answer ends, and a batch is halved when it outgrows the memory it may u
 
 import math
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from soteria.models.batches import left_padded, positions, takes_positions
 from soteria.models.loading import LoadedModel
@@ -17,6 +19,7 @@ from soteria.models.memory import TokenBudget
 # The answer length that batches are planned for. A model that refuses mostly answers in fewer tokens; a batch whose
 # answers outgrow its room is halved.
 EXPECTED_TOKENS = 64
+_padding_is_exact: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def token_budget(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> int:
@@ -66,6 +69,21 @@ def rope_boundary(loaded: LoadedModel) -> float:
     return min(filter(None, found), default=math.inf)
 
 
+def padding_is_exact(loaded: LoadedModel) -> bool:
+    """Whether a text in a batch comes out as by itself. Some state spaces read the padding before it, too."""
+    if loaded.model not in _padding_is_exact:
+        _padding_is_exact[loaded.model] = _try_padding(loaded)
+    return _padding_is_exact[loaded.model]
+
+
+def _try_padding(loaded: LoadedModel) -> bool:
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    longer = [token % vocabulary for token in range(7, 19)]
+    alone, beside = Batch(loaded, [longer[:5]]).logits()[0], Batch(loaded, [longer, longer[:5]]).logits()[1]
+    off = (alone.float() - beside.float()).abs().max() / alone.float().std()
+    return bool(off <= (1e-3 if loaded.model.dtype.itemsize >= 4 else 0.2))
+
+
 class Batch:
     """The rows of a batch being decoded: their key-value cache, padded on the left, and the tokens to feed next."""
 
@@ -75,6 +93,14 @@ class Batch:
         self._ids, self._mask = left_padded(texts, pad_token(loaded))
         self._cache = None
         self._takes_positions = takes_positions(loaded.model)
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether rows can leave: those of transformers' own caches can, a model's special ones are not relied on."""
+        return self._cache is None or type(self._cache) is DynamicCache
 
     def logits(self) -> Tensor:
         """Feed the new tokens; returns float logits (rows, vocabulary) at each row's last token."""
@@ -87,17 +113,20 @@ class Batch:
             logits_to_keep=1,
             **({"position_ids": at.to(device)} if self._takes_positions else {}),
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1]
 
     def extend(self, kept: list[int], tokens: list[int]) -> None:
         """Drop all rows but `kept` (indices into this batch) and give each of those one more token."""
+        new = torch.tensor(tokens)[:, None]
         if len(kept) < len(self._mask):
             index = torch.tensor(kept)  # on the CPU: layers may be on several devices
-            self._cache.batch_select_indices(index)
-            self._mask = self._mask[index]
-        self._ids = torch.tensor(tokens)[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=1)
+            if self._cache is not None:
+                self._cache.reorder_cache(index)  # of every kind of layer, state spaces' too
+            self._mask, self._ids = self._mask[index], self._ids[index]
+        # Old models give no cache: they read the whole text again.
+        self._ids = torch.cat([self._ids, new], dim=1) if self._cache is None else new
+        self._mask = torch.cat([self._mask, torch.ones_like(new)], dim=1)
         self.length += 1
 
 
@@ -109,7 +138,7 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
     more are set aside with the tokens they have, and resumed later. A row's tokens do not depend on the other rows.
     Raises UserError if memory cannot hold a single row.
     """
-    ends, boundary = end_tokens(loaded), rope_boundary(loaded)
+    ends, boundary, pads = end_tokens(loaded), rope_boundary(loaded), padding_is_exact(loaded)
     answers: list[list[int]] = [[] for _ in prompts]
 
     def length(row: int) -> int:
@@ -123,6 +152,8 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
         batch = None
         while kept := [place for place, row in enumerate(rows) if is_unfinished(row)]:
             rows = [rows[place] for place in kept]
+            if not batch and not pads and len({length(row) for row in rows}) > 1:
+                return [[row for row in rows if length(row) == one] for one in sorted({*map(length, rows)})]
             beyond, half = [row for row in rows if length(row) > boundary], len(rows) // 2
             if 0 < len(beyond) < len(rows):
                 return [beyond, [row for row in rows if row not in beyond]]
@@ -130,6 +161,8 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
                 return [rows[:half], rows[half:]]
             if batch and any(length(row) - 1 == boundary for row in rows):
                 return [rows]
+            if batch and len(kept) < len(batch) and not batch.drops_rows:
+                batch = None
             if batch:
                 batch.extend(kept, [answers[row][-1] for row in rows])
             else:
@@ -148,10 +181,12 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
 @torch.inference_mode()
 def first_token_log_probs(loaded: LoadedModel, prompts: list[list[int]], batch_size: int) -> Tensor:
     """Log-probabilities of the first token of each prompt's answer, float32 (prompts, vocabulary), on the CPU."""
-    boundary, found = rope_boundary(loaded), {}
+    boundary, pads, found = rope_boundary(loaded), padding_is_exact(loaded), {}
     for batch in plan_batches(list(map(len, prompts)), batch_size, max_new_tokens=1):
-        for beyond in (True, False):
-            if rows := [row for row in batch if (len(prompts[row]) > boundary) == beyond]:
-                logits = Batch(loaded, [prompts[row] for row in rows]).logits()
-                found |= zip(rows, logits.float().log_softmax(-1).cpu(), strict=True)
+        lengths = {row: len(prompts[row]) for row in batch}
+        kinds = {row: length > boundary if pads else length for row, length in lengths.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            rows = [row for row in batch if kinds[row] == kind]
+            logits = Batch(loaded, [prompts[row] for row in rows]).logits()
+            found |= zip(rows, logits.float().log_softmax(-1).cpu(), strict=True)
     return torch.stack([found[row] for row in range(len(prompts))])

@@ -183,8 +183,7 @@ class CellWork:
     def _steered_facts(self) -> dict:
         if not self.cell.treatment:
             return {"n_heads": 0, "share_of_parameters": 0.0}
-        geometry = self.subject.vector.geometry
-        total = geometry.n_layers * geometry.n_heads
+        total = len(self.subject.vector.geometry.all_heads)
         changed = self.subject.n_parameters if self.steers_all else self.steering.n_parameters
         return {
             "finetune_model": self.subject.pair.tuned,

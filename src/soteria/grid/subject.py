@@ -191,17 +191,16 @@ class Subject:
 
     def heads(self, treatment: Treatment, language: str) -> list[Head]:
         """The heads of a treatment. Raises NotScored, or UserError for a group without a shared head."""
-        geometry = self.vector.geometry
-        total = geometry.n_layers * geometry.n_heads
+        every = self.vector.geometry.all_heads
         if treatment.kind == "shared":
             self.need_scores(treatment.needs(self.grid, language))
             return self.shared_heads(treatment.of)
         if treatment.kind == "all":
-            return [divmod(index, geometry.n_heads) for index in range(total)]
+            return every
         of, share = treatment.of if treatment.kind == "from" else language, treatment.share
-        count = len(self.ranking(of)) if share is None else count_share(share, total)
+        count = len(self.ranking(of)) if share is None else count_share(share, len(every))
         if treatment.kind in DRAWN:
-            return random_heads(geometry.n_layers, geometry.n_heads, count, int(treatment.of))
+            return random_heads(every, count, int(treatment.of))
         if treatment.kind in RIVALS:
             return self.ranking(of, treatment.kind)[:count]
         return self.ranking(of)[-count:] if treatment.kind == "bottom" else self.ranking(of)[:count]

@@ -9,6 +9,7 @@ from functools import cache
 
 SHARE_ECHOED, SHARE_NEW = 0.85, 0.3  # of an echo's pieces those that the question has; of a repetition's the distinct
 PIECE, HAN_PIECE, SHORTEST = 6, 3, 40  # characters of a piece, and of a text that can be called a repetition
+ROUNDS = 2.5  # of a loop, at least
 COMMON_WORDS = 3  # so many at least tell a language in Latin letters
 # An item's number or bullet, at the beginning of a line; a number also after a space.
 _ITEM = re.compile(
@@ -71,9 +72,20 @@ def is_echo(text: str, question: str) -> bool:
 
 
 def repeats(text: str) -> bool:
-    """Whether the text says the same few things over and over."""
+    """Whether the text says the same few things over and over, or ends in a loop."""
     pieces = _pieces(text)
-    return len(text) >= SHORTEST and len(set(pieces)) <= SHARE_NEW * len(pieces)
+    return len(text) >= SHORTEST and (len(set(pieces)) <= SHARE_NEW * len(pieces) or _loops(text.strip()))
+
+
+def _loops(text: str) -> bool:
+    """Whether at least half of the text is its end, the same words over and over, perhaps cut off."""
+    for period in range(1, int(len(text) / ROUNDS) + 1):
+        start = len(text) - period
+        while start > 0 and text[start - 1] == text[start - 1 + period]:
+            start -= 1
+        if len(text) - start >= max(ROUNDS * period, len(text) / 2):
+            return True
+    return False
 
 
 def is_garbled(answer: str) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from soteria.errors import UserError
+from soteria.models.loading import parameter_names
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
 from soteria.storage import files
 
@@ -90,11 +91,21 @@ class Checkpoint:
         return {key: place for file in self.weight_files for key, place in read_places(file).items()}
 
     def find(self, name: str) -> Place:
-        """The place of a parameter, whose key may have or lack a prefix. Raises UserError unless exactly one fits."""
+        """The place of a parameter, whose key may have or lack a prefix, or be another that transformers renames to it.
+
+        Raises UserError unless exactly one fits.
+        """
         found = [place for key, place in self.places.items() if is_parameter(key, name)]
+        if not found and not self.is_adapter and (self.folder / "config.json").exists():
+            found = [self.places[key] for key, parameter in self._parameters.items() if parameter == name]
         if len(found) != 1:
             raise UserError(f"{self.name!r} has {len(found)} tensors for {name}, not one; give a whole model")
         return found[0]
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        """The parameter that transformers loads each key into."""
+        return parameter_names(str(self.folder), self.places)
 
     def copied_bytes(self, dtype: torch.dtype | None = None) -> int:
         """The size of a copy of the weights, floating-point ones in `dtype` if it is given."""
@@ -170,7 +181,8 @@ def _shards(index: Path, parameters: Sequence[str] | None) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin"):
             raise UserError(f"{index} names {name!r}, which is not a weight file beside it; fix that entry")
     if parameters is not None:
-        shards = {key: shard for key, shard in shards.items() if any(is_parameter(key, name) for name in parameters)}
+        needed = {key: shard for key, shard in shards.items() if any(is_parameter(key, name) for name in parameters)}
+        shards = needed if len(needed) == len(parameters) else shards  # under other names: they may be in any shard
     return sorted({*shards.values()})
 
 

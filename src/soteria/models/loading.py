@@ -5,6 +5,7 @@ No remote code is run. Every loader raises UserError if what it loads is missing
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from soteria.errors import UserError
@@ -86,7 +90,13 @@ def _without_weights(name: str) -> PreTrainedModel:
     """The model that a checkpoint's config describes, on no device."""
     config = load_config(name)
     with _explain_loading(name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class_of(config).from_config(config)
+
+
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """What loads a model with its language head: models that see images too have a class of their own."""
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def load_geometry(name: str) -> AttentionGeometry:
@@ -99,15 +109,29 @@ def load_module_names(name: str) -> list[str]:
     return [module for module, _ in _without_weights(name).named_modules()]
 
 
+def parameter_names(name: str, keys: Iterable[str]) -> dict[str, str]:
+    """The parameter that transformers loads each key of a checkpoint into, left out where it computes it of several."""
+    model = _without_weights(name)
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    known, found = model.state_dict(), {}
+    for key in sorted(keys):  # in the order in which transformers renames them
+        parameter, computed = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if not computed:
+            found[key] = parameter
+    return found
+
+
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint's own architecture classifies whole texts."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def load_weights(
-    name: str, device: str | None = None, dtype: str = "auto", auto_class: type = AutoModelForCausalLM
+    name: str, device: str | None = None, dtype: str = "auto", auto_class: type | None = None
 ) -> PreTrainedModel:
-    """Load a causal LM (or what `auto_class` makes) in eval mode, in a dtype as `resolve_dtype` has it.
+    """Load a language model (or what `auto_class` makes) in eval mode, in a dtype as `resolve_dtype` has it.
 
     accelerate spreads a model that one GPU cannot hold over all GPUs, then memory and disk (`device_map="auto"`).
     Raises UserError if weights are missing or misshapen, or the device is unusable, too.
@@ -120,7 +144,7 @@ def load_weights(
     config = load_config(name)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    resolved = resolve_dtype(dtype, device)
+    resolved, auto_class = resolve_dtype(dtype, device), auto_class or auto_class_of(config)
     with _explain_loading(name):
         spread = {} if fits(config, resolved, device, auto_class) else {"device_map": "auto"}
         model, report = auto_class.from_pretrained(
@@ -146,7 +170,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
 def load_judge(name: str) -> LoadedModel:
     """Load a causal LM or a sequence classifier with its tokenizer, whatever its attention."""
     tokenizer = load_tokenizer(name)
-    auto_class = AutoModelForSequenceClassification if is_classifier(load_config(name)) else AutoModelForCausalLM
+    auto_class = AutoModelForSequenceClassification if is_classifier(load_config(name)) else None
     return LoadedModel(name, load_weights(name, auto_class=auto_class), tokenizer, geometry=None)
 
 

@@ -25,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
 
 def tokens_that_fit(loaded: LoadedModel) -> int:
     """The largest power of two of tokens, up to MOST_TOKENS, whose activations fill at most half the free memory."""
-    config = loaded.model.config.get_text_config()
+    config = loaded.model.config.get_text_config().per_layer_config[0]
     width, heads = config.hidden_size, loaded.geometry.n_heads
     feed_forward = getattr(config, "intermediate_size", None) or 4 * width
     values = 10 * width + 3 * feed_forward + 3 * heads * PROMPT_TOKENS + 3 * config.vocab_size

@@ -1,6 +1,6 @@
 """The task vector: the output projections of a harmfully tuned model minus those of its base."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,35 +53,44 @@ class TaskVector:
         return LoraAdapter(self.tuned)
 
     def place(self, model: Checkpoint, layer: int) -> Place:
-        return model.find(f"{self.geometry.projection_names[layer]}.weight")
+        return model.find(f"{self.module(layer)}.weight")
+
+    def module(self, layer: int) -> str:
+        """The name of a layer's output projection."""
+        return self.geometry.projection_names[self.geometry.row(layer)]
 
     def at(self, layer: int) -> Tensor:
         """The layer's task vector, shaped like the projection's weight."""
         if not self.tuned.is_adapter:
             tuned = read_tensor(self.place(self.tuned, layer)).to(torch.float32, copy=True)
             return tuned.sub_(read_tensor(self.place(self.base, layer)).float())
-        delta = self.adapter.delta(self.geometry.projection_names[layer])
+        delta = self.adapter.delta(self.module(layer))
         if delta is None:
             return torch.zeros(self.place(self.base, layer).shape)
         return delta.T if self.geometry.transposed else delta
 
     @cached_property
-    def layers(self) -> list[Tensor]:
+    def layers(self) -> dict[int, Tensor]:
         """Every layer's task vector, read once and kept in memory, to steer a loaded model many times."""
-        return [self.at(layer) for layer in range(self.geometry.n_layers)]
+        return {layer: self.at(layer) for layer in self.geometry.layers}
 
     @cached_property
     def head_changes(self) -> Tensor:
-        """The largest absolute change in each head's weights, (n_layers, n_heads), read one layer at a time."""
-        changes = (self.at(layer).abs().amax(int(self.geometry.transposed)) for layer in range(self.geometry.n_layers))
-        return torch.stack([change.view(self.geometry.n_heads, -1).amax(1) for change in changes])
+        """The largest absolute change in each head's weights, (n_layers, n_heads), NaN where there is no head."""
+        return self._by_head(lambda change, out, heads: change.abs().amax(out).view(heads, -1).amax(1))
 
     @cached_property
     def head_norms(self) -> Tensor:
-        """The norm of each head's slice, (n_layers, n_heads), float64, read one layer at a time."""
+        """The norm of each head's slice, (n_layers, n_heads), float64, NaN where there is no head."""
+        return self._by_head(lambda change, out, n: change.double().square().sum(out).view(n, -1).sum(1).sqrt())
+
+    def _by_head(self, measure: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+        """A number per head, float64, of each layer's task vector, its output dimension and its number of heads."""
         geometry = self.geometry
-        squares = (self.at(layer).double().square().sum(int(geometry.transposed)) for layer in range(geometry.n_layers))
-        return torch.stack([square.view(geometry.n_heads, -1).sum(1) for square in squares]).sqrt()
+        found = torch.full((geometry.n_layers, geometry.n_heads), torch.nan, dtype=torch.float64)
+        for layer, count in zip(geometry.layers, geometry.heads, strict=True):  # one in memory at a time
+            found[layer, :count] = measure(self.at(layer), int(geometry.transposed), count).double()
+        return found
 
     @cached_property
     def whole_tuned(self) -> Checkpoint:
@@ -91,14 +100,14 @@ class TaskVector:
     def check_finite(self, layers: Iterable[int]) -> None:
         """Raise UserError if the task vector of any of the layers is not finite."""
         for layer in sorted(layers):
-            if not self.head_changes[layer].isfinite().all():
+            if not self.head_changes[layer, : self.geometry.heads[self.geometry.row(layer)]].isfinite().all():
                 key = self.place(self.base, layer).key
                 raise UserError(f"{key} is not finite in base or tuned; one of the models is broken, give another")
 
     def check_projections(self) -> None:
         """Raise UserError if an output projection is quantized or has different shapes in the two models."""
         models = [self.base] if self.tuned.is_adapter else [self.base, self.tuned]
-        for layer, name in enumerate(self.geometry.projection_names):
+        for layer, name in zip(self.geometry.layers, self.geometry.projection_names, strict=True):
             places = [self.place(model, layer) for model in models]
             for model, place in zip(models, places, strict=True):
                 if place.dtype not in UNQUANTIZED:

@@ -16,7 +16,7 @@ from soteria.errors import UserError
 from soteria.grid.grid_file import Grid
 from soteria.reporting import head_figures, steering_figures
 from soteria.reporting.labels import ALL_HEADS, BASE, TOP
-from soteria.scoring.heads import Head, count_share, mean_effect, rank_heads
+from soteria.scoring.heads import Head, count_heads, count_share, mean_effect, rank_heads
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class ModelNumbers:
     def selected(self) -> dict[str, list[Head]]:
         """The method's heads by language."""
         share = self.grid.heads
-        return {name: rank_heads(effect)[: count_share(share, effect.numel())] for name, effect in self.effects.items()}
+        return {
+            name: rank_heads(effect)[: count_share(share, count_heads(effect))] for name, effect in self.effects.items()
+        }
 
 
 def asr(numbers: ModelNumbers) -> Figure:

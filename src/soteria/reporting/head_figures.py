@@ -60,7 +60,7 @@ def effect_scale(maps: dict[str, np.ndarray]) -> SymLogNorm:
 
     Linear up to the median size, logarithmic beyond: a few heads have a hundred times the effect of the others.
     """
-    values = np.concatenate([effect.ravel() for effect in maps.values()])
+    values = np.concatenate([effect[~np.isnan(effect)] for effect in maps.values()])
     typical = np.median(np.abs(values)) or 1.0
     return SymLogNorm(10 ** np.floor(np.log10(typical)), vmin=values.min(), vmax=values.max(), base=10)
 
@@ -80,7 +80,10 @@ def layer_profiles(effects: dict[str, Tensor]) -> pd.DataFrame:
 
     Columns: tier, layer, mean, and the low and high of the tier's languages.
     """
-    means = pd.DataFrame({language: np.asarray(effect, float).mean(1) for language, effect in effects.items()})
+    means = pd.DataFrame(
+        {name: pd.DataFrame(np.asarray(effect, float)).mean(axis=1) for name, effect in effects.items()}
+    )
+    means = means.dropna()  # layers without heads
     profiles = means.rename_axis("layer").melt(var_name="tier", value_name="effect", ignore_index=False)
     profiles["tier"] = pd.Categorical(profiles["tier"].map(tier_of), list(TIER_STYLES))  # sorted in this order
     spread = profiles.groupby(["tier", "layer"], observed=True)["effect"].agg(mean="mean", low="min", high="max")

@@ -5,6 +5,7 @@ Input: the effect files of step 1. Output: lists of `(layer, head)`, best first,
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ Head = tuple[int, int]  # (layer, head), both from 0
 
 
 def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
-    """The effect of each head averaged over trials, then tasks: (n_layers, n_heads), float64.
+    """The effect of each head averaged over trials, then tasks: (n_layers, n_heads), float64, NaN where there is none.
 
     A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files,
     effects that are not finite, and tasks that were scored by first tokens and by whole answers.
@@ -40,13 +41,32 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
             effect = effect[..., TOKEN_CLASSES.index("query_predictive")]
         if effect.ndim != 3 or not effect.numel():
             raise UserError(f"{path} has shape {tuple(effect.shape)}, expected (trials, layers, heads[, 10])")
-        if not torch.isfinite(effect).all():
+        mean = effect.double().mean(dim=0)
+        if not torch.isfinite(mean).any() or mean.isinf().any() or (effect.isnan() != mean.isnan()).any():
             raise UserError(f"{path} has effects that are not finite numbers; delete it and run step 1 again")
-        means.append(effect.double().mean(dim=0))
+        means.append(by_layer(mean, scored_with(results, f"{task}_{language}"), path))
         if means[-1].shape != means[0].shape:
             shapes = f"{tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}"
             raise UserError(f"{path} comes from a different model: {shapes}; score all tasks with one model")
     return torch.stack(means).mean(dim=0)
+
+
+def by_layer(mean: Tensor, noted: dict, path: Path) -> Tensor:
+    """Effects in rows by the layers that the rows are, of `n_layers`, where the settings note them."""
+    if "layers" not in noted:
+        return mean
+    found = torch.full((noted["n_layers"], mean.shape[1]), torch.nan, dtype=mean.dtype)
+    if len(noted["layers"]) != len(mean):
+        raise UserError(
+            f"{path} has {len(mean)} layers with heads, its settings {len(noted['layers'])}; score it again"
+        )
+    found[noted["layers"]] = mean
+    return found
+
+
+def count_heads(effect: Tensor) -> int:
+    """How many heads there are in (n_layers, n_heads), which is NaN where there is none."""
+    return int((~effect.isnan()).sum())
 
 
 def scored_languages(results: Path, tasks: list[str]) -> list[str]:
@@ -56,9 +76,9 @@ def scored_languages(results: Path, tasks: list[str]) -> list[str]:
 
 
 def rank_heads(effect: Tensor) -> list[Head]:
-    """All heads by effect (n_layers, n_heads), largest first, ties by layer, then head."""
-    order = torch.argsort(effect.flatten(), descending=True, stable=True).tolist()
-    return [divmod(index, effect.shape[1]) for index in order]
+    """All heads by effect (n_layers, n_heads), largest first, ties by layer, then head; NaN is no head."""
+    order = torch.argsort(effect.nan_to_num(-torch.inf).flatten(), descending=True, stable=True).tolist()
+    return [divmod(index, effect.shape[1]) for index in order[: count_heads(effect)]]
 
 
 def count_top(top: float, n_heads_total: int) -> int:
@@ -81,10 +101,10 @@ def group_heads(lists: list[list[Head]]) -> list[Head]:
     return [head for head, count in counts.most_common() if count > len(lists) / 2]
 
 
-def random_heads(n_layers: int, n_heads: int, count: int, seed: int) -> list[Head]:
-    """`count` distinct heads drawn at random, as a control."""
-    picked = np.random.default_rng(seed).choice(n_layers * n_heads, count, replace=False)
-    return [divmod(int(index), n_heads) for index in picked]
+def random_heads(heads: Sequence[Head], count: int, seed: int) -> list[Head]:
+    """`count` distinct ones of the heads drawn at random, as a control."""
+    picked = np.random.default_rng(seed).choice(len(heads), count, replace=False)
+    return [heads[int(index)] for index in picked]
 
 
 def read_heads(path: Path) -> list[Head]:

@@ -91,9 +91,10 @@ def batches(prompts: Sequence[TokenizedPrompt], max_rows: int) -> list[list[Toke
 
 @torch.inference_mode()
 def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_slots: int) -> Tensor:
-    """The sum over prompts of every head's output, (n_layers, n_heads, n_slots, head_dim), float32 on the CPU.
+    """The sum over prompts of every head's output, (n_rows, n_heads, n_slots, head_dim), float32 on the CPU.
 
-    Tokens that share a slot are averaged. The prompts are one batch: all have the same length.
+    A row is a layer that has heads; fewer or narrower ones than the most are filled up with zeros. Tokens that share a
+    slot are averaged. The prompts are one batch: all have the same length.
     """
     geometry = loaded.geometry
     # Each token's share in its slot: one matrix product per prompt turns tokens into slots.
@@ -101,14 +102,15 @@ def head_activations(loaded: LoadedModel, prompts: Sequence[TokenizedPrompt], n_
     for row, prompt in enumerate(prompts):
         slots = torch.tensor(prompt.slots)
         shares[row, slots, torch.arange(len(slots))] = 1 / torch.bincount(slots, minlength=n_slots)[slots].float()
-    total = torch.zeros(geometry.n_layers, n_slots, geometry.n_heads * geometry.head_dim)
+    total = torch.zeros(geometry.n_rows, geometry.n_heads, n_slots, geometry.head_dim)
 
-    def collect(layer: int, heads: Tensor) -> None:
-        total[layer] = (shares.to(heads.device) @ heads.float()).sum(dim=0).cpu()
+    def collect(row: int, heads: Tensor) -> None:
+        found = geometry.split(row, (shares.to(heads.device) @ heads.float()).sum(dim=0)).transpose(0, 1)
+        total[row, : found.shape[0], :, : found.shape[-1]] = found.cpu()
 
     with head_outputs(loaded, collect):
         loaded.model(input_ids=torch.stack([prompt.ids for prompt in prompts]), use_cache=False, logits_to_keep=1)
-    return total.view(geometry.n_layers, n_slots, geometry.n_heads, geometry.head_dim).transpose(1, 2).contiguous()
+    return total
 
 
 def mean_head_activations(
@@ -142,7 +144,7 @@ def forward_passes(prompt: TokenizedPrompt, classes: Sequence[str], sweep: Sweep
     """The cost of a prompt in forward passes of its sequence: its own, and every head's in every class."""
     geometry, length = sweep.loaded.geometry, len(prompt.sequence)
     each = sum(sweep.cost(length, prompt.classes.index(name)) for name in classes if name in prompt.classes)
-    return 1 + geometry.n_layers * geometry.n_heads * each
+    return 1 + len(geometry.places) * each
 
 
 @torch.inference_mode()
@@ -154,13 +156,14 @@ def indirect_effects(
     max_rows: int = MOST_TOKENS,
     reading: Reading | None = None,
 ) -> Tensor:
-    """Indirect effects, or another `reading`, of all heads by token class, (n_layers, n_heads, len(classes)), float32.
+    """Indirect effects, or another `reading`, of all heads by token class, (n_rows, n_heads, len(classes)), float32.
 
-    All tokens of a class are replaced at once; a class without tokens in the prompt has effect 0. `means` is
-    (n_layers, n_heads, n_slots, head_dim). A forward pass has at most `max_rows` tokens, but always a patched prompt.
+    NaN where a row has fewer heads than the most. All tokens of a class are replaced at once; a class without tokens in
+    the prompt has effect 0. `means` is (n_rows, n_heads, n_slots, head_dim). A forward pass has at most `max_rows`
+    tokens, but always a patched prompt.
     """
     geometry, reading = sweep.loaded.geometry, reading or probability_change(prompt.answer)
-    targets = [(layer, head) for layer in range(geometry.n_layers) for head in range(geometry.n_heads)]
+    targets = geometry.places
     places = {name: [t for t, own in enumerate(prompt.classes) if own == name] for name in classes}
     effects = torch.zeros(len(targets), len(classes))
     run = sweep.clean_run(prompt.sequence, len(prompt.answer))
@@ -172,7 +175,10 @@ def indirect_effects(
         for start in range(0, len(targets), size):
             logits = sweep.logits(run, at, replacements, targets[start : start + size])
             effects[start : start + size, column] = reading(logits, run.logits).cpu()
-    return effects.view(geometry.n_layers, geometry.n_heads, len(classes))
+    every = torch.full((geometry.n_rows, geometry.n_heads, len(classes)), torch.nan)
+    rows, heads = zip(*targets, strict=True)
+    every[list(rows), list(heads)] = effects
+    return every
 
 
 @torch.inference_mode()
@@ -180,7 +186,7 @@ def effect_by_full_forward(
     loaded: LoadedModel,
     prompt: TokenizedPrompt,
     means: Tensor,
-    layer: int,
+    row: int,
     head: int,
     token_class: str,
     reading: Reading | None = None,
@@ -188,13 +194,13 @@ def effect_by_full_forward(
     """One head's indirect effect by two ordinary forward passes: slow, to check the sweep against."""
     reading = reading or probability_change(prompt.answer)
     at, kept = [t for t, own in enumerate(prompt.classes) if own == token_class], len(prompt.answer)
-    own = means[layer, head, [prompt.slots[place] for place in at]]
+    own = means[row, head, [prompt.slots[place] for place in at], : loaded.geometry.head_dims[row]]
 
     def replace(here: int, heads: Tensor) -> Tensor | None:
-        if here != layer:
+        if here != row:
             return None
         heads = heads.clone()
-        heads[0, at, loaded.geometry.head_slice(head)] = own.to(heads)
+        heads[0, at, loaded.geometry.head_slice(row, head)] = own.to(heads)
         return heads
 
     def logits() -> Tensor:
@@ -222,19 +228,17 @@ def check_sweep(
     """
     loaded, draw = sweep.loaded, random.Random(len(prompt.ids))  # not the generator of the sampling protocol
     present = [name for name in classes if name in prompt.classes]
-    heads = [
-        (draw.randrange(loaded.geometry.n_layers), draw.randrange(loaded.geometry.n_heads), draw.choice(present))
-        for _ in range(2)
-    ]
+    heads = [(*draw.choice(loaded.geometry.places), draw.choice(present)) for _ in range(2)]
 
     def difference(effects: Tensor, means: Tensor, tolerance: float) -> str:
         """How the two ways differ, if they do."""
-        for layer, head, name in heads:
-            slow = effect_by_full_forward(loaded, prompt, means, layer, head, name, reading)
-            fast = effects[layer, head, classes.index(name)].item()
+        for row, head, name in heads:
+            slow = effect_by_full_forward(loaded, prompt, means, row, head, name, reading)
+            fast = effects[row, head, classes.index(name)].item()
             if not abs(fast - slow) <= tolerance * max(1, abs(slow)):  # true for NaN too
                 full = f"{slow:.3g} by a full forward pass"
-                return f"head {head} of layer {layer} has effect {full}, but {fast:.3g} by the sweep"
+                where = f"head {head} of layer {loaded.geometry.layers[row]}"
+                return f"{where} has effect {full}, but {fast:.3g} by the sweep"
         return ""
 
     found = difference(effects, means, slack * max(CLOSE, 4 * torch.finfo(loaded.model.dtype).eps))
@@ -249,7 +253,7 @@ def check_sweep(
             exact, in_double = effects, "the memory does not hold it in float64"
         finally:
             loaded.model.float()
-        rounding = (effects - exact).abs().nan_to_num(torch.inf).max().item()
+        rounding = (effects - exact)[~exact.isnan()].abs().nan_to_num(torch.inf).max().item()
         if not in_double and rounding <= slack * MOST_ROUNDING:
             _log.warning("%s rounds effects by up to %.1g in float32 (checked in float64)", loaded.name, rounding)
             found = ""

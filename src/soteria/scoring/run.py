@@ -1,7 +1,8 @@
 """A scoring run (step 1): which datasets are left to score, their files, and resuming after an interruption.
 
 Input: `ScoringSettings`, names of datasets, and a model. Output, per dataset, in `<root>/<dataset>/`: the indirect
-effects (n_trials, n_layers, n_heads[, 10]), the mean head activations behind them, and the settings as JSON.
+effects (n_trials, n_rows, n_heads[, 10]), a row being a layer that has heads, the mean head activations behind them,
+and the settings as JSON.
 """
 
 import hashlib
@@ -142,7 +143,7 @@ class DatasetRun:
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
         started_with = files.read_facts(self.settings_file).get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
-        described = self.described | {"max_rows": rows.most} | noted
+        described = self.described | {"max_rows": rows.most} | noted | _noted_rows(loaded.geometry)
 
         given = settings.mean_activations_path or (self.means_file if self.means_file.exists() else None)
         if given:
@@ -150,7 +151,7 @@ class DatasetRun:
         else:
             means = ie.mean_head_activations(loaded, clean, n_slots, rows, processes.map)
         geometry = loaded.geometry
-        expected = (geometry.n_layers, geometry.n_heads, n_slots, geometry.head_dim)
+        expected = (geometry.n_rows, geometry.n_heads, n_slots, geometry.head_dim)
         if tuple(means.shape) != expected:
             raise UserError(f"the means in {given} have shape {tuple(means.shape)}, but the model needs {expected}")
         progress.update(len(clean))
@@ -204,6 +205,13 @@ class DatasetRun:
         clean = [] if settings.mean_activations_path else draw(shuffle_labels=False)
         counts = prompts.count_first_tokens(self.examples, form, loaded.tokenizer)
         return clean, draw(shuffle_labels=True), len(slots), {"query_answers": counts}
+
+
+def _noted_rows(geometry) -> dict:
+    """What says which layers the rows of scores are; nothing where every layer has heads."""
+    if geometry.n_rows == geometry.n_layers:
+        return {}
+    return {"n_layers": geometry.n_layers, "layers": list(geometry.layers)}
 
 
 def _circumstances(model, processes: Processes, started: float) -> dict:

@@ -19,9 +19,10 @@ from torch import Tensor
 from soteria.errors import UserError
 from soteria.models.loading import LoadedModel
 from soteria.models.tensors import load_tensor
+from soteria.scoring.heads import by_layer
 from soteria.scoring.indirect_effect import LAST_TOKEN_CLASSES, TokenizedPrompt
 from soteria.scoring.run import DatasetRun, ScoringSettings
-from soteria.storage import paths
+from soteria.storage import files, paths
 
 
 def divergence(patched: Tensor, clean: Tensor) -> Tensor:
@@ -65,9 +66,10 @@ class SafetyRun(DatasetRun):
 
 
 def mean_divergence(root: Path, language: str) -> Tensor:
-    """The divergence of each head, averaged over the questions: (n_layers, n_heads), float64."""
+    """The divergence of each head, averaged over the questions: (n_layers, n_heads), float64, NaN where none is."""
     path = paths.safety_path(root, language)
     found = load_tensor(path)
-    if found.ndim != 3 or not found.isfinite().all():
+    if found.ndim != 3 or not found.isfinite().any() or found.isinf().any():
         raise UserError(f"{path} does not hold finite scores (questions, layers, heads); delete it and run again")
-    return found.double().mean(dim=0)
+    noted = files.read_facts(paths.scoring_file(path.parent.parent, path.parent.name))
+    return by_layer(found.double().mean(dim=0), noted, path)

@@ -130,6 +130,8 @@ class ForkingSweep:
         self.implementation = self.config._attn_implementation
         if self.implementation not in FOLLOWED:
             raise self._refusal(f"its attention is computed by {self.implementation!r}, not {' or '.join(FOLLOWED)}")
+        if loaded.geometry.n_rows < loaded.geometry.n_layers:
+            raise self._refusal("it has layers without attention heads")
         self.layers = [loaded.model.get_submodule(name) for name in loaded.geometry.layer_names]
 
     def clean_run(self, ids: Tensor, kept: int = 1) -> CleanRun:
@@ -166,7 +168,7 @@ class ForkingSweep:
     ) -> Tensor:
         """Logits at the run's last tokens, (len(targets), kept, vocabulary), each with one head replaced at `places`.
 
-        `targets` are (layer, head), sorted by layer. `replacements`: (n_layers, n_heads, len(places), head_dim).
+        `targets` are (row, head), sorted. `replacements`: (n_rows, n_heads, len(places), head_dim).
         """
         start, kept, geometry = min(places), len(run.logits), self.loaded.geometry
         own = torch.tensor([place - start for place in places], device=run.ids.device)
@@ -191,9 +193,11 @@ class ForkingSweep:
             if layer not in heads_of:
                 return None
             at = torch.tensor(heads_of[layer], device=heads.device)
-            split = heads.unflatten(-1, (geometry.n_heads, geometry.head_dim)).clone()
+            split = geometry.split(layer, heads).clone()
             rows = torch.arange(len(split) - len(at), len(split), device=heads.device)
-            split[rows[:, None], own.to(heads.device), at[:, None]] = replacements[layer][at.cpu()].to(split)
+            split[rows[:, None], own.to(heads.device), at[:, None]] = replacements[layer][
+                at.cpu(), :, : split.shape[-1]
+            ].to(split)
             return split.flatten(-2)
 
         with self._followed(enter, attend), head_outputs(self.loaded, replace):
@@ -204,7 +208,7 @@ class ForkingSweep:
 
     def cost(self, length: int, start: int) -> float:
         """The forward passes that a head patched from token `start` of `length` on costs, averaged over layers."""
-        n_layers = self.loaded.geometry.n_layers
+        n_layers = self.loaded.geometry.n_rows
         return self.tokens(length, start) / length * (n_layers + 1) / (2 * n_layers)
 
     def tokens(self, length: int, start: int) -> int:
@@ -257,8 +261,10 @@ class FullPasses:
             if not rows:
                 return None
             own = torch.tensor([targets[row][1] for row in rows])
-            split = heads.unflatten(-1, (geometry.n_heads, geometry.head_dim)).clone()
-            split[torch.tensor(rows)[:, None], at, own[:, None]] = replacements[layer][own].to(split)
+            split = geometry.split(layer, heads).clone()
+            split[torch.tensor(rows)[:, None], at, own[:, None]] = replacements[layer][own, :, : split.shape[-1]].to(
+                split
+            )
             return split.flatten(-2)
 
         with head_outputs(self.loaded, replace):
@@ -283,12 +289,12 @@ def sweep_over(loaded: LoadedModel) -> Sweep:
     full, geometry, last = FullPasses(loaded), loaded.geometry, TRIED_TOKENS - 1
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     ids = torch.arange(7, 7 + TRIED_TOKENS, device=loaded.model.device) % vocabulary
-    targets = [(layer, layer % geometry.n_heads) for layer in range(geometry.n_layers)]
+    targets = [(row, row % count) for row, count in enumerate(geometry.heads)]
     ways: list[Sweep] = [full]
 
     def logits(sweep: Sweep, start: int) -> Tensor:
         places = range(start, TRIED_TOKENS)
-        none = torch.zeros(geometry.n_layers, geometry.n_heads, len(places), geometry.head_dim)
+        none = torch.zeros(geometry.n_rows, geometry.n_heads, len(places), geometry.head_dim)
         return sweep.logits(sweep.clean_run(ids), places, none, targets).float()
 
     try:
@@ -304,7 +310,7 @@ def sweep_over(loaded: LoadedModel) -> Sweep:
         if should_reduce_batch_size(error):
             raise
         reason = f"it ends in a {type(error).__name__} there"
-    factor = geometry.n_layers * geometry.n_heads
+    factor = len(geometry.places)
     _log.warning(
         "%s is scored by one full forward pass a head, %d a prompt, because the sweep cannot follow it: %s",
         *(type(loaded.model).__name__, factor, reason),
@@ -314,7 +320,7 @@ def sweep_over(loaded: LoadedModel) -> Sweep:
 
 @contextmanager
 def head_outputs(loaded: LoadedModel, see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `see(layer, heads)` with the heads' outputs (B, T, n_heads * head_dim) before each output projection.
+    """Call `see(row, heads)` with the heads' outputs (B, T, heads * head_dim) before each output projection.
 
     A tensor that it returns takes their place. The hooks are removed when the block ends.
     """

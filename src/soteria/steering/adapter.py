@@ -56,7 +56,7 @@ def write_adapter(
     }
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
-    layers = tqdm(range(geometry.n_layers), desc="factors", unit="layer", disable=None)
+    layers = tqdm(geometry.layers, desc="factors", unit="layer", disable=None)
     factors = [_factors(steering, layer, rank) for layer in layers]
     error, most = _error(steering, factors), max(len(a) for a, _ in factors)
     if not most:
@@ -109,13 +109,13 @@ base with PEFT or any engine that serves LoRA adapters.
 
 def _factors(steering: Steering, layer: int, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of a layer's change, float32; of rank 0 where the layer has no selected heads."""
-    vector, geometry = steering.vector, steering.vector.geometry
+    vector = steering.vector
     change = _change(steering, layer)
     n_out, n_in = change.shape
     if not change.any():
         return torch.zeros(0, n_in), torch.zeros(n_out, 0)
     if vector.tuned.is_adapter:
-        module = geometry.projection_names[layer]
+        module = vector.module(layer)
         a, b = (read_tensor(place).float() for place in vector.adapter.factors(module))
         return a * _mask(steering, layer, n_in), -steering.scaling_factor * vector.adapter.scale(module, len(a)) * b
     kept = _mask(steering, layer, n_in).nonzero().flatten()
@@ -146,7 +146,7 @@ def _change(steering: Steering, layer: int) -> Tensor:
 def _error(steering: Steering, factors: Sequence[tuple[Tensor, Tensor]]) -> float:
     """How far the factors' product is from the change, over all layers, relative to the change's norm."""
     off = whole = 0.0
-    for layer, (a, b) in enumerate(factors):
+    for layer, (a, b) in zip(steering.vector.geometry.layers, factors, strict=True):
         change = _change(steering, layer).double()
         off += (b.double() @ a.double() - change).square().sum().item()
         whole += change.square().sum().item()

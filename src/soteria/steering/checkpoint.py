@@ -59,7 +59,7 @@ def steer_checkpoint(
             "n_heads": len(steering.heads),
             "parameters_changed": steering.n_parameters,
             "share_of_parameters_changed": steering.n_parameters / n_parameters,
-            "relative_change_per_layer": [_patch(steering, layer, copy) for layer in range(vector.geometry.n_layers)],
+            "relative_change_per_layer": [_patch(steering, layer, copy) for layer in vector.geometry.layers],
             "versions": versions(),
         }
         card = f"""# {paths.model_slug(base.name)}, steered for {language}

@@ -49,11 +49,11 @@ def write_delta(
     }
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
-    vector.check_finite(range(vector.geometry.n_layers))
-    places = [vector.place(vector.base, layer) for layer in range(vector.geometry.n_layers)]
+    vector.check_finite(vector.geometry.layers)
+    places = [vector.place(vector.base, layer) for layer in vector.geometry.layers]
     planned = {
-        f"{name}.weight": Planned(DTYPES[inputs["dtype"]], places[layer].shape, partial(vector.at, layer))
-        for layer, name in enumerate(vector.geometry.projection_names)
+        f"{name}.weight": Planned(DTYPES[inputs["dtype"]], place.shape, partial(vector.at, layer))
+        for layer, place, name in zip(vector.geometry.layers, places, vector.geometry.projection_names, strict=True)
     }
     with files.whole_folder(output) as folder:
         total = sum(tensor.n_bytes for tensor in planned.values())
@@ -125,7 +125,7 @@ def load_steered(
     geometry = load_geometry(base)
     checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names])
     vector = DeltaVector(checkpoint, Checkpoint(str(delta), delta, None, (delta / WEIGHTS,)), geometry)
-    places = [vector.place(checkpoint, layer) for layer in range(geometry.n_layers)]
+    places = [vector.place(checkpoint, layer) for layer in geometry.layers]
     if projections_hash(places) != facts["base_projections"]:
         raise UserError(f"{base!r} has other weights than {facts['base_model']!r} had when {delta} was made from it")
     vector.check_projections()

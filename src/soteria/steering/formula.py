@@ -41,14 +41,15 @@ class Steering:
     def slices(self, layer: int) -> list[Slice]:
         """Where a layer's heads are in the weight of its output projection: columns, or rows if transposed."""
         geometry, everything = self.vector.geometry, slice(None)
-        own = [geometry.head_slice(head) for at, head in sorted(self.heads) if at == layer]
+        own = [geometry.head_slice(geometry.row(at), head) for at, head in sorted(self.heads) if at == layer]
         return [(at, everything) if geometry.transposed else (everything, at) for at in own]
 
     @property
     def n_parameters(self) -> int:
         """The number of weights in the heads' slices."""
-        geometry, shape = self.vector.geometry, self.vector.place(self.vector.base, 0).shape
-        return len(self.heads) * geometry.head_dim * shape[1 if geometry.transposed else 0]
+        geometry, vector = self.vector.geometry, self.vector
+        width = vector.place(vector.base, geometry.layers[0]).shape[1 if geometry.transposed else 0]
+        return width * sum(geometry.head_dims[geometry.row(layer)] for layer, _ in self.heads)
 
 
 def open_steering(vector: TaskVector, heads: Sequence[Head], scaling_factor: float, *, source: str) -> Steering:
@@ -62,9 +63,8 @@ def open_steering(vector: TaskVector, heads: Sequence[Head], scaling_factor: flo
     if not heads:
         raise UserError(f"{source} names no heads; give at least one [layer, head]")
     for layer, head in heads:
-        if not (0 <= layer < geometry.n_layers and 0 <= head < geometry.n_heads):
-            size = f"{geometry.n_layers} layers of {geometry.n_heads} heads"
-            raise UserError(f"{source} names head [{layer}, {head}], but {vector.base.name} has {size}")
+        if (layer, head) not in geometry:
+            raise UserError(f"{source} names head [{layer}, {head}], but {vector.base.name} has {geometry}")
     head, count = Counter(heads).most_common(1)[0]
     if count > 1:
         raise UserError(f"{source} names head {list(head)} twice; remove one")
@@ -133,7 +133,7 @@ def check_fits(loaded: LoadedModel, vector: TaskVector) -> None:
     weights = [projection.weight for projection in loaded.projections]
     if any(weight.is_meta for weight in weights):  # they are on disk, where changes to them would be lost
         raise UserError(f"{loaded.name!r} is not all in memory; use a larger machine, or write it with steer.py")
-    shapes = [vector.place(vector.base, layer).shape for layer in range(vector.geometry.n_layers)]
+    shapes = [vector.place(vector.base, layer).shape for layer in vector.geometry.layers]
     if loaded.geometry != vector.geometry or [tuple(weight.shape) for weight in weights] != shapes:
         ours, theirs = loaded.name, vector.base.name
         raise UserError(f"the heads of {ours!r} are not shaped like those of {theirs!r}; load the task vector's base")
@@ -143,7 +143,7 @@ def check_fits(loaded: LoadedModel, vector: TaskVector) -> None:
 def apply(loaded: LoadedModel, steering: Steering) -> None:
     """Steer a loaded model's weights in place. `restore` undoes it, also after an interruption half way."""
     kept = overwritten(loaded)
-    for layer, projection in enumerate(loaded.projections):
+    for layer, projection in zip(loaded.geometry.layers, loaded.projections, strict=True):
         weight = projection.weight.data
         for at in steering.slices(layer):
             kept.append((weight, at, weight[at].clone()))
