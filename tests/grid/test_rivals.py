@@ -108,6 +108,10 @@ def test_rivals_may_be_run_in_some_of_the_languages_only(tmp_path):
         "top_25_scaling_2",
     ]
     assert [grid.scored_answers(language) for language in LANGUAGES] == [["first", "whole"], ["first"]]
+    path = write_grid(tmp_path, languages=["en", "hi"], ablations=ABLATIONS | {"rival_languages": ["hi"]})
+    assert read_grid(path, languages=["hi"]).rival_languages == ["Hindi"]
+    without = read_grid(path, languages=["en"])
+    assert not without.ablations.rankings and not without.ablations.draws
     with pytest.raises(UserError, match="rival_languages"):
         read_grid(write_grid(tmp_path, ablations=ABLATIONS | {"rival_languages": ["Thai"]}))
 

@@ -384,7 +384,6 @@ FAULTS: dict[tuple[str, str], dict[str, Callable[[Path], object]]] = {
         "text for a number": sets(hidden_size="wide"),
         "no heads": sets(num_attention_heads=0),
         "no such dtype": sets(dtype="float7", num_hidden_layers=4),
-        "another vocabulary": sets(vocab_size=421),
         "no architecture": put(b'{"model_type": "nonesuch"}'),
     },
     ("adapter", "adapter_config.json"): {

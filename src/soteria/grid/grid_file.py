@@ -367,6 +367,13 @@ def _place(dataset: str) -> str:
     return str(found.resolve()) if found else dataset
 
 
+def _in_languages(ablations: Ablations, languages: list[str]) -> dict:
+    """Ablations in some of a grid's languages: rivals only where the grid has them."""
+    given, rivals = ablations.model_dump(exclude_unset=True), ablations.rival_languages or languages
+    kept = [name for name in rivals if name in languages]
+    return given | ({"rival_languages": kept} if kept else {"rankings": [], "draws": None, "rival_languages": None})
+
+
 def read_grid(path: Path, **changes: object) -> Grid:
     """A grid from its YAML file; `changes` replace keys of it. Raises UserError naming the key and the problem."""
     try:
@@ -378,7 +385,10 @@ def read_grid(path: Path, **changes: object) -> Grid:
     if not isinstance(given, dict):
         raise UserError(f"{path} must hold keys and values, such as name: embedded")
     try:
-        return Grid.model_validate({"name": path.stem} | given | changes)
+        grid = Grid.model_validate({"name": path.stem} | given)
+        if wanted := changes.get("languages"):
+            changes["ablations"] = _in_languages(grid.ablations, _languages(wanted))
+        return Grid.model_validate({"name": path.stem} | given | changes) if changes else grid
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import fields
+from functools import cached_property
 
 from torch import Tensor
 
@@ -11,7 +13,40 @@ from soteria.models.tensors import Place, read_tensor
 
 # Initializations that leave the base's weights alone, so that B @ A is all that training changed.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-NOT_PLAIN = ("use_dora", "use_qalora", "use_bdlora")
+# Options of PEFT's LoRA that do not change what an output projection's factors mean, or that are read here. All others
+# are refused unless they have PEFT's default.
+UNDERSTOOD = {
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("modules_to_save", "trainable_token_indices", "init_lora_weights", "eva_config", "ensure_weight_tying"),
+}
+
+
+def _not_understood(config: dict) -> list[str]:
+    """The options of an adapter, other than PEFT's defaults, that could mean more than B @ A."""
+    from peft import LoraConfig  # takes seconds
+
+    options = {field.name: field for field in fields(LoraConfig)}
+    plain = {name: field.default for name, field in options.items()}
+    return sorted(
+        name
+        for name, value in config.items()
+        if name not in UNDERSTOOD and value not in (None, False, [], {}) and value != plain.get(name)
+    )
+
+
+def _is_factor(key: str, name: str) -> bool:
+    """Whether a key names a factor, also where the adapter was trained on a model that has a text part."""
+    return is_parameter(key, name) or is_parameter(key.replace(".language_model.", "."), name)
 
 
 class LoraAdapter:
@@ -22,8 +57,13 @@ class LoraAdapter:
         self._what = f"the adapter {checkpoint.name!r}"
         if config.get("peft_type") != "LORA":
             raise UserError(f"{self._what} is of type {config.get('peft_type')!r}; give a LoRA adapter")
-        if config.get("init_lora_weights") not in PLAIN_STARTS or any(config.get(key) for key in NOT_PLAIN):
-            raise UserError(f"{self._what} is not a plain LoRA; merge it into its base and give the result")
+        odd = _not_understood(config)
+        if config.get("init_lora_weights") not in PLAIN_STARTS:
+            odd.append(f"init_lora_weights {config['init_lora_weights']!r}")
+        if odd:
+            raise UserError(
+                f"{self._what} is not a plain LoRA ({', '.join(odd)}); merge it into its base and give the result"
+            )
         self._alpha, self._alphas = config.get("lora_alpha"), config.get("alpha_pattern") or {}
         if not isinstance(self._alphas, dict) or not all(
             isinstance(alpha, int | float) for alpha in (self._alpha, *self._alphas.values())
@@ -35,14 +75,18 @@ class LoraAdapter:
     def modules(self) -> list[str]:
         """The names of the modules that the adapter changes, as the base model has them."""
         ending = ".lora_A.weight"
-        keys = [key.removesuffix(ending) for key in self.checkpoint.places if key.endswith(ending)]
+        keys = [key.removesuffix(ending) for key in self._places if key.endswith(ending)]
         return [key.removeprefix("base_model.model.") for key in keys]
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """The factors by their keys, without the name that PEFT gives a loaded adapter."""
+        return {key.replace(".default.weight", ".weight"): place for key, place in self.checkpoint.places.items()}
 
     def factors(self, module: str) -> tuple[Place, Place] | None:
         """A (rank, in) and B (out, rank) of a module, or None if the adapter does not change it."""
         a, b = (
-            [place for key, place in self.checkpoint.places.items() if is_parameter(key, f"{module}.lora_{x}.weight")]
-            for x in "AB"
+            [place for key, place in self._places.items() if _is_factor(key, f"{module}.lora_{x}.weight")] for x in "AB"
         )
         if not a and not b:
             return None

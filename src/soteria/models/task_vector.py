@@ -14,7 +14,7 @@ from soteria.models.loading import load_geometry
 from soteria.models.lora import LoraAdapter
 from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
-MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "n_layer", "n_head", "n_embd")
+MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "n_layer", "n_head", "n_embd")
 
 
 @dataclass(frozen=True)
