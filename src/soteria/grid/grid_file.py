@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from soteria.answering.question_files import find_local
@@ -15,10 +14,10 @@ from soteria.judging.pipeline import without_phrases
 from soteria.languages import PAPER_LANGUAGES, find_language, language_names
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
+from soteria.storage.yaml_files import read_yaml
 
 UNIVERSAL, TIER = "Universal", "tier"
-# Seed of the in-context prompts that accuracy is measured on. It is not step 1's: its prompts chose the heads.
-ACCURACY_SEED = 1042
+ACCURACY_SEED = 1042  # of the in-context prompts that accuracy is measured on; those of step 1's seed chose the heads
 # What heads are ranked by beside the method's own indirect effect, then what is steered in place of ranked heads.
 ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS = "absolute", "task_vector", "safety", "random", "all_parameters"
 RIVALS = (*ANSWERS, ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS)
@@ -52,6 +51,15 @@ class Part(BaseModel):
     """A part of the grid file. An unknown key is an error: it would silently do nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, given: object) -> object:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field, values = cls.model_fields.get(name), value if isinstance(value, list) else [value]
+            if field and "bool" not in str(field.annotation) and any(isinstance(each, bool) for each in values):
+                raise ValueError(f"{name}: yes, no, true and false are truth values in YAML; give what is asked for")
+        return given
 
 
 class Shape(Part):
@@ -369,19 +377,14 @@ def _place(dataset: str) -> str:
 
 def _in_languages(ablations: Ablations, languages: list[str]) -> dict:
     """Ablations in some of a grid's languages: rivals only where the grid has them."""
-    given, rivals = ablations.model_dump(exclude_unset=True), ablations.rival_languages or languages
-    kept = [name for name in rivals if name in languages]
+    given = ablations.model_dump(exclude_unset=True)
+    kept = [name for name in ablations.rival_languages or languages if name in languages]
     return given | ({"rival_languages": kept} if kept else {"rankings": [], "draws": None, "rival_languages": None})
 
 
 def read_grid(path: Path, **changes: object) -> Grid:
     """A grid from its YAML file; `changes` replace keys of it. Raises UserError naming the key and the problem."""
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no grid file {path}; see configs/ for examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
+    given = read_yaml(path, f"no grid file {path}; see configs/ for examples")
     if not isinstance(given, dict):
         raise UserError(f"{path} must hold keys and values, such as name: embedded")
     try:

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from soteria.answering.question_files import find_local
 from soteria.errors import UserError
@@ -21,6 +20,7 @@ from soteria.grid.cells import Shard, grid_cells, language_cells
 from soteria.grid.grid_file import Grid, Pair, Shape
 from soteria.storage import paths
 from soteria.storage.table_formats import to_markdown
+from soteria.storage.yaml_files import read_yaml
 
 COSTS = paths.ROOT / "configs" / "costs.yaml"
 # How much of each step: models to load, datasets, answers, cells with a cost, measurements, verdicts.
@@ -34,7 +34,7 @@ class Plan:
 
     def __init__(self, grid: Grid, results: Path):
         self.grid, self.results = grid, results
-        costs = yaml.safe_load(COSTS.read_text(encoding="utf-8"))
+        costs = read_yaml(COSTS, f"no {COSTS}; check the repository out again")
         self.measured, self.assumed, self.models = (costs[key] for key in ("measured", "assumed", "models"))
         self.rows, self.shape, self.measured_here = map(cache, (self._rows, self._shape, self._measured_here))
         # At most as many tokens as the grid allows.
