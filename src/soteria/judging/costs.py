@@ -8,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from soteria.answering.decoding import padding_is_exact
 from soteria.answering.thinking import split_thinking
 from soteria.judging.interface import DEGENERATE, NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
@@ -70,7 +71,9 @@ def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int, n_prom
         prompts = [draw_prompt(unseen, N_SHOTS, form, shuffle_labels=False) for _ in range(n_prompts or N_PROMPTS)]
         n_prompt = [len(loaded.tokenizer(prompt.text).input_ids) for prompt in prompts]
         ids = [loaded.tokenizer(prompt.text + prompt.answer).input_ids for prompt in prompts]
-        right += _answered_in_full(loaded, ids, n_prompt)
+        rows = list(zip(ids, n_prompt, strict=True))
+        for part in [rows] if padding_is_exact(loaded) else [[row] for row in rows]:
+            right += _answered_in_full(loaded, *map(list, zip(*part, strict=True)))
     return Rate(sum(right), len(right))
 
 
