@@ -8,9 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCABULARY
+from tiny_models import ARCHITECTURES, BOS, EOS, VOCABULARY, tiny_tokenizer
+from tokenizers import processors
 
-from soteria.answering.decoding import Batch, decode, end_tokens, first_token_log_probs, plan_batches, token_budget
+from soteria.answering.decoding import (
+    Batch,
+    decode,
+    end_of_turn,
+    end_tokens,
+    first_token_log_probs,
+    plan_batches,
+    token_budget,
+)
 from soteria.errors import UserError
 from soteria.models import memory
 from soteria.models.memory import TokenBudget
@@ -42,6 +51,7 @@ def before_each_pass(monkeypatch):
     """`before_each_pass(look)` calls `look(batch)` before each forward pass from here on."""
     real = Batch.logits
     monkeypatch.setattr(memory.gc, "collect", lambda: None)  # slow in a process that has run many tests
+    monkeypatch.setattr("soteria.answering.decoding.padding_is_exact", lambda loaded: True)  # would be tried in a pass
 
     def install(look):
         monkeypatch.setattr(Batch, "logits", lambda batch: (look(batch), real(batch))[1])
@@ -122,3 +132,44 @@ def test_neither_the_padding_token_nor_positions_left_to_the_model_change_an_ans
 
     monkeypatch.setattr(loaded.model, "forward", forward)
     assert decode(loaded, prompts, limits, TokenBudget(WORLD)) == want
+
+
+def test_a_tokenizer_that_ends_every_text_changes_no_prompt(tiny_loaded):
+    loaded, ending = tiny_loaded("llama"), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ending.bos_token_id), (EOS, ending.eos_token_id)]
+    )
+    other = replace(loaded, tokenizer=ending)
+    assert ending("a").input_ids[-1] == ending.eos_token_id and other.adds_bos
+    for text in ("", "a", "What is hot?", f"a{EOS}"):
+        assert other.encode(text) == loaded.encode(text) == loaded.tokenizer(text).input_ids
+    plain = replace(loaded, tokenizer=tiny_tokenizer(adds_bos=False))
+    assert plain.encode("") == [] and not plain.adds_bos
+
+
+def test_the_chat_templates_end_of_turn_ends_an_answer(tiny_loaded):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert end_of_turn(tokenizer) == set()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    assert end_tokens(replace(tiny_loaded("llama"), tokenizer=tokenizer)) == ends
+    for template in ("{{ raise_exception('no') }}", "{% for", "{{ messages[0].content }}"):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) == set()
+
+
+def test_texts_of_unlike_lengths_share_no_batch_where_padding_is_read(tiny_loaded, monkeypatch):
+    """As a state space without a mask does (RecurrentGemma, in test_architectures.py)."""
+    loaded, prompts, lengths = tiny_loaded("llama"), some_prompts(9, 6), []
+    want = decode(loaded, prompts, [5] * 9, TokenBudget(WORLD)), first_token_log_probs(loaded, prompts, 4)
+    monkeypatch.setattr("soteria.answering.decoding.padding_is_exact", lambda loaded: False)
+    real = Batch.__init__
+    monkeypatch.setattr(
+        Batch,
+        "__init__",
+        lambda batch, model, texts: (lengths.append({*map(len, texts)}), real(batch, model, texts))[1],
+    )
+    assert decode(loaded, prompts, [5] * 9, TokenBudget(WORLD)) == want[0]
+    torch.testing.assert_close(first_token_log_probs(loaded, prompts, 4), want[1], rtol=0, atol=1e-4)
+    assert all(len(each) == 1 for each in lengths)

@@ -19,6 +19,7 @@ from soteria.models.memory import TokenBudget
 # The answer length that batches are planned for. A model that refuses mostly answers in fewer tokens; a batch whose
 # answers outgrow its room is halved.
 EXPECTED_TOKENS = 64
+SAID = "Soteria"
 _padding_is_exact: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -45,10 +46,23 @@ def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """The tokens that end an answer: the generation config's (chat models often have several), else the tokenizer's."""
+    """The tokens that end an answer: those of the generation config, the tokenizer's, and the chat template's."""
     found = getattr(loaded.model.generation_config, "eos_token_id", None)
-    found = loaded.tokenizer.eos_token_id if found is None else found
-    return set(found) if isinstance(found, list) else {found} - {None}
+    ends = {*found} if isinstance(found, list) else {found}
+    return (ends | {loaded.tokenizer.eos_token_id} | end_of_turn(loaded.tokenizer)) - {None}
+
+
+def end_of_turn(tokenizer) -> set[int]:
+    """The special token, if any, that the chat template puts behind what the assistant says."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SAID}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates refuse what they do not know in many ways; asking shows it in words
+        return set()
+    behind = tokenizer(text.rpartition(SAID)[2].lstrip(), add_special_tokens=False).input_ids[:1]
+    return {token for token in behind if token in getattr(tokenizer, "added_tokens_decoder", {})}
 
 
 def pad_token(loaded: LoadedModel) -> int:

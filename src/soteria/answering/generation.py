@@ -55,7 +55,7 @@ def all_inputs(
     context, inputs = loaded.context_length, []
     for row, question in enumerate(questions):
         prompt = prompt_text(loaded, question, language, chat_template, preset)
-        inputs.append(loaded.tokenizer(prompt, add_special_tokens=not chat_template).input_ids)
+        inputs.append(loaded.encode(prompt, add_special_tokens=not chat_template))
         if context is not None and len(inputs[-1]) >= context:
             raise UserError(
                 f"row {row} is a question of {len(inputs[-1])} tokens, but {loaded.name!r} reads at most {context}; "

@@ -69,8 +69,8 @@ def icl_accuracy(loaded: LoadedModel, tasks: dict[str, Split], seed: int, n_prom
         seed_everything(seed)
         unseen = replace(split, valid=split.test)
         prompts = [draw_prompt(unseen, N_SHOTS, form, shuffle_labels=False) for _ in range(n_prompts or N_PROMPTS)]
-        n_prompt = [len(loaded.tokenizer(prompt.text).input_ids) for prompt in prompts]
-        ids = [loaded.tokenizer(prompt.text + prompt.answer).input_ids for prompt in prompts]
+        n_prompt = [len(loaded.encode(prompt.text)) for prompt in prompts]
+        ids = [loaded.encode(prompt.text + prompt.answer) for prompt in prompts]
         rows = list(zip(ids, n_prompt, strict=True))
         for part in [rows] if padding_is_exact(loaded) else [[row] for row in rows]:
             right += _answered_in_full(loaded, *map(list, zip(*part, strict=True)))
