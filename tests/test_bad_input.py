@@ -189,7 +189,7 @@ CASES = {
     # step 4
     "tune: unknown language": (TUNE + "--language Klingon", "Klingon"),
     "tune: no effects": (TUNE + "--results nowhere", "nowhere"),
-    "tune: effects of another model": (TUNE + "--base_model deep --finetune_model deep", "(4, 4)"),
+    "tune: effects of another model": (TUNE + "--base_model deep --finetune_model deep", "other heads in Hindi"),
     "tune: no such base": (TUNE + "--base_model ./nowhere", "./nowhere"),
     "tune: no such tuned": (TUNE + "--finetune_model ./nowhere", "./nowhere"),
     "tune: base given as tuned": (TUNE + "--finetune_model base", "equals"),
