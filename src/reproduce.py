@@ -12,6 +12,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.grid.cells import Shard
 from soteria.grid.grid_file import read_grid
+from soteria.languages import language_names
 from soteria.storage import paths
 
 STEPS = ("score", "answer", "utility", "judge", "tables")
@@ -41,7 +42,7 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    changes = {"languages": arguments.language, "name": arguments.name}
+    changes = {"languages": arguments.language and language_names(arguments.language), "name": arguments.name}
     grid = read_grid(arguments.grid, **{key: value for key, value in changes.items() if value})
     if arguments.plan:
         from soteria.grid.plan import bill
