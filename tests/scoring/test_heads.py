@@ -89,9 +89,20 @@ def test_a_four_dimensional_effect_counts_by_its_query_predictive_class(tmp_path
     assert torch.equal(heads.mean_effect(tmp_path, "Hindi", ["antonym", "sentiment"]), (mean + 1) / 2)
 
 
+def test_only_heads_that_the_settings_say_are_not_there_may_have_no_effect(tmp_path):
+    noted = {"n_layers": 3, "layers": [0, 2], "heads": [2, 1]}
+    scores = torch.tensor([[[1.0, 2.0], [3.0, torch.nan]]])
+    found = heads.by_layer(scores, noted, tmp_path)
+    assert heads.rank_heads(found) == [(2, 0), (0, 1), (0, 0)] and heads.count_heads(found) == 3
+    for wrong in ({}, noted | {"heads": [2, 2]}, noted | {"layers": [0]}):
+        with pytest.raises(UserError, match=r"not finite|score it again"):
+            heads.by_layer(scores, wrong, tmp_path)
+
+
 def test_effect_files_that_are_misshapen_not_finite_or_of_two_models_are_refused_by_name(tmp_path):
     bad = [torch.zeros(shape) for shape in [(2, 4), (2, 2, 4, 3), (0, 2, 4), ()]]
     bad += [torch.zeros(2, 2, 2).index_put((torch.tensor(1),) * 3, torch.tensor(x)) for x in (torch.nan, torch.inf)]
+    bad.append(torch.zeros(2, 2, 2).index_fill(2, torch.tensor(1), torch.nan))  # of a head in every trial
     for effect in bad:
         path = write_effect(tmp_path, "antonym_Hindi", effect)
         with pytest.raises(UserError, match=path.name):

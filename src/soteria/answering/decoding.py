@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from soteria.models.batches import left_padded, positions, takes_positions
+from soteria.models.batches import left_padded, logits_off, most_rounding, positions, takes_positions
 from soteria.models.loading import LoadedModel
 from soteria.models.memory import TokenBudget
 
@@ -54,15 +54,20 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
 
 def end_of_turn(tokenizer) -> set[int]:
     """The special token, if any, that the chat template puts behind what the assistant says."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token for token in behind_answer(tokenizer)[:1] if token in added and added[token].special}
+
+
+def behind_answer(tokenizer) -> list[int]:
+    """The tokens, if any, that the chat template puts behind what the assistant says."""
     if not getattr(tokenizer, "chat_template", None):
-        return set()
+        return []
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SAID}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # templates refuse what they do not know in many ways; asking shows it in words
-        return set()
-    behind = tokenizer(text.rpartition(SAID)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    return {token for token in behind if token in getattr(tokenizer, "added_tokens_decoder", {})}
+        return []
+    return tokenizer(text.rpartition(SAID)[2].lstrip(), add_special_tokens=False).input_ids
 
 
 def pad_token(loaded: LoadedModel) -> int:
@@ -94,8 +99,7 @@ def _try_padding(loaded: LoadedModel) -> bool:
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     longer = [token % vocabulary for token in range(7, 19)]
     alone, beside = Batch(loaded, [longer[:5]]).logits()[0], Batch(loaded, [longer, longer[:5]]).logits()[1]
-    off = (alone.float() - beside.float()).abs().max() / alone.float().std()
-    return bool(off <= (1e-3 if loaded.model.dtype.itemsize >= 4 else 0.2))
+    return logits_off(beside, alone) <= most_rounding(loaded.model.dtype)
 
 
 class Batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from soteria.answering.decoding import end_tokens
+from soteria.answering.decoding import behind_answer, end_tokens
 from soteria.answering.generation import prompt_text
 from soteria.errors import UserError
 from soteria.languages import Language
@@ -79,13 +79,10 @@ def _tokens(loaded: LoadedModel, prompt: str, answer: str, chat_template: bool) 
 
 def _end_token(loaded: LoadedModel, chat_template: bool) -> int:
     """The token to end answers with: one that ends a generation, if possible that of the chat template's answers."""
-    ends, tokenizer, after = end_tokens(loaded), loaded.tokenizer, []
+    ends, tokenizer = end_tokens(loaded), loaded.tokenizer
     if not ends:
         raise UserError(f"{loaded.name!r} has no token that ends a text; set eos_token in its tokenizer_config.json")
-    if chat_template and tokenizer.chat_template:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-        after = tokenizer(text, add_special_tokens=False).input_ids
+    after = behind_answer(tokenizer) if chat_template else []
     preferred = [*after, tokenizer.eos_token_id, min(ends)]
     return next(token for token in preferred if token in ends)
 

@@ -25,3 +25,13 @@ def positions(mask: Tensor) -> Tensor:
 
 def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def logits_off(found: Tensor, wanted: Tensor) -> float:
+    """How far logits are from those wanted: the largest difference, by the standard deviation of the latter."""
+    return (found.float() - wanted.float()).abs().max().item() / wanted.float().std().item()
+
+
+def most_rounding(dtype: torch.dtype) -> float:
+    """The most that two ways of computing a model's logits may be off by rounding: `logits_off`."""
+    return 1e-3 if dtype.itemsize >= 4 else 0.2

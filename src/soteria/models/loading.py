@@ -52,16 +52,8 @@ class LoadedModel:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's token ids, without the end-of-text token that some tokenizers put behind everything."""
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-        if add_special_tokens and ids and ids[-1] == self.tokenizer.eos_token_id:
-            own = self.tokenizer(text, add_special_tokens=False).input_ids
-            if ids[-len(own) - 1 : -1] == own and len(ids) > len(own):
-                return ids[:-1] if own or len(ids) > 1 or not self._begins_with_its_end else ids
-        return ids
-
-    @property
-    def _begins_with_its_end(self) -> bool:
-        """Whether the tokenizer's beginning of a text is its end-of-text token, so that one alone is a beginning."""
-        return self.tokenizer("a").input_ids[:1] == [self.tokenizer.eos_token_id]
+        ends_texts = add_special_tokens and self.tokenizer("a").input_ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends_texts else ids
 
     @property
     def context_length(self) -> int | None:

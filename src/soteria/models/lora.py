@@ -35,8 +35,7 @@ def _not_understood(config: dict) -> list[str]:
     """The options of an adapter, other than PEFT's defaults, that could mean more than B @ A."""
     from peft import LoraConfig  # takes seconds
 
-    options = {field.name: field for field in fields(LoraConfig)}
-    plain = {name: field.default for name, field in options.items()}
+    plain = {field.name: field.default for field in fields(LoraConfig)}
     return sorted(
         name
         for name, value in config.items()

@@ -41,26 +41,28 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
             effect = effect[..., TOKEN_CLASSES.index("query_predictive")]
         if effect.ndim != 3 or not effect.numel():
             raise UserError(f"{path} has shape {tuple(effect.shape)}, expected (trials, layers, heads[, 10])")
-        mean = effect.double().mean(dim=0)
-        if not torch.isfinite(mean).any() or mean.isinf().any() or (effect.isnan() != mean.isnan()).any():
-            raise UserError(f"{path} has effects that are not finite numbers; delete it and run step 1 again")
-        means.append(by_layer(mean, scored_with(results, f"{task}_{language}"), path))
+        means.append(by_layer(effect, scored_with(results, f"{task}_{language}"), path))
         if means[-1].shape != means[0].shape:
             shapes = f"{tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}"
             raise UserError(f"{path} comes from a different model: {shapes}; score all tasks with one model")
     return torch.stack(means).mean(dim=0)
 
 
-def by_layer(mean: Tensor, noted: dict, path: Path) -> Tensor:
-    """Effects in rows by the layers that the rows are, of `n_layers`, where the settings note them."""
-    if "layers" not in noted:
-        return mean
-    found = torch.full((noted["n_layers"], mean.shape[1]), torch.nan, dtype=mean.dtype)
-    if len(noted["layers"]) != len(mean):
-        raise UserError(
-            f"{path} has {len(mean)} layers with heads, its settings {len(noted['layers'])}; score it again"
-        )
-    found[noted["layers"]] = mean
+def by_layer(scores: Tensor, noted: dict, path: Path) -> Tensor:
+    """The mean of scores (trials, n_rows, n_heads) by layer: (n_layers, n_heads), float64, NaN where there is no head.
+
+    `noted` says which layers the rows are, and how many heads they have, where not all layers have heads alike. Raises
+    UserError for other rows than noted, and for a head whose scores are not finite.
+    """
+    _, n_rows, n_heads = scores.shape
+    layers, counts = noted.get("layers", list(range(n_rows))), noted.get("heads", [n_heads] * n_rows)
+    if not len(layers) == len(counts) == n_rows:
+        raise UserError(f"{path} has {n_rows} layers with heads, its settings note {len(layers)}; score it again")
+    there = torch.arange(n_heads) < torch.tensor(counts)[:, None]
+    if not scores[:, there].isfinite().all():
+        raise UserError(f"{path} has effects that are not finite numbers; delete it and run step 1 again")
+    found = torch.full((noted.get("n_layers", n_rows), n_heads), torch.nan, dtype=torch.float64)
+    found[layers] = scores.double().mean(dim=0).masked_fill(~there, torch.nan)
     return found
 
 

@@ -253,7 +253,8 @@ def check_sweep(
             exact, in_double = effects, "the memory does not hold it in float64"
         finally:
             loaded.model.float()
-        rounding = (effects - exact)[~exact.isnan()].abs().nan_to_num(torch.inf).max().item()
+        rows, own = map(list, zip(*loaded.geometry.places, strict=True))
+        rounding = (effects - exact)[rows, own].abs().nan_to_num(torch.inf).max().item()
         if not in_double and rounding <= slack * MOST_ROUNDING:
             _log.warning("%s rounds effects by up to %.1g in float32 (checked in float64)", loaded.name, rounding)
             found = ""

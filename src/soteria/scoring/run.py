@@ -208,10 +208,10 @@ class DatasetRun:
 
 
 def _noted_rows(geometry) -> dict:
-    """What says which layers the rows of scores are; nothing where every layer has heads."""
-    if geometry.n_rows == geometry.n_layers:
+    """What says which layers the rows of scores are; nothing where every layer has as many heads."""
+    if geometry.n_rows == geometry.n_layers and len({*geometry.heads}) == 1:
         return {}
-    return {"n_layers": geometry.n_layers, "layers": list(geometry.layers)}
+    return {"n_layers": geometry.n_layers, "layers": list(geometry.layers), "heads": list(geometry.heads)}
 
 
 def _circumstances(model, processes: Processes, started: float) -> dict:

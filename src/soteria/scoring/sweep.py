@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from soteria.errors import UserError
+from soteria.models.batches import logits_off, most_rounding
 from soteria.models.loading import LoadedModel
 
 # The attention implementations whose arithmetic `_attend` repeats, and the names of their stand-ins during a sweep.
@@ -39,7 +40,6 @@ for _name, _stand_in in FOLLOWED.items():
 # Arguments of an attention function that change its scores in a way that `_attend` does not repeat.
 UNKNOWN_TERMS = ("position_bias", "head_mask")
 TRIED_TOKENS = 24  # of the text on which the sweep is tried with a model
-MOST_OFF = {torch.float32: 1e-3, torch.float64: 1e-6}  # of its logits, by their standard deviation
 # Keys and values (n_kv_heads, length, head_dim) that all rows share, and the mask of a row's own tokens over them and
 # over themselves, (own, length + own); None: all is allowed.
 Prefix = tuple[Tensor, Tensor, Tensor | None]
@@ -195,9 +195,8 @@ class ForkingSweep:
             at = torch.tensor(heads_of[layer], device=heads.device)
             split = geometry.split(layer, heads).clone()
             rows = torch.arange(len(split) - len(at), len(split), device=heads.device)
-            split[rows[:, None], own.to(heads.device), at[:, None]] = replacements[layer][
-                at.cpu(), :, : split.shape[-1]
-            ].to(split)
+            patched = replacements[layer][at.cpu(), :, : split.shape[-1]].to(split)
+            split[rows[:, None], own.to(heads.device), at[:, None]] = patched
             return split.flatten(-2)
 
         with self._followed(enter, attend), head_outputs(self.loaded, replace):
@@ -262,9 +261,8 @@ class FullPasses:
                 return None
             own = torch.tensor([targets[row][1] for row in rows])
             split = geometry.split(layer, heads).clone()
-            split[torch.tensor(rows)[:, None], at, own[:, None]] = replacements[layer][own, :, : split.shape[-1]].to(
-                split
-            )
+            patched = replacements[layer][own, :, : split.shape[-1]].to(split)
+            split[torch.tensor(rows)[:, None], at, own[:, None]] = patched
             return split.flatten(-2)
 
         with head_outputs(self.loaded, replace):
@@ -295,13 +293,13 @@ def sweep_over(loaded: LoadedModel) -> Sweep:
     def logits(sweep: Sweep, start: int) -> Tensor:
         places = range(start, TRIED_TOKENS)
         none = torch.zeros(geometry.n_rows, geometry.n_heads, len(places), geometry.head_dim)
-        return sweep.logits(sweep.clean_run(ids), places, none, targets).float()
+        return sweep.logits(sweep.clean_run(ids), places, none, targets)
 
     try:
         ways.append(ForkingSweep(loaded))
         slow, fast = ([logits(way, start) for start in (last, last // 2)] for way in ways)
-        off = max((s - f).abs().max().item() / s.std().item() for s, f in zip(slow, fast, strict=True))
-        if off <= MOST_OFF.get(loaded.model.dtype, 0.2):
+        off = max(logits_off(f, s) for f, s in zip(fast, slow, strict=True))
+        if off <= most_rounding(loaded.model.dtype):
             return ways[1]
         reason = f"its logits come out otherwise (by {off:.1g} standard deviations)"
     except UserError as error:
@@ -310,10 +308,9 @@ def sweep_over(loaded: LoadedModel) -> Sweep:
         if should_reduce_batch_size(error):
             raise
         reason = f"it ends in a {type(error).__name__} there"
-    factor = len(geometry.places)
     _log.warning(
         "%s is scored by one full forward pass a head, %d a prompt, because the sweep cannot follow it: %s",
-        *(type(loaded.model).__name__, factor, reason),
+        *(type(loaded.model).__name__, len(geometry.places), reason),
     )
     return full
 

@@ -20,12 +20,9 @@ from soteria.errors import UserError
 from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS
 from soteria.models.loading import DTYPES, load_module_names
 from soteria.models.tensors import read_tensor
-from soteria.steering.checkpoint import describe, input_facts, made_before, versions
-from soteria.steering.formula import Steering, head_list_hash
+from soteria.steering.checkpoint import describe, made_before, steered_heads, steering_inputs, versions
+from soteria.steering.formula import Steering
 from soteria.storage import files, paths
-
-RANK = 64  # of the adapter for two whole checkpoints, unless told otherwise
-MAX_ERROR = 0.05  # of the change that such an adapter makes: its distance from the exact one, relative to that
 
 
 def write_adapter(
@@ -33,8 +30,8 @@ def write_adapter(
     output: Path,
     *,
     language: str,
-    rank: int = RANK,
-    max_error: float = MAX_ERROR,
+    rank: int,
+    max_error: float,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict:
@@ -45,20 +42,13 @@ def write_adapter(
     where an adapter of that rank is further than `max_error` from the steering.
     """
     vector, geometry = steering.vector, steering.vector.geometry
-    inputs = {
-        "format": "lora",
-        **input_facts(vector),
-        "language": language,
-        "scaling_factor": steering.scaling_factor,
-        "dtype": dtype or "float32",
-        "head_list_sha256": head_list_hash(steering.heads),
-        "max_rank": None if vector.tuned.is_adapter else rank,
-    }
+    inputs = steering_inputs(steering, "lora", language, dtype or "float32")
+    inputs["max_rank"] = None if vector.tuned.is_adapter else rank
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     layers = tqdm(geometry.layers, desc="factors", unit="layer", disable=None)
-    factors = [_factors(steering, layer, rank) for layer in layers]
-    error, most = _error(steering, factors), max(len(a) for a, _ in factors)
+    factors, off, whole = zip(*(_factors(steering, layer, rank) for layer in layers), strict=True)
+    error, most = (sum(off) / max(sum(whole), 1e-300)) ** 0.5, max(len(a) for a, _ in factors)
     if not most:
         raise UserError("a scaling factor of 0 steers nothing: there is no LoRA to write; use the base")
     if error > max_error:
@@ -73,14 +63,7 @@ def write_adapter(
         padded[0][: len(a)], padded[1][:, : len(a)] = a, b
         for letter, factor in zip("AB", padded, strict=True):
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.to(DTYPES[inputs["dtype"]])
-    facts = inputs | {
-        "head_list": steering.source,
-        "heads": [list(head) for head in steering.heads],
-        "n_heads": len(steering.heads),
-        "rank": most,
-        "relative_error": error,
-        "versions": versions(),
-    }
+    facts = inputs | steered_heads(steering) | {"rank": most, "relative_error": error, "versions": versions()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,50 +90,31 @@ base with PEFT or any engine that serves LoRA adapters.
     return facts
 
 
-def _factors(steering: Steering, layer: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) of a layer's change, float32; of rank 0 where the layer has no selected heads."""
-    vector = steering.vector
-    change = _change(steering, layer)
-    n_out, n_in = change.shape
-    if not change.any():
-        return torch.zeros(0, n_in), torch.zeros(n_out, 0)
-    if vector.tuned.is_adapter:
-        module = vector.module(layer)
-        a, b = (read_tensor(place).float() for place in vector.adapter.factors(module))
-        return a * _mask(steering, layer, n_in), -steering.scaling_factor * vector.adapter.scale(module, len(a)) * b
-    kept = _mask(steering, layer, n_in).nonzero().flatten()
-    u, values, v = torch.linalg.svd(change[:, kept].double(), full_matrices=False)
-    rank = min(rank, len(values))
-    root = values[:rank].sqrt()
-    a = torch.zeros(rank, n_in)
-    a[:, kept] = (root[:, None] * v[:rank]).float()
-    return a, (u[:, :rank] * root).float()
-
-
-def _mask(steering: Steering, layer: int, n_in: int) -> Tensor:
-    """1 at the inputs of the layer's selected heads, else 0: (n_in,)."""
-    mask = torch.zeros(n_in)
-    for at in steering.slices(layer):
-        mask[next(own for own in at if own != slice(None))] = 1
-    return mask
-
-
-def _change(steering: Steering, layer: int) -> Tensor:
-    """What steering adds to a layer's output projection, (out, in), float32."""
+def _factors(steering: Steering, layer: int, rank: int) -> tuple[tuple[Tensor, Tensor], float, float]:
+    """A (rank, in) and B (out, rank), float32, of what steering adds to a layer's output projection; and two squared
+    norms: of how far their product is from that, and of that itself. The rank is 0 where nothing is added.
+    """
     vector = steering.vector
     change = -steering.scaling_factor * vector.at(layer)
-    change = change.T if vector.geometry.transposed else change
-    return change * _mask(steering, layer, change.shape[1])
-
-
-def _error(steering: Steering, factors: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """How far the factors' product is from the change, over all layers, relative to the change's norm."""
-    off = whole = 0.0
-    for layer, (a, b) in zip(steering.vector.geometry.layers, factors, strict=True):
-        change = _change(steering, layer).double()
-        off += (b.double() @ a.double() - change).square().sum().item()
-        whole += change.square().sum().item()
-    return (off / whole) ** 0.5 if whole else 0.0
+    change = change.T if vector.geometry.transposed else change  # (out, in)
+    mask = torch.zeros(change.shape[1])  # 1 at the inputs of the selected heads
+    for at in steering.slices(layer):
+        mask[next(own for own in at if own != slice(None))] = 1
+    change = change * mask
+    if not change.any():
+        a, b = torch.zeros(0, change.shape[1]), torch.zeros(change.shape[0], 0)
+    elif vector.tuned.is_adapter:
+        module = vector.module(layer)
+        a, b = (read_tensor(place).float() for place in vector.adapter.factors(module))
+        a, b = a * mask, -steering.scaling_factor * vector.adapter.scale(module, len(a)) * b
+    else:
+        kept = mask.nonzero().flatten()
+        u, values, v = torch.linalg.svd(change[:, kept].double(), full_matrices=False)
+        root = values[:rank].sqrt()
+        a, b = torch.zeros(len(root), change.shape[1]), (u[:, : len(root)] * root).float()
+        a[:, kept] = (root[:, None] * v[: len(root)]).float()
+    off = (b.double() @ a.double() - change).square().sum().item()
+    return (a, b), off, change.double().square().sum().item()
 
 
 def _targets(modules: Sequence[str], projections: Sequence[str]) -> list[str]:

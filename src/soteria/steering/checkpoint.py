@@ -37,14 +37,7 @@ def steer_checkpoint(
     the output folder holds something else.
     """
     vector, base = steering.vector, steering.vector.base
-    inputs = {
-        "format": "checkpoint",
-        **input_facts(vector),
-        "language": language,
-        "scaling_factor": steering.scaling_factor,
-        "dtype": dtype or "base",
-        "head_list_sha256": head_list_hash(steering.heads),
-    }
+    inputs = steering_inputs(steering, "checkpoint", language, dtype or "base")
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     with files.whole_folder(output) as folder:
@@ -54,9 +47,7 @@ def steer_checkpoint(
         copy = Checkpoint.open(str(folder))
         n_parameters = sum(torch.Size(place.shape).numel() for place in base.places.values())
         facts = inputs | {
-            "head_list": steering.source,
-            "heads": [list(head) for head in steering.heads],
-            "n_heads": len(steering.heads),
+            **steered_heads(steering),
             "parameters_changed": steering.n_parameters,
             "share_of_parameters_changed": steering.n_parameters / n_parameters,
             "relative_change_per_layer": [_patch(steering, layer, copy) for layer in vector.geometry.layers],
@@ -87,6 +78,24 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
     replace_tensor(written, steered)
     moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
     return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()
+
+
+def steering_inputs(steering: Steering, kind: str, language: str, dtype: str) -> dict:
+    """What a folder of one language's steering is made from; `kind` is its format."""
+    return {
+        "format": kind,
+        **input_facts(steering.vector),
+        "language": language,
+        "scaling_factor": steering.scaling_factor,
+        "dtype": dtype,
+        "head_list_sha256": head_list_hash(steering.heads),
+    }
+
+
+def steered_heads(steering: Steering) -> dict:
+    """The heads of a steering, as facts."""
+    heads = [list(head) for head in steering.heads]
+    return {"head_list": steering.source, "heads": heads, "n_heads": len(heads)}
 
 
 def input_facts(vector: TaskVector) -> dict:
