@@ -4,13 +4,13 @@ Writes, per dataset, the indirect effect of each head on each prompt, the mean h
 arguments. Finished datasets are skipped; an interrupted one resumes at its next prompt.
 """
 
-import json
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from functools import partial
 from pathlib import Path
 
-from soteria import cli
+from soteria import cli, disk
+from soteria.errors import UserError
 from soteria.scoring.notes import describe_first_tokens
 from soteria.scoring.prompts import ANSWERS, WHOLE, expand_datasets
 from soteria.scoring.run import ScoringSettings, score_datasets
@@ -18,10 +18,13 @@ from soteria.storage import paths
 
 
 def json_object(text: str) -> dict[str, str]:
-    """A JSON object of texts. Raises ValueError for anything else."""
-    value = json.loads(text)
+    """A JSON object of texts. Raises ArgumentTypeError for anything else."""
+    try:
+        value = disk.parse_json(text, f"{text!r:.80}")
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise ValueError("expected a JSON object of texts")
+        raise ArgumentTypeError(f"{text!r:.80} must be a JSON object of texts")
     return value
 
 

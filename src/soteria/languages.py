@@ -4,7 +4,6 @@ The order of the table is that of the group rule (`soteria.scoring.heads.group_h
 SOTERIA_LANGUAGES names a JSON file that adds languages.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from babel import Locale
 from babel.core import get_global
 
+from soteria import disk
 from soteria.errors import UserError
 
 ADDED = "SOTERIA_LANGUAGES"  # [{"name": "Serbian", "code": "sr", "instruction": "…", "aliases": ["srp"]}, …]
@@ -56,9 +56,9 @@ _BUILT_IN = (
 def _read_added(path: str) -> tuple[Language, ...]:
     """The languages of a JSON file, without a tier. Raises UserError for one that is not complete or already there."""
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{ADDED}: {path} cannot be read as JSON ({error})") from None
+        given = disk.load_json(Path(path))
+    except UserError as error:
+        raise UserError(f"{ADDED}: {error}") from None
     found = []
     for each in given if isinstance(given, list) else [given]:
         needed, texts = {"name", "code", "instruction"}, each if isinstance(each, dict) else {}

@@ -163,7 +163,7 @@ def test_a_written_head_list_reads_back_in_order_and_a_malformed_one_is_refused_
     assert heads.read_heads(path) == listed
     assert path.read_text() == "[[3, 1], [0, 0], [12, 31]]\n"
     complaints = {
-        "not a JSON head list": ["[[0, 1], [2", "", b"\xff\xfe[[0, 1]]"],
+        "not valid JSON|not UTF-8": ["[[0, 1], [2", "", b"\xff\xfe[[0, 1]]", "[" * 3000 + "]" * 3000],
         "not a list of": ["[]", "{}", "null", '{"heads": [[0, 1]]}'],
         "entry 0 is": ["[0, 1]", "[[0, 1.5]]", "[[0, true]]", '[["0", "1"]]'],
         r"entry 1 is \[-?\d": ["[[0, 1], [2, 3, 4]]", "[[0, 1], [-1, 0]]"],

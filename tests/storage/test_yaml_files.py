@@ -17,6 +17,9 @@ def test_yaml_is_read_as_it_looks_or_refused(tmp_path):
         ("a: 1:30", "1:30 would be read as a number of sixties"),
         ("a: [1:30.5]", "1:30.5 would be read"),
         ("[" * 3000, "not valid YAML"),
+        ("[" * 120 + "]" * 120, "nested too deep"),
+        ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)), "anchors"),
+        ("a: &a [*a]", "nested too deep"),
         ("a: [", "not valid YAML"),
     ):
         path.write_text(text, encoding="utf-8")

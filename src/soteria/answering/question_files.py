@@ -4,13 +4,13 @@ In: where the set is and a language. Out: a `Table`. A set that keeps languages 
 the language asked for or refused.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import Language, find_language, names_a_language
 from soteria.storage import paths
@@ -99,24 +99,19 @@ def _from_csv(path: Path, names: list[str]) -> Table:
 
 def _from_json(path: Path) -> Table:
     """A list of objects, or one object per line. Raises UserError for anything else, naming the row."""
+    text = disk.read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    values = _parsed(text)
-    if values is None:
-        values = [_parsed(line) for line in text.split("\n") if line.strip()]
+        values = disk.parse_json(text, str(path), plain=False)
+    except UserError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if path.suffix == ".json" and len(lines) < 2:
+            raise
+        values = [disk.parse_json(line, f"{path}: row {row}", plain=False) for row, line in enumerate(lines)]
     rows = values if isinstance(values, list) else [values]
     for row, value in enumerate(rows):
         if not isinstance(value, dict):
             raise UserError(f"{path}: row {row} is not a JSON object such as {{'question': …}}, on one line in a JSONL")
     return Table(list(dict.fromkeys(name for row in rows for name in row)), iter(rows))
-
-
-def _parsed(text: str) -> object | None:
-    with suppress(ValueError):
-        return json.loads(text)
-    return None
 
 
 def _from_parquet(path: Path) -> Table:

@@ -4,7 +4,6 @@ In: the grid, the results folder (what is done, and how long steps took on this 
 long they took elsewhere, and figures for estimating the rest, marked as measured or assumed). Reads no weights.
 """
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -18,7 +17,7 @@ from soteria.answering.question_files import find_local
 from soteria.errors import UserError
 from soteria.grid.cells import Shard, grid_cells, language_cells
 from soteria.grid.grid_file import Grid, Pair, Shape
-from soteria.storage import paths
+from soteria.storage import files, paths
 from soteria.storage.table_formats import to_markdown
 from soteria.storage.yaml_files import read_yaml
 
@@ -71,8 +70,7 @@ class Plan:
     def _measured_here(self, pair: Pair) -> dict[str, tuple[float, str, int]]:
         """Per step that ran on this machine: median seconds per unit, the latest device, the number of units."""
         path, seen = paths.durations_file(self.results, pair.slug), defaultdict(list)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            cost = json.loads(line)
+        for cost in files.read_json_lines(path):
             seen[cost["step"]].append((cost["seconds"] / cost["units"], cost["device"], cost["units"]))
         return {
             step: (statistics.median(seconds), devices[-1], sum(units))

@@ -1,11 +1,12 @@
 """How a verdict is read from a language model's reply; the table of forms is in tests/judging/test_replies.py."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 
+from soteria import disk
 from soteria.answering.thinking import split_thinking
+from soteria.errors import UserError
 from soteria.judging.interface import HARMFUL, NOT_HARMFUL
 
 _LIKE_ASCII = str.maketrans("：。，？（）＝", ":.,?()=", "*`'\"“”‘’«»#[]{}$|")
@@ -52,8 +53,8 @@ def plain_lines(reply: str) -> list[str]:
 def _plain(text: str) -> str:
     """The text without decoration; JSON becomes a line per entry."""
     if found := re.search(r"\{.*\}", text, re.S):
-        with suppress(ValueError):
-            return "\n".join(_entries(json.loads(found[0])))
+        with suppress(UserError):
+            return "\n".join(_entries(disk.parse_json(found[0], "a reply", strict=False)))
     return _EMPHASIS.sub("", _BOXED.sub("", _TAG.sub("\n", text)).translate(_LIKE_ASCII))
 
 

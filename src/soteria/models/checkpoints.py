@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.models.loading import parameter_names
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
@@ -80,7 +81,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict:
         path = self.folder / (ADAPTER_CONFIG if self.is_adapter else "config.json")
-        config = files.read_json(path)
+        config = disk.load_json(path, f"{self.folder} has no {path.name}; give a whole model folder", strict=False)
         if not isinstance(config, dict):
             raise UserError(f"{self.folder} has no readable {path.name}; give a whole model folder")
         return config

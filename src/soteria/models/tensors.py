@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.storage import files
 
@@ -76,7 +77,7 @@ def _safetensors_places(file: Path) -> dict[str, Place]:
             pass
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            header = disk.parse_json(stream.read(length), str(file), strict=False)
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         raise UserError(f"{file} is not a valid safetensors file ({error}); copy or download it again") from None
     header.pop("__metadata__", None)

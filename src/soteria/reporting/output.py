@@ -1,6 +1,5 @@
 """Writes a grid's tables, figures and report, and prints the main tables."""
 
-import json
 from pathlib import Path
 
 from soteria.grid.cells import grid_cells
@@ -96,8 +95,8 @@ def _devices(found: WriteUp) -> dict[str, str]:
     seen = {}
     for pair in found.grid.models:
         path = paths.durations_file(found.results, pair.slug)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            seen.setdefault(json.loads(line)["device"])
+        for duration in files.read_json_lines(path):
+            seen.setdefault(duration["device"])
     return {"measured on": ", ".join(device for device in seen if device != "none") or "unknown"}
 
 

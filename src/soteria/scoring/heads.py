@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import load_tensor
@@ -111,12 +112,7 @@ def random_heads(heads: Sequence[Head], count: int, seed: int) -> list[Head]:
 
 def read_heads(path: Path) -> list[Head]:
     """A head list of this project or the original release. Raises UserError naming the file and what is wrong."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no head list {path}; make it with select_heads.py or use another head folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON head list ({error})") from None
+    rows = disk.load_json(path, f"no head list {path}; make it with select_heads.py or use another head folder")
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} is not a list of [layer, head]")
     for i, row in enumerate(rows):

@@ -6,7 +6,6 @@ Todd et al., 2024, *Function Vectors in Large Language Models*), so a seed gives
 """
 
 import fnmatch
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from soteria import disk
 from soteria.errors import UserError
 
 TASKS = ("antonym", "country-capital", "country-currency", "sentiment", "ag_news")
@@ -117,12 +117,7 @@ def expand_datasets(patterns: list[str], root: Path) -> list[str]:
 
 def load_examples(path: Path) -> list[Example]:
     """Read a task file, a JSON list of `{"input", "output"}`. Raises UserError naming the file and the row."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no dataset file {path}; check the name of the dataset and its folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); expected a list of {{'input', 'output'}}") from None
+    rows = disk.load_json(path, f"no dataset file {path}; check the name of the dataset and its folder")
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a JSON list of {{'input', 'output'}}")
     for i, row in enumerate(rows):

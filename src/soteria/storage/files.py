@@ -12,7 +12,10 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from soteria import disk
 from soteria.errors import UserError
+
+LONGEST = 240  # bytes in a file's name, beside which its temporary sibling has 14 more
 
 
 @contextmanager
@@ -113,11 +116,20 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> object | None:
-    """The JSON value in a file, or None if the file is missing or broken."""
+    """The JSON value in a file that a program wrote, or None if the file is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return disk.load_json(path, strict=False)
+    except UserError:
         return None
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The JSON objects that a file has, one a line, none if it is missing. A broken line is left out."""
+    found = []
+    for line in disk.read_text(path).splitlines() if path.exists() else []:
+        with suppress(UserError):
+            found.append(disk.parse_json(line, str(path), strict=False))
+    return [each for each in found if isinstance(each, dict)]
 
 
 def read_facts(path: Path) -> dict:

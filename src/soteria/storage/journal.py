@@ -5,6 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from soteria import disk
+from soteria.errors import UserError
 from soteria.storage import files
 
 
@@ -16,7 +18,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict):
-        self.path = path
+        self.path = disk.check_output(path, longest=files.LONGEST)
         self._header = (json.dumps(settings, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
         self._read()
 
@@ -24,12 +26,12 @@ class Journal:
         """Set `done` to the finished rows, and `_sound` to the number of bytes that hold them."""
         self.done: dict[int, object] = {}
         self._sound = 0
-        with suppress(FileNotFoundError, TypeError, ValueError), self.path.open("rb") as file:
+        with suppress(FileNotFoundError, TypeError, ValueError, UserError), self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n") or (self._sound == 0 and line != self._header):
                     return
                 if self._sound > 0:
-                    row, value = json.loads(line)
+                    row, value = disk.parse_json(line, str(self.path), strict=False)
                     self.done[row] = value
                 self._sound += len(line)
 

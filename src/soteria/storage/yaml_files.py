@@ -5,8 +5,10 @@ from pathlib import Path
 
 import yaml
 
+from soteria import disk
 from soteria.errors import UserError
 
+MAX_VALUES = 10**5  # in a file, once its anchors are written out
 _CLOCK = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?")  # 1:30 means 90 in YAML
 
 
@@ -32,9 +34,21 @@ class _Plain(yaml.SafeLoader):
 
 def read_yaml(path: Path, missing: str) -> object:
     """What a YAML file holds. Raises UserError for one that is missing (with the words of `missing`) or not plain."""
+    text = disk.read_text(path, missing)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
-    except FileNotFoundError:
-        raise UserError(missing) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        value = yaml.load(text, Loader=_Plain)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())[:300]})") from None
+    if disk.is_deep(value) or _size(value, {}) > MAX_VALUES:
+        raise UserError(f"{path} is not valid YAML: nested too deep, or its anchors repeat too much; write it flat")
+    return value
+
+
+def _size(value: object, known: dict[int, int]) -> int:
+    """The number of values written out, anchors repeated wherever they are named."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
