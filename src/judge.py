@@ -12,8 +12,6 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-import pandas as pd
-
 from soteria import cli
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
@@ -183,6 +181,8 @@ def agreements(verdicts: dict[str, list[str]], others: dict[str, list[str]]) -> 
 
 def print_table(summary: dict) -> None:
     """A row per model, with its gain and its damage; then safe against base, overall and per category."""
+    import pandas as pd  # takes a second
+
     models = [model for model in ("base", "safe") if model in summary]
     benign, borderline, table = summary.get(BENIGN, {}), summary.get(BORDERLINE, {}), {}
     lacking = [model for model in models if summary[model]["blank"]]

@@ -1,29 +1,115 @@
-"""What all scripts share on the command line: one-sentence errors, the parser, and types of arguments."""
+"""What all scripts share on the command line: one-sentence errors, the parser, and types of arguments.
+
+Scripts import this first: from here on, Ctrl-C ends them with one sentence, also while they load other modules.
+"""
 
 import argparse
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+from soteria import disk
 from soteria.errors import UserError
+
+_STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which like Ctrl-C must pass every `except Exception`."""
+
+
+def _is_script() -> bool:
+    """Whether this process runs a script of the project, rather than a program that imports this module."""
+    started = Path(getattr(sys.modules["__main__"], "__file__", None) or "?").resolve()
+    package = Path(__file__).resolve().parent
+    return started.parent == package.parent or started.is_relative_to(package)
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """End a script that is still loading modules: nothing is begun, and an import might swallow an exception."""
+    _end(number)
+    os._exit(128 + number)
+
+
+def _terminate(_number: int, _frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def _handle(handlers: dict[int, Callable]) -> dict[int, Callable]:
+    """Set what signals do, but for those that the caller of the script has them ignored; return what they did."""
+    before = {number: signal.getsignal(number) for number in handlers}
+    with suppress(ValueError):  # only the main thread may
+        for number, handler in handlers.items():
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, handler)
+    return before
+
+
+if _is_script():
+    _handle(dict.fromkeys(_STOPPED, _leave))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Exits with status 2 after a UserError or an unusable file, with 130 after Ctrl-C."""
+    """Run a script's `main`, and end the process as people and other programs expect.
+
+    Status 2 with one sentence after a UserError, an unusable file or a full disk; 130 after Ctrl-C and 143 after
+    SIGTERM; 141 without a word where nobody reads the output any more.
+    """
+    before = _handle({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate})
     try:
-        main()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.filename is None:
-                raise
-            error = f"{error.filename} cannot be used ({error.strerror}); give another path"
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            main()
+        finally:
+            _flush()
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_end(signal.SIGINT))
+    except _Terminated:
+        sys.exit(_end(signal.SIGTERM))
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if (explained := disk.explained(error)) is None:
+            raise
+        _say(f"error: {explained}")
+        sys.exit(2)
+    finally:
+        if not _is_script():
+            _handle(before)
+
+
+def _end(number: int) -> int:
+    """Say that a signal ended the script; return its exit status."""
+    _say(f"{_STOPPED[number]}; run the same command again to resume")
+    return 128 + number
+
+
+def _say(sentence: str) -> None:
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Write what is printed so far. Raises UserError where the output cannot take it."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"the output cannot be written ({error.strerror}); write it to another place") from None
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from writing at its exit what cannot be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def new_parser(description: str, example: str) -> argparse.ArgumentParser:

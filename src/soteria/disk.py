@@ -3,6 +3,7 @@
 Whatever is wrong is one sentence that names the place. Pipes and devices, which would hang or never end, are refused.
 """
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from soteria.errors import UserError
 MAX_BYTES = 2**30  # of a file that is read whole as text
 MAX_DEPTH = 100  # of JSON and YAML; Python's own limit depends on who reads
 MAX_NAME = 200  # bytes in an output's name: file systems allow 255, and names made from it are longer
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = (*map(os.strerror, _FULL), "PytorchStreamWriter failed writing", "file write failed", "unexpected pos ")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -165,3 +168,28 @@ def _check_new(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def explained(error: Exception) -> UserError | None:
+    """The UserError that an exception is or means: a full disk, or a file that cannot be used. None for any other.
+
+    Libraries raise kinds of their own when the disk is full; what the system said is in their words or their cause.
+    """
+    if isinstance(error, UserError):
+        return error
+    if is_full(error):
+        return UserError("the disk is full; free some space and run the same command again")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename} cannot be used ({error.strerror}); give another path")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"a file cannot be read or written ({error.strerror}); check the disk")
+    return None
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, says that the disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.grid.cell_work import CellWork, Judges
 from soteria.grid.cells import Cell, Shard, language_cells, method_of
@@ -136,6 +137,8 @@ class Reproduction:
         except NotScored as error:
             self.waiting[name] = str(error)
         except Exception as error:
+            if disk.is_full(error):
+                raise  # no other cell would fare better
             if self.processes.count > 1 and not isinstance(error, UserError):
                 raise  # the other processes are elsewhere in the work
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -56,8 +56,9 @@ class Journal:
     def add(self, rows: dict[int, object]) -> None:
         """Write finished rows. They are on disk when this returns."""
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows.items()).encode("utf-8")
-        self._sound += self._file.write(lines if self._sound else self._header + lines)
+        n_bytes = self._file.write(lines if self._sound else self._header + lines)
         self._file.flush()
+        self._sound += n_bytes
         self.done |= rows
 
     def remove(self) -> None:
