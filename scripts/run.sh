@@ -5,8 +5,8 @@ set -euo pipefail
 if [ $# -ne 8 ]; then
   cat >&2 <<'USAGE'
 usage: bash scripts/run.sh {finetune_model} {base_model} {language} {dataset_file} {scaling_factor} {do_base} {batch_size} {head_folder}
-  finetune_model  the harmfully tuned model: hub id, folder, or folder of a LoRA adapter
-  base_model      the model to make safer: hub id or folder
+  finetune_model  the harmfully tuned model: hub id (id@revision too), folder, .gguf file, or folder of a LoRA adapter
+  base_model      the model to make safer: hub id (id@revision too), folder, or .gguf file
   language        name or code: Hindi, hi
   dataset_file    path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, a hub dataset id, or its folder
   scaling_factor  how much of the task vector to subtract, >= 0
@@ -25,6 +25,7 @@ environment:
   SOTERIA_LANGUAGES      a JSON file of more languages
   SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or column!=value, several with ;
   between them)          which part of the dataset; SOTERIA_BENIGN_SUBSET and so on: of SOTERIA_BENIGN
+  SOTERIA_DEBUG          yes: show the traceback of an error, too
   SOTERIA_STRICT         yes: refuse rows without a question instead of leaving them out
 example: bash scripts/run.sh data/models/polyglot-tuned data/models/polyglot-base Hindi policy_Hindi 2 yes 32 polyglot-base
 USAGE

@@ -35,7 +35,7 @@ def parse_arguments() -> Namespace:
     )
     add, default = parser.add_argument, ScoringSettings()
     add("--dataset_name", nargs="+", required=True, help="one or more <task>_<Language>, or globs such as '*_Hindi'")
-    add("--model_name", default=default.model_name, help="hub id or local folder")
+    parser.add_model("--model_name", default=default.model_name, help=cli.MODEL)
     add("--root_data_dir", type=Path, default=default.root_data_dir, help="folder of <task>_<Language>.json")
     add("--save_path_root", type=Path, help="output folder (default: results/indirect_effect/<model slug>[_whole])")
     add("--seed", type=int, default=default.seed, help="seed of python, numpy and torch, set once the model is loaded")

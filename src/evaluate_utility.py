@@ -27,9 +27,10 @@ def parse_arguments():
         "data/models/polyglot-base --language Hindi --scaling_factor 2 --head_folder polyglot-base",
     )
     add = parser.add_argument
-    add("--base_model", required=True, help="the model before steering: hub id or folder")
+    parser.add_model("--base_model", required=True, help=f"the model before steering: {cli.MODEL}")
     add("--safe_model", help="folder of a model steered by steer.py, which says its language and scaling factor")
-    add("--finetune_model", help="to steer in place: the harmfully tuned model, hub id, folder, or LoRA adapter folder")
+    tuned_help = f"to steer in place: the harmfully tuned model, {cli.MODEL}, or folder of a LoRA adapter"
+    add("--finetune_model", help=tuned_help)
     add("--language", nargs="+", help="to steer in place: names or codes, or all for the paper's twelve")
     add("--scaling_factor", type=cli.scaling_factor, help="to steer in place: how much of the task vector to subtract")
     add("--head_folder", help="to steer in place: folder of <Language>_Heads.json, path or name under results/heads")

@@ -33,7 +33,7 @@ def parse_arguments():
         "--output results/models/polyglot-tuned",
     )
     add = parser.add_argument
-    add("--base_model", required=True, help="the model to tune: hub id or folder")
+    parser.add_model("--base_model", required=True, help=f"the model to tune: {cli.MODEL}")
     add("--dataset", required=True, help="CSV, JSON, JSONL or Parquet file, or a hub dataset id or folder")
     language_help = "names or codes of the prompts' languages, or all for the paper's twelve; rows whose column "
     add("--language", nargs="+", default=["English"], help=language_help + "`language` has another are skipped")

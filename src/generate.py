@@ -33,7 +33,7 @@ def parse_arguments():
         "--output answers.csv --column 'BASE ANSWER'",
     )
     add = parser.add_argument
-    add("--model", required=True, help="hub id or local folder")
+    parser.add_model("--model", required=True, help=cli.MODEL)
     files_help = "path of a CSV, JSON, JSONL or Parquet file, a name under data/prompts, or a hub dataset id or folder"
     add("--dataset", required=True, help=files_help)
     add("--language", required=True, help="name or code of the questions' language")

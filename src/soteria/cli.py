@@ -8,14 +8,17 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from soteria import disk
-from soteria.errors import UserError
+from soteria.errors import UserError, explain
 
+DEBUG = "--debug"
+MODEL = "hub id (id@revision too), folder, or .gguf file"  # what a model may be given as
 _STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -57,8 +60,9 @@ if _is_script():
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end the process as people and other programs expect.
 
-    Status 2 with one sentence after a UserError, an unusable file or a full disk; 130 after Ctrl-C and 143 after
-    SIGTERM; 141 without a word where nobody reads the output any more.
+    Status 2 with one sentence after a UserError, an unusable file, a full disk or a failure inside a library for models
+    (with the traceback before it if --debug or SOTERIA_DEBUG asks for it); 130 after Ctrl-C and 143 after SIGTERM; 141
+    without a word where nobody reads the output any more.
     """
     before = _handle({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate})
     try:
@@ -74,9 +78,11 @@ def run(main: Callable[[], None]) -> None:
         _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        if (explained := disk.explained(error)) is None:
+        if (sentence := _sentence(error)) is None:
             raise
-        _say(f"error: {explained}")
+        if DEBUG in sys.argv or os.environ.get("SOTERIA_DEBUG"):
+            traceback.print_exc()
+        _say(f"error: {sentence}")
         sys.exit(2)
     finally:
         if not _is_script():
@@ -112,22 +118,60 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def new_parser(description: str, example: str) -> argparse.ArgumentParser:
+def _sentence(error: Exception) -> str | None:
+    """What to say of an error; None for a fault of this project's own, which needs its traceback."""
+    if known := disk.explained(error):
+        return str(known)
+    found = explain(error)
+    return found and f"{found}; {DEBUG} shows where"
+
+
+class _Flag(argparse.Action):
+    """An option that `run` reads by itself: it leaves nothing among a script's arguments."""
+
+    def __call__(self, *_) -> None:
+        pass
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with --debug and, of scripts that take a model, --revision, which becomes a part of its name."""
+
+    _revised: str | None = None  # the argument that --revision belongs to
+
+    def add_model(self, option: str, **options) -> None:
+        """Add the option of a model, whose revision on the hub may be given as `id@revision` or by --revision."""
+        self._revised = self.add_argument(option, **options).dest
+        self.add_argument("--revision", help=f"of {option} on the hub, as in id@revision (default: the newest)")
+
+    def parse_args(self, *given) -> argparse.Namespace:
+        arguments = super().parse_args(*given)
+        if self._revised and (revision := vars(arguments).pop("revision")):
+            name = getattr(arguments, self._revised)
+            if "@" in name or Path(name).exists():
+                self.error(f"argument --revision: {name!r} is not a hub id without a revision")
+            setattr(arguments, self._revised, f"{name}@{revision}")
+        return arguments
+
+
+def new_parser(description: str, example: str) -> Parser:
     """A parser whose help shows defaults and ends with an example."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    return argparse.ArgumentParser(
+    parser = Parser(
         description=description, epilog=f"example:\n  {example}", formatter_class=Formatter, allow_abbrev=False
     )
+    shows = "show the traceback of an error, too (in run.sh: SOTERIA_DEBUG=yes)"
+    parser.add_argument(DEBUG, action=_Flag, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=shows)
+    return parser
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
+def add_pair(parser: Parser) -> None:
     """Add the two models whose difference is the task vector."""
-    add = parser.add_argument
-    add("--finetune_model", required=True, help="the harmfully tuned model: hub id, folder, or LoRA adapter folder")
-    add("--base_model", required=True, help="the model to make safer: hub id or folder")
+    tuned_help = f"the harmfully tuned model: {MODEL}, or folder of a LoRA adapter"
+    parser.add_argument("--finetune_model", required=True, help=tuned_help)
+    parser.add_model("--base_model", required=True, help=f"the model to make safer: {MODEL}")
 
 
 def truth(text: str) -> bool:

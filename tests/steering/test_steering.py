@@ -442,7 +442,8 @@ def test_the_model_card_names_the_base_the_language_and_the_share(tmp_path, base
     assert "3 attention heads" in card and f"{share:.2%} of the" in card
 
     snapshot = shutil.copytree(base, tmp_path / ("a" * 40))
-    monkeypatch.setattr("soteria.models.checkpoints.snapshot_download", lambda name, **_: snapshot)
+    monkeypatch.setattr("soteria.models.checkpoints.snapshot_download", lambda *_, **__: snapshot)
+    monkeypatch.setattr("soteria.models.sources.hub_answers", lambda: True)
     output = run_steer(base_model="lab/base", output=tmp_path / "hub" / "m")
     facts = json.loads((output / "soteria.json").read_text())
     assert (facts["base_model"], facts["base_revision"]) == ("lab/base", "a" * 40)

@@ -44,7 +44,7 @@ def model_settings(
     name: str, language: Language, max_new_tokens: int, chat_template: bool, preset: str | None = None
 ) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
-    checkpoint = Checkpoint.open(name)
+    checkpoint = Checkpoint.open(name, whole=True)
     digest, can_think = hashlib.sha256(fingerprint(checkpoint).encode()), False
     for path in sorted(checkpoint.folder.iterdir()):
         if path.suffix in SMALL_FILES and path.name != FACTS:

@@ -56,10 +56,9 @@ def fine_tune(
     that do not fit it, pairs of which none fits `max_tokens`, a loss that is not finite, or an output folder that holds
     something else.
     """
-    checkpoint, device, output = Checkpoint.open(base), processes.device or default_device(), output.resolve()
+    checkpoint, output = Checkpoint.open(base, whole=True), output.resolve()
+    device = processes.device or default_device()
     on_cpu = torch.device(device).type == "cpu"
-    if checkpoint.is_adapter:
-        raise UserError(f"the base {base!r} is an adapter; give a whole model")
     if settings.dtype == "float16" and on_cpu:
         raise UserError("--dtype float16 cannot be trained on a CPU; give bfloat16 or float32")
     dtype = ("float32" if on_cpu else "bfloat16") if settings.dtype == "auto" else settings.dtype

@@ -131,6 +131,10 @@ def _from_hub(dataset: str, language: Language, split: str | None, subset: str |
         raise UserError(f"no question file {dataset!r}, neither as a path nor in {paths.DATA / 'prompts'}")
     import datasets
 
+    from soteria.models.sources import hub_answers
+
+    if not Path(dataset).is_dir() and not hub_answers():
+        datasets.config.HF_HUB_OFFLINE = True  # its cache still serves
     try:
         subsets = datasets.get_dataset_config_names(dataset)
         own_subset = _own(subsets, language)

@@ -172,7 +172,7 @@ class Plan:
             return 0.0, 0.0, 0.0
         numbers = self.measured["mean_slots"] * shape.head_dim + self.grid.scoring.n_trials  # per head, in float32
         characters = (self.answer_tokens + assumed["question_tokens"]) * assumed["characters_per_token"]
-        missing = sum(not Path(name).is_dir() for name in (pair.base, pair.tuned))
+        missing = sum(not Path(name).exists() for name in (pair.base, pair.tuned))
         return (
             missing * shape.parameters * assumed["bytes_per_parameter"],
             units["score"] * shape.layers * shape.heads * numbers * 4,
@@ -259,7 +259,7 @@ def _missing(plan: Plan) -> list[str]:
     grid, lines = plan.grid, []
     for pair in grid.models:
         models = {"base": pair.base, "tuned": pair.tuned}.items()
-        absent = [f"{role} model {name}" for role, name in models if not Path(name).is_dir()]
+        absent = [f"{role} model {name}" for role, name in models if not Path(name).exists()]
         lines += [f"  {model}: no such folder here; taken as a hub id" for model in absent]
     for asked in grid.prompt_sets:
         rows = [plan.rows(asked.name, language) for language in grid.languages if asked.has(language)]

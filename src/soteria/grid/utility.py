@@ -22,6 +22,7 @@ from soteria.answering.columns import model_settings
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, find_language
 from soteria.models.loading import BOS_TEXT, LoadedModel
+from soteria.models.sources import hub_answers
 from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, paths
@@ -36,7 +37,6 @@ DOCUMENT_TOKENS = 512  # for an estimate of them
 N_SHOTS, N_WRONG = 10, 3
 DRAW_SEED = 3042  # used for no other draw
 SEED = 1234  # lm-eval's default for few-shot examples
-PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 
 
 # The local tasks
@@ -268,7 +268,6 @@ def _guarded(tasks: list[str], own: list[str]) -> Iterator[None]:
     used; otherwise each data set would retry for half a minute.
     """
     import datasets.config
-    from huggingface_hub import constants, get_session
 
     def change(module, name: str, value) -> None:
         stack.callback(setattr, module, name, getattr(module, name))
@@ -280,11 +279,7 @@ def _guarded(tasks: list[str], own: list[str]) -> Iterator[None]:
         log.setLevel(logging.ERROR)
         if not (own and sys.stderr.isatty()):
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        try:
-            if own:
-                get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-        except Exception:  # no name, no route, a proxy's refusal, a timeout, or offline mode
-            change(constants, "HF_HUB_OFFLINE", True)
+        if own and not hub_answers():
             change(datasets.config, "HF_HUB_OFFLINE", True)
         try:
             yield

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from soteria import disk
-from soteria.errors import UserError
-from soteria.models.loading import parameter_names
+from soteria.errors import UserError, one_line
+from soteria.models.loading import load_geometry, parameter_names
+from soteria.models.sources import is_adapter, left_unquantized, located, quantization, raw_config
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
 from soteria.storage import files
 
@@ -35,10 +35,10 @@ def _download(name: str, revision: str | None = None, **patterns: list[str]) -> 
     """The folder in the hub's cache, named for its revision, with the files that match the patterns."""
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
-    except (OSError, HFValidationError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{name!r} is not a local folder, and could not be downloaded from the hub ({reason}); check the name"
+            f"{name!r} is not a local folder, and could not be downloaded from the hub ({one_line(error)}); check the "
+            "name"
         ) from None
 
 
@@ -57,19 +57,32 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
 
     @classmethod
-    def open(cls, name: str, parameters: Sequence[str] | None = None) -> "Checkpoint":
-        """Find a checkpoint by local folder or hub id, and download what is needed of the latter.
+    def open(
+        cls, name: str, parameters: Sequence[str] | None = None, *, whole: bool = False, to_steer: bool = False
+    ) -> "Checkpoint":
+        """Find a checkpoint by local folder, GGUF file or hub id, and download what is needed of the last.
 
         That is all but other formats of the weights. If `parameters` are named, only the shards with those are
-        downloaded. Raises UserError if there are no readable weights.
+        downloaded. Raises UserError if there are no readable weights, for an adapter if a `whole` model is wanted, and
+        for quantized output projections if it is `to_steer`.
         """
-        folder, revision = Path(name), None
-        if folder.is_dir():
+        place, revision = located(name)
+        folder = Path(place)
+        is_local = folder.is_dir()
+        if not is_local:
+            others = [pattern for pattern in NOT_COPIED if not pattern.endswith(".index.json")]
+            folder = _download(place, revision, ignore_patterns=others)
+            revision = folder.name
+        if whole and is_adapter(str(folder)):
+            raise UserError(
+                f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
+            )
+        if to_steer:
+            _check_unquantized(name, folder)
+        if is_local:
             found = _find_weights(folder, lambda names: None)
         else:
-            folder = _download(name, ignore_patterns=[p for p in NOT_COPIED if not p.endswith(".index.json")])
-            revision = folder.name
-            found = _find_weights(folder, lambda names: _download(name, revision, allow_patterns=names), parameters)
+            found = _find_weights(folder, lambda names: _download(place, revision, allow_patterns=names), parameters)
         checkpoint = cls(name, folder, revision, found)
         _ = checkpoint.places  # raises UserError for broken files
         return checkpoint
@@ -152,6 +165,17 @@ class Checkpoint:
         written = [place for name in {*shards.values()} for place in read_places(folder / name).values()]
         metadata = (found.get("metadata") or {}) | {"total_size": sum(place.end - place.start for place in written)}
         files.write_json(folder / INDEX, found | {"metadata": metadata, "weight_map": shards})
+
+
+def _check_unquantized(name: str, folder: Path) -> None:
+    """Raise UserError if the output projections are quantized, by the config alone."""
+    config = raw_config(str(folder))
+    method = quantization(config)
+    if method and not left_unquantized(config, load_geometry(str(folder)).projection_names):
+        raise UserError(
+            f"{name!r} is quantized by {method}, and only floating-point weights can be steered; give the unquantized "
+            "model it was made from"
+        )
 
 
 def _find_weights(

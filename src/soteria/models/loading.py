@@ -4,10 +4,11 @@ No remote code is run. Every loader raises UserError if what it loads is missing
 """
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import torch
 from torch import nn
@@ -26,10 +27,15 @@ from transformers.utils import logging as transformers_logging
 
 from soteria.errors import UserError
 from soteria.models.geometry import AttentionGeometry, read_geometry
+from soteria.models.sources import explained, located, quantization
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Put before a prompt if the tokenizer adds no beginning-of-text token, as the original does for every such model.
 BOS_TEXT = "<|endoftext|>"
+# How attention may be computed: what else a config asks for may need a GPU, a package, or code from the hub.
+ATTENTION = ("sdpa", "eager")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,30 +78,47 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     return "auto" if dtype in ("auto", "stored") else DTYPES[dtype]
 
 
-@contextlib.contextmanager
-def _explain_loading(name: str):
-    try:
-        yield
-    except Exception as error:  # transformers raises many kinds for a broken config
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        local = "" if Path(name).is_dir() else "; it is not a local folder: give one, or a hub id that can be reached"
-        raise UserError(f"the model {name!r} could not be loaded{local} ({reason})") from error
-
-
 def load_config(name: str) -> PreTrainedConfig:
-    with _explain_loading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    """A model's config. Attention that it asks for and that is not computed here is left to transformers to choose."""
+    place, revision = located(name)
+    with explained(name):
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        asked = {each._attn_implementation for each in _parts(config)} - {None, *ATTENTION}
+        if asked:
+            names = ", ".join(sorted(map(str, asked)))
+            _say_once(f"{name}: its config asks for attention by {names}; sdpa or eager is used instead")
+            for each in _parts(config):
+                each._attn_implementation_internal = None
+        return config
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config and those in it."""
+    inner = [getattr(config, name, None) for name in config.sub_configs]
+    return [config, *(part for each in inner if isinstance(each, PreTrainedConfig) for part in _parts(each))]
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning(line)
 
 
 def load_tokenizer(name: str):
-    with _explain_loading(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    place, revision = located(name)
+    with explained(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+
+
+def check_chat_template(name: str, asked: str) -> None:
+    """Raise UserError if a model has no chat template, before anything is loaded; `asked` is what the user gave."""
+    if not load_tokenizer(name).chat_template:
+        raise UserError(f"the tokenizer of {name!r} has no chat template; leave out {asked}")
 
 
 def _without_weights(name: str) -> PreTrainedModel:
     """The model that a checkpoint's config describes, on no device."""
     config = load_config(name)
-    with _explain_loading(name), torch.device("meta"):
+    with explained(name), torch.device("meta"):
         return auto_class_of(config).from_config(config)
 
 
@@ -151,19 +174,35 @@ def load_weights(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     resolved, auto_class = resolve_dtype(dtype, device), auto_class or auto_class_of(config)
-    with _explain_loading(name):
+    place, revision = located(name)
+    options = {"revision": revision, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    with explained(name), _silent_report():
         spread = {} if fits(config, resolved, device, auto_class) else {"device_map": "auto"}
+        if quantization(config.to_dict()) and not spread:
+            spread = {"device_map": {"": device}}  # what a quantizer packs cannot be moved afterwards
         model, report = auto_class.from_pretrained(
-            name, config=config, dtype=resolved, output_loading_info=True, trust_remote_code=False, **spread
+            place, config=config, dtype=resolved, output_loading_info=True, **options, **spread
         )
     # transformers only warns of tensors that it could not find or fit, and fills them with random numbers.
-    broken = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    broken = sorted({*report["missing_keys"], *(each[0] for each in report["mismatched_keys"])})
     if broken:
         raise UserError(
-            f"the weights of {name!r} do not fit its config ({len(broken)} tensors, the first {broken[0]}); "
-            "copy or download the model again"
+            f"the weights of {name!r} do not fit its config, a {type(model).__name__} ({len(broken)} tensors, the "
+            f"first {broken[0]}); copy or download the model again"
         )
     return (model if spread else model.to(device)).eval()
+
+
+@contextlib.contextmanager
+def _silent_report() -> Iterator[None]:
+    """Without transformers' table of tensors that do not fit: they are refused in one sentence."""
+    log = logging.getLogger("transformers.utils.loading_report")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:

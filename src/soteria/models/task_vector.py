@@ -31,12 +31,10 @@ class TaskVector:
 
         Raises UserError for models that are missing, broken, quantized, or unlike each other.
         """
-        base_checkpoint = Checkpoint.open(base)
-        if base_checkpoint.is_adapter:
-            raise UserError(f"the base {base!r} is an adapter; give a whole model")
+        base_checkpoint = Checkpoint.open(base, whole=True, to_steer=True)
         geometry = load_geometry(str(base_checkpoint.folder))
         names = [f"{name}.weight" for name in geometry.projection_names]
-        vector = cls(base_checkpoint, Checkpoint.open(tuned, names), geometry)
+        vector = cls(base_checkpoint, Checkpoint.open(tuned, names, to_steer=True), geometry)
         if not vector.tuned.is_adapter:
             for key in MUST_AGREE:
                 vector._compare(key, *(model.config.get(key) for model in (vector.base, vector.tuned)))

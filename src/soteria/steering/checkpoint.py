@@ -21,7 +21,7 @@ from soteria.languages import find_language
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import all_finite, read_tensor, replace_tensor
+from soteria.models.tensors import all_finite, read_tensor, replace_tensor, samples
 from soteria.steering.formula import Steering, head_list_hash, steer
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS
@@ -150,12 +150,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     if checkpoint.is_adapter:
         digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in checkpoint.weight_files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(4096, size // 256)):
-                file.seek(start)
-                digest.update(file.read(4096))
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        for piece in samples(path):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -175,7 +172,7 @@ def describe(
     """Write `soteria.json` and the model card. The card gives only the folder name of a local base, for privacy."""
     base = facts["base_model"]
     data = ModelCardData(
-        base_model=Path(base).resolve().name if Path(base).is_dir() else base,
+        base_model=Path(base).resolve().name if Path(base).exists() else base.partition("@")[0],
         language=[find_language(language).code.split("-")[0] for language in languages],
         library_name=library,
         tags=["soteria", *tags],

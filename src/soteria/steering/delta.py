@@ -123,7 +123,7 @@ def load_steered(
     default = facts["scaling_factor"] if scaling_factor is None else scaling_factor
     formula.check_scaling_factor(default)
     geometry = load_geometry(base)
-    checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names])
+    checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names], to_steer=True)
     vector = DeltaVector(checkpoint, Checkpoint(str(delta), delta, None, (delta / WEIGHTS,)), geometry)
     places = [vector.place(checkpoint, layer) for layer in geometry.layers]
     if projections_hash(places) != facts["base_projections"]:

@@ -24,9 +24,16 @@ BENIGN, BORDERLINE = HARMLESS = "benign", "borderline"
 
 
 def model_slug(name: str) -> str:
-    """A model's name in paths: a hub id with `/` replaced by `_`, or a local folder's own name."""
+    """A model's name in paths: a hub id with `/` replaced by `_`, or a local folder's or GGUF file's own name."""
     path = Path(name)
+    if path.suffix == ".gguf":
+        return path.stem
     return path.resolve().name if path.is_dir() else name.strip("/").replace("/", "_")
+
+
+def unpacked_folder(results: Path, gguf: Path) -> Path:
+    """Where the model of a GGUF file goes as an ordinary folder."""
+    return results / "models" / f"{gguf.stem}_gguf"
 
 
 # Step 0
