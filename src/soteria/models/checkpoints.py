@@ -36,9 +36,9 @@ def _download(name: str, revision: str | None = None, **patterns: list[str]) -> 
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (OSError, ValueError) as error:
+        asked = f"{name}@{revision}" if revision else name
         raise UserError(
-            f"{name!r} is not a local folder, and could not be downloaded from the hub ({one_line(error)}); check the "
-            "name"
+            f"{asked!r} is not a local folder, and could not be downloaded from the hub ({one_line(error)}); check it"
         ) from None
 
 

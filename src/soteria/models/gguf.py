@@ -54,9 +54,12 @@ def _was_made(folder: Path, facts: dict) -> bool:
 def unpack(gguf: Path, output: Path, facts: dict | None = None) -> int:
     """Write the model of a GGUF file as a folder, whole or not at all; returns its number of parameters."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{gguf} needs the package gguf; pip install gguf")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     print(f"unpacking {gguf} into {output}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -104,6 +104,7 @@ def _say_once(line: str) -> None:
 
 
 def load_tokenizer(name: str):
+    load_config(name)  # transformers reads it too, and would blame the tokenizer for it
     place, revision = located(name)
     with explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
@@ -196,7 +197,7 @@ def load_weights(
 @contextlib.contextmanager
 def _silent_report() -> Iterator[None]:
     """Without transformers' table of tensors that do not fit: they are refused in one sentence."""
-    log = logging.getLogger("transformers.utils.loading_report")
+    log = logging.getLogger("transformers.modeling_utils")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
