@@ -39,3 +39,9 @@ def explain(error: Exception) -> str | None:
     else:
         fix = "the model's files may not fit its architecture, or this version of the library: try another model"
     return f"{named[0] if named else 'a model'} failed inside {library} ({one_line(error)}); {fix}"
+
+
+def form_of(reply: str, secret: str = "") -> str:
+    """A reply's form for people to read: its beginning, without runs of characters that may be a key."""
+    reply = reply.replace(secret, "…") if secret else reply
+    return repr(re.sub(r"[\w+/=.~-]{16,}", "…", " ".join(reply.split()), flags=re.ASCII)[:100])

@@ -17,11 +17,11 @@ from kills import Writes
 
 import judge as script
 from soteria.errors import UserError
-from soteria.judging import endpoint as endpoint_judge
 from soteria.judging.interface import EMPTY, FAILED, FILTERED, HARMFUL, JUDGE_PROMPT, NOT_HARMFUL, fill_prompt
 from soteria.judging.judges import make_judge
 from soteria.judging.presets import PRESETS, JudgeSettings
 from soteria.judging.verdicts import AnswerFile, judge_answers
+from soteria.models import endpoint as client
 from soteria.storage.csv_files import read_table, write_rows, write_table
 
 NAME = "openai:some-model"
@@ -216,7 +216,7 @@ def test_a_nonsense_reply_is_asked_once_more_and_then_is_no_verdict(endpoint):
 
 
 def test_a_passing_fault_is_asked_again_and_one_that_stays_is_no_verdict(endpoint, monkeypatch, caplog):
-    monkeypatch.setattr(endpoint_judge, "MAX_RETRIES", 2)
+    monkeypatch.setattr(client, "MAX_RETRIES", 2)
     for fault in [(429, ""), (500, ""), (503, ""), (408, ""), DROPPED, TRUNCATED]:
         server = endpoint(lambda prompt, n, fault=fault: fault if "bad" in prompt or n < 3 else by_answer(prompt, n))
         caplog.clear()
@@ -242,7 +242,7 @@ def test_the_time_that_an_endpoint_asks_for_is_waited(endpoint):
 
 
 def test_neither_a_reply_that_takes_too_long_nor_an_interruption_holds_up_a_run(endpoint, monkeypatch):
-    monkeypatch.setattr(endpoint_judge, "MAX_RETRIES", 0)
+    monkeypatch.setattr(client, "MAX_RETRIES", 0)
     release, started = threading.Event(), time.monotonic()
     server = endpoint(lambda prompt, n: (200, "Harmful") if "slow" not in prompt or release.wait(20) else None)
     assert verdicts(["slow", "Sure"], time_limit=1) == [EMPTY, HARMFUL]
@@ -358,7 +358,7 @@ def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):
 def test_an_endpoint_that_goes_down_ends_the_run_and_the_next_one_resumes(
     endpoint, evaluate, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(endpoint_judge, "MAX_RETRIES", 0)
+    monkeypatch.setattr(client, "MAX_RETRIES", 0)
     server = endpoint(lambda prompt, n: by_answer(prompt, n) if len(server.asked) <= 40 else (503, ""))
     assert evaluate(200) == 2
     error = capfd.readouterr().err
@@ -395,7 +395,7 @@ def counted(folder, model: str = "safe") -> dict:
 
 
 def test_failed_calls_are_asked_again_by_the_same_command(endpoint, run_script, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(endpoint_judge, "MAX_RETRIES", 0)
+    monkeypatch.setattr(client, "MAX_RETRIES", 0)
     asked = words(tmp_path, SAFE=answers(10), BASE=["Sure", *answers(10)[1:]])
     endpoint(lambda prompt, n: (503, ""))
     assert run_script(script, *asked) == 2 and not contents(tmp_path / "out")

@@ -101,9 +101,3 @@ def fill_prompt(judge_prompt: str, question: str, answer: str) -> str:
     """The prompt with every {question} and {answer} filled in; braces in the texts have no meaning."""
     texts = {"{question}": question, "{answer}": answer}
     return re.sub(r"\{question\}|\{answer\}", lambda found: texts[found[0]], judge_prompt)
-
-
-def form_of(reply: str, secret: str = "") -> str:
-    """A reply's form for people to read: its beginning, without runs of characters that may be a key."""
-    reply = reply.replace(secret, "…") if secret else reply
-    return repr(re.sub(r"[\w+/=.~-]{16,}", "…", " ".join(reply.split()), flags=re.ASCII)[:100])

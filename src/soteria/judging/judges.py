@@ -41,7 +41,8 @@ def make_judge(
         _refuse(settings, harmful_labels)
         return RefusalJudge()
     if kind == "openai" and model:
-        from soteria.judging.endpoint import TIME_LIMIT_S, EndpointJudge
+        from soteria.judging.endpoint import EndpointJudge
+        from soteria.models.endpoint import TIME_LIMIT_S
 
         return EndpointJudge(model, concurrency, settings, time_limit or TIME_LIMIT_S)
     if kind == "hf" and model:

@@ -8,7 +8,7 @@ import torch
 
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import chat_text, generate
-from soteria.errors import UserError
+from soteria.errors import UserError, form_of
 from soteria.judging.formats import FORMATS, GUIDELINES, TRAINED_ON_A_PROMPT
 from soteria.judging.interface import (
     BLANK_ANSWER,
@@ -17,7 +17,6 @@ from soteria.judging.interface import (
     NOT_HARMFUL,
     TOO_LONG,
     Row,
-    form_of,
     unjudged,
 )
 from soteria.judging.presets import JudgeSettings

@@ -1,0 +1,250 @@
+"""A model behind an OpenAI-compatible endpoint, asked for many rows at once.
+
+In: calls and the standard environment variables (Azure's included), which the openai client reads; it also retries with
+backoff and honors Retry-After. Out: what was read of the reply to each call, or why nothing was.
+"""
+
+import asyncio
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+
+import openai
+from anyio.from_thread import start_blocking_portal
+
+from soteria.errors import UserError
+
+TIME_LIMIT_S = 60.0  # per request
+MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
+BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
+LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
+PASSING = (402, 408, 409, 425, 429)  # statuses that say nothing of the row, like 500 and above
+REFUSED = "status 403"  # a bad key, or what a moderating proxy says of one row
+CHAT, COMPLETIONS = "/chat/completions", "/completions"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call came to: what was read of its reply, or the `reason` why nothing was.
+
+    `filtered`: a content filter blocked it. `failed`: it got no reply despite retries, and is worth asking again.
+    `said` is what the endpoint said, which may quote the key.
+    """
+
+    value: str | None = None
+    reason: str = ""
+    filtered: bool = False
+    failed: bool = False
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked: `bodies` are the same in several forms, of which the endpoint gets the first that it takes.
+
+    `read` makes an outcome of a reply. One without a value is asked for once more; KeyError and its like mean that the
+    reply is broken. `options` are left out where the endpoint refuses them by name.
+    """
+
+    bodies: tuple[dict, ...]
+    read: Callable[[dict], Outcome]
+    options: dict = field(default_factory=dict)
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint. Its replies may quote the key: only `form_of` them is to be shown."""
+
+    def __init__(self, description: str, model: str, concurrency: int, time_limit: float, path: str = CHAT):
+        """`concurrency` calls at once, each with `time_limit` seconds for a reply.
+
+        Raises UserError for variables that lead to no endpoint, without asking any.
+        """
+        self.description, self.model, self.path = description, model, path
+        self.concurrency, self.time_limit = concurrency, time_limit
+        self._names: dict[str, str | None] = {}  # other names of options, None for those that are refused
+        self._form = 0  # of the bodies, the one that is taken
+        client = self._client()
+        token = getattr(client, "_azure_ad_token", None)
+        self.key = token if token is not None else client.api_key
+        if not self.key.isascii() or not self.key.isprintable() or " " in self.key or not self.key:
+            raise UserError("the endpoint's key is empty or has characters no key has; set it again")
+        self.host = client.base_url.host + (f":{client.base_url.port}" if client.base_url.port else "")
+
+    def _client(self) -> openai.AsyncOpenAI:
+        azure = "AZURE_OPENAI_ENDPOINT" if os.environ.get("AZURE_OPENAI_ENDPOINT") else None
+        name = azure or "OPENAI_BASE_URL"
+        if not re.match(r"https?://[^/\s]", os.environ.get(name) or "https://default"):
+            raise UserError(f"{name} is not an address; give one that begins with http:// or https://")
+        try:
+            client = openai.AsyncAzureOpenAI if azure else openai.AsyncOpenAI
+            return client(timeout=self.time_limit, max_retries=MAX_RETRIES)
+        except openai.OpenAIError:
+            raise UserError(
+                "the endpoint needs a key; set OPENAI_API_KEY, or for Azure AZURE_OPENAI_API_KEY or "
+                "AZURE_OPENAI_AD_TOKEN"
+            ) from None
+        except ImportError:
+            raise UserError(
+                "the endpoint is behind a SOCKS proxy; set HTTPS_PROXY and ALL_PROXY to an HTTP one, or install socksio"
+            ) from None
+        except ValueError:
+            lacks = azure and not os.environ.get("OPENAI_API_VERSION")
+            what = "OPENAI_API_VERSION" if lacks else f"{name} and the proxy variables (HTTPS_PROXY, ALL_PROXY)"
+            raise UserError(f"the endpoint cannot be reached as the variables are set; set {what}") from None
+
+    def ask(self, calls: Iterable[tuple[int, Call | Outcome]], probe: Call) -> Iterator[tuple[int, Outcome]]:
+        """(row, outcome) in any order; a row that comes with an outcome has it. Calls are read as they are needed.
+
+        Rows whose calls failed come last, so that an interrupted run asks them again. `probe`, which nobody forbids,
+        tells a bad key from forbidden rows.
+        Raises UserError if the endpoint refuses the key or the model, fails for many rows in a row, or for all.
+        """
+        reasons: Counter[str] = Counter()  # why rows have nothing
+        failed: list[tuple[int, Outcome]] = []
+        refused: list[tuple[int, Outcome]] = []  # since a row got through
+        n_through = failures_in_a_row = 0
+        pending: dict[Future, int] = {}
+
+        def finished(most_left: int) -> Iterator[tuple[int, Outcome]]:
+            nonlocal failures_in_a_row, n_through
+            while len(pending) > most_left:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    row, outcome = pending.pop(future), future.result()
+                    reasons.update(filter(None, [outcome.reason]))
+                    if outcome.failed:
+                        failed.append((row, outcome))
+                        failures_in_a_row += 1
+                        if failures_in_a_row >= max(LEAST_FAILURES, 2 * self.concurrency):
+                            raise UserError(self._failure(f"for {failures_in_a_row} rows in a row", reasons))
+                    elif outcome.reason == REFUSED:
+                        refused.append((row, outcome))
+                    else:
+                        n_through, failures_in_a_row = n_through + 1, 0
+                        yield from refused
+                        refused.clear()
+                        yield row, outcome
+
+        # The event loop has a thread of its own, so that this also works in a notebook, which already runs a loop.
+        with start_blocking_portal() as portal:
+            client = self._client()
+            try:
+                for row, call in calls:
+                    if isinstance(call, Call):
+                        pending[portal.start_task_soon(self._ask, client, call)] = row
+                        yield from finished(self.concurrency - 1)
+                    else:
+                        yield row, call
+                yield from finished(0)
+                # Is it the key, or these rows?
+                asks_why = refused and (not n_through or len(refused) >= LEAST_FAILURES)
+                if asks_why and portal.call(self._ask, client, probe).reason == REFUSED:
+                    raise UserError(self._refusal(REFUSED))
+            finally:
+                for future in pending:
+                    future.cancel()
+                portal.call(client.close)
+        if failed and not n_through:
+            raise UserError(self._failure(f"for all {len(failed)} rows", reasons))
+        yield from refused
+        yield from failed
+
+    def _refusal(self, reason: str) -> str:
+        """The sentence for an endpoint that takes no row."""
+        return (
+            f"{self.description}: the endpoint replied with {reason}; check its key, its address and the model's name"
+        )
+
+    def _failure(self, rows: str, reasons: Counter[str]) -> str:
+        """The sentence for an endpoint that is down."""
+        return (
+            f"{self.description}: the endpoint failed {rows} ({reasons.most_common(1)[0][0]}); what it gave so far is "
+            "kept, so run the same command again once it is back"
+        )
+
+    async def _ask(self, client: openai.AsyncOpenAI, call: Call) -> Outcome:
+        names, form = self._names, self._form
+        n_broken = n_without = 0
+        while True:
+            failed, filtered, said = False, False, ""
+            options = {name: value for own, value in call.options.items() if (name := names.get(own, own))}
+            try:
+                # The client's limit is for each wait on the network; this one is for a whole call with its retries.
+                async with asyncio.timeout(self.time_limit * (MAX_RETRIES + 1)):
+                    body = {"model": self.model} | call.bodies[form] | options
+                    # `client.chat.completions.create` without its type checks, which take a third of the time.
+                    outcome = call.read(await client.post(self.path, cast_to=object, body=body))
+            except openai.APIStatusError as error:
+                whole = f"{error.code} {error.param} {error.body}".casefold()
+                reason, said = f"status {error.status_code}", str(error.body or "")
+                is_malformed = error.status_code in (400, 422)
+                if error.status_code in (401, 404):
+                    raise UserError(self._refusal(reason)) from None
+                if error.status_code in PASSING or error.status_code >= 500:
+                    failed = True
+                elif re.search(r"content.?filter|responsibleaipolicy", whole):
+                    filtered = True
+                elif is_malformed and (refused := _refused(options, whole)):
+                    called = {own: names.get(own, own) for own in call.options}
+                    names = names | {own: refused[name] for own, name in called.items() if name in refused}
+                    continue
+                elif is_malformed and form + 1 < len(call.bodies):
+                    form += 1
+                    continue
+            except (openai.APITimeoutError, TimeoutError):
+                reason, failed = "time limit", True
+            except openai.APIConnectionError:
+                reason, failed = "no connection", True
+            except (openai.OpenAIError, ValueError, KeyError, AttributeError, IndexError, TypeError):
+                n_broken += 1
+                if n_broken < BROKEN_REPLIES:
+                    await asyncio.sleep(0.1 * 2**n_broken)
+                    continue
+                reason, failed = "broken reply", True
+            else:
+                self._names, self._form = names, form  # those that the model takes
+                n_without += outcome.value is None
+                if n_without == 1 and outcome.value is None and not outcome.filtered:
+                    continue
+                return outcome
+            return Outcome(
+                reason="" if filtered else reason, filtered=filtered, failed=failed, said=f"{reason}, {said}"
+            )
+
+    def version(self) -> str | None:
+        """The server's version where it tells it at /version, as vLLM does."""
+
+        async def ask(client: openai.AsyncOpenAI) -> object:
+            address = str(client.base_url).rstrip("/").removesuffix("/v1") + "/version"
+            return await client.get(address, cast_to=object, options={"max_retries": 0, "timeout": 10})
+
+        with start_blocking_portal() as portal:
+            client = self._client()
+            try:
+                told = portal.call(ask, client)
+            except (openai.OpenAIError, ValueError):
+                told = None
+            finally:
+                portal.call(client.close)
+        version = told.get("version") if isinstance(told, dict) else None
+        return version if isinstance(version, str) else None
+
+
+def text_of(content: str | list | None) -> str:
+    """A message's text; of a list of parts, those that are text, and not those that are thinking."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    return content or ""
+
+
+def _refused(options: dict, said: str) -> dict[str, str | None]:
+    """The options that an endpoint's refusal names, each with its other name, or None.
+
+    Reasoning models have another name for the limit.
+    """
+    refused: dict[str, str | None] = {name: None for name in options if name in said}
+    if "max_tokens" in refused and "max_completion_tokens" in said:
+        refused["max_tokens"] = "max_completion_tokens"
+    return refused
