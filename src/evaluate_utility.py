@@ -15,7 +15,7 @@ from soteria.errors import UserError
 from soteria.languages import language_names
 from soteria.scoring.heads import read_heads
 from soteria.scoring.prompts import SEED, TEST_SPLIT
-from soteria.storage import files, paths
+from soteria.storage import files, outputs, paths
 
 IN_PLACE = ("finetune_model", "language", "scaling_factor", "head_folder")
 
@@ -87,6 +87,10 @@ def main() -> None:
             steerings[name] = open_steering(vector, heads[name], factor, source=str(folder / paths.language_file(name)))
             made[name] = {"finetune_weights": fingerprint(vector.tuned), "scaling_factor": factor}
             made[name]["heads_sha256"] = head_list_hash(heads[name])
+    output = arguments.output or paths.RESULTS / "utility"
+    places = {name: paths.utility_file(output, base, name, factor) for name in (None, *names)}
+    for place in places.values():
+        outputs.check_json(place, "inputs")
     dtype = str(resolve_dtype("auto", arguments.device or default_device())).removeprefix("torch.")
     load = cache(lambda model: load_model(model, arguments.device))
 
@@ -99,15 +103,13 @@ def main() -> None:
         with steered_in_place(loaded, steerings[name]):
             return utility.measure_utility(loaded, tasks, **options)
 
-    output = arguments.output or paths.RESULTS / "utility"
     inputs = {
         name: utility.utility_inputs(base, tasks, limit, name and [name], dtype, **rows, **made.get(name, {}))
         for name in (None, *names)
     }
     found = {}
     for name in tqdm(inputs, desc="measuring", unit="model", disable=None):
-        path = paths.utility_file(output, base, name, factor)
-        found[name] = utility.read_or_measure(path, inputs[name], lambda name=name: measure(name))
+        found[name] = utility.read_or_measure(places[name], inputs[name], lambda name=name: measure(name))
     print(f"{paths.model_slug(base)} and steered, lm-eval {utility.lm_eval_version()}, ± standard error")
     print_table([(name, factor, row) for name in names for row in utility.comparison_rows(found[None], found[name])])
 

@@ -24,13 +24,11 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.storage import original, paths
 
-KINDS = ["icl", "heads", "prompts"]
-
 
 def parse_arguments():
     parser = cli.new_parser(__doc__, "bash scripts/fetch_original.sh --only icl heads")
     add = parser.add_argument
-    add("--only", nargs="+", choices=KINDS, default=KINDS, help="what to fetch")
+    add("--only", nargs="+", choices=original.KINDS, default=list(original.KINDS), help="what to fetch")
     add("--output", type=Path, default=paths.DATA / "original", help="output folder")
     add("--git_url", default=original.RELEASE_URL, help="address of the authors' git repository or a mirror of it")
     return parser.parse_args()
@@ -39,6 +37,7 @@ def parse_arguments():
 def main() -> None:
     arguments = parse_arguments()
     output, n_wanted, failed = arguments.output, 0, 0
+    original.check_output(output)
     for source in original.sources(arguments.git_url):
         folders = [folder for folder in source.folders if folder.partition("/")[0] in arguments.only]
         if not folders:

@@ -16,6 +16,7 @@ from soteria.answering.question_files import find_local
 from soteria.answering.questions import read_pairs
 from soteria.languages import find_language, language_names
 from soteria.models.processes import Processes
+from soteria.storage import outputs, paths
 
 
 def layer_range(text: str) -> tuple[int, int]:
@@ -70,6 +71,9 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
+    outputs.check_folder(arguments.output, "pairs_sha256", "a fine-tuned model")
+    partial = paths.partial_folder(arguments.output)
+    outputs.check_folder(partial, "pairs_sha256", "an unfinished fine-tuning", paths.PARTIAL_FACTS)
     languages = [find_language(name) for name in dict.fromkeys(language_names(arguments.language))]
     columns = {"prompt_column": arguments.prompt_column, "answer_column": arguments.answer_column}
     pairs = read_pairs(arguments.dataset, languages, split=arguments.split, subset=arguments.subset, **columns)

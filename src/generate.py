@@ -22,7 +22,7 @@ from soteria.answering.questions import (
 from soteria.errors import UserError
 from soteria.languages import Language, find_language
 from soteria.models.processes import Processes
-from soteria.storage import files, paths
+from soteria.storage import outputs, paths
 from soteria.storage.paths import BENIGN, BORDERLINE
 
 
@@ -84,12 +84,11 @@ def read_selected(arguments: Namespace, prefix: str, dataset: str, language: Lan
 def main() -> None:
     arguments = parse_arguments()
     language = find_language(arguments.language)
-    local = find_local(arguments.dataset)
-    if local and arguments.output.exists() and local.samefile(arguments.output):
-        raise UserError(f"{arguments.output} is the file of the questions; give another --output")
     if arguments.preset and arguments.chat_template:
         raise UserError("the release asked without a chat template; leave out --chat_template or --preset")
-    files.check_facts_file(paths.facts_file(arguments.output), "columns")
+    sets = [find_local(name) for name in (arguments.dataset, arguments.benign, arguments.borderline) if name]
+    for place in (arguments.output, *(paths.harmless_file(arguments.output, kind) for kind in paths.HARMLESS)):
+        outputs.check_csv(place, "columns", sets)
     questions, harmless = read_selected(arguments, "", arguments.dataset, language), {}
     if arguments.benign:
         harmless[BENIGN] = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)

@@ -19,9 +19,17 @@ from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, 
 from soteria.judging.judges import make_judge, settings_of
 from soteria.judging.pipeline import without_phrases
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
-from soteria.judging.verdicts import AnswerFile, Judged, describe, inputs_of, judge_answers, read_verdicts
+from soteria.judging.verdicts import (
+    AnswerFile,
+    Judged,
+    check_columns,
+    describe,
+    inputs_of,
+    judge_answers,
+    read_verdicts,
+)
 from soteria.languages import find_language
-from soteria.storage import files, paths
+from soteria.storage import outputs, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
 
 ASKED = [f"judge_{name}" for name in ("preset", "format", "prompt", "system", "max_tokens", "temperature")]
@@ -90,19 +98,22 @@ def judge_settings(arguments: argparse.Namespace) -> JudgeSettings:
 
 def main() -> None:
     arguments = parse_arguments()
-    answers = AnswerFile(arguments.input)
-    if arguments.output.exists() and arguments.output.samefile(arguments.input):
-        raise UserError(f"{arguments.output} is the file of the answers; give another --output")
-    files.check_facts_file(paths.facts_file(arguments.output), "inputs_sha256")
-    settings, labels = judge_settings(arguments), arguments.harmful_labels
+    names = list(dict.fromkeys(arguments.judge))
     harmless = {kind: paths.harmless_file(arguments.input, kind) for kind in HARMLESS}
+    given = (arguments.benign, arguments.borderline, arguments.judge_prompt, arguments.judge_system, arguments.compare)
+    own = [paths.own_verdicts(arguments.output, name) for name in names if len(names) > 1]
+    for place in (arguments.output, *own):
+        outputs.check_csv(place, "inputs_sha256", (arguments.input, *harmless.values(), *given))
+    answers = AnswerFile(arguments.input)
+    if len(names) > 1:
+        check_columns(arguments.output, answers)
+    settings, labels = judge_settings(arguments), arguments.harmful_labels
     for kind in HARMLESS:
         if given := getattr(arguments, kind):
             if not given.exists():
                 raise UserError(f"no file {given}; give the answers to harmless questions, or leave out --{kind}")
             harmless[kind] = given
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
-    names = list(dict.fromkeys(arguments.judge))
     asked_in = describe(arguments.input)["language"]
     if "refusal" in names and asked_in and (lacks := without_phrases([find_language(asked_in)])):
         raise UserError(lacks)

@@ -6,7 +6,15 @@ from pathlib import Path
 from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import language_names
-from soteria.scoring.heads import count_heads, count_top, mean_effect, rank_heads, write_group, write_heads
+from soteria.scoring.heads import (
+    check_list,
+    count_heads,
+    count_top,
+    mean_effect,
+    rank_heads,
+    write_group,
+    write_heads,
+)
 from soteria.scoring.notes import ambiguous_datasets, describe_first_tokens
 from soteria.scoring.prompts import TASKS
 from soteria.storage import paths
@@ -39,11 +47,15 @@ def main() -> None:
             raise UserError("--language needs --results, the output folder of step 1")
         names = language_names(arguments.language)
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
-        for name, effect in effects.items():
-            path, total = folder / paths.language_file(name), count_heads(effect)
-            count = count_top(arguments.top, total)
-            write_heads(path, rank_heads(effect)[:count])
-            print(f"{path}: {count} of {total} heads")
+        lists = {
+            folder / paths.language_file(name): rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]
+            for name, effect in effects.items()
+        }
+        for path, heads in lists.items():
+            check_list(path, heads)
+        for (name, effect), (path, heads) in zip(effects.items(), lists.items(), strict=True):
+            write_heads(path, heads)
+            print(f"{path}: {len(heads)} of {count_heads(effect)} heads")
             warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in arguments.tasks])
             for line in describe_first_tokens(arguments.results, warned):
                 print(line)

@@ -10,7 +10,7 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.scoring.heads import read_heads
-from soteria.storage import paths
+from soteria.storage import outputs, paths
 from soteria.storage.paths import language_file
 
 
@@ -49,6 +49,13 @@ def main() -> None:
     heads = {language: read_heads(path) for language, path in lists.items()}
     if arguments.format != "delta" and len(languages) > 1 and output:
         raise UserError("--output takes one language's model; leave it out, or give --format delta")
+    base, places = arguments.base_model, {}
+    for language in languages:
+        if arguments.format == "delta":
+            places[language] = output or paths.delta_folder(paths.RESULTS, base)
+        else:
+            places[language] = output or paths.steered_folder(paths.RESULTS, language, base, factor, arguments.format)
+        outputs.check_folder(places[language], "finetune_model", "a steered model")
 
     # torch takes seconds to import, so the inputs above are checked first
     from soteria.models.task_vector import TaskVector
@@ -57,16 +64,16 @@ def main() -> None:
     from soteria.steering.delta import write_delta
     from soteria.steering.formula import open_steering
 
-    vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    vector = TaskVector.open(base, arguments.finetune_model)
     steerings = {name: open_steering(vector, heads[name], factor, source=str(lists[name])) for name in languages}
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":
-        output = output or paths.delta_folder(paths.RESULTS, arguments.base_model)
+        output = places[languages[0]]
         write_delta(steerings, output, **shared)
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {factor:g}")
         return
     for language, steering in steerings.items():
-        place = output or paths.steered_folder(paths.RESULTS, language, arguments.base_model, factor, arguments.format)
+        place = places[language]
         if arguments.format == "lora":
             approximately = {"rank": arguments.rank, "max_error": arguments.max_error}
             facts = write_adapter(steering, place, language=language, **approximately, **shared)

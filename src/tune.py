@@ -16,7 +16,7 @@ from soteria.grid.limits import Limits
 from soteria.languages import find_language, language_names
 from soteria.scoring.heads import mean_effect, rank_heads
 from soteria.scoring.prompts import TASKS
-from soteria.storage import paths
+from soteria.storage import outputs, paths
 
 
 def fraction(text: str) -> float:
@@ -61,6 +61,8 @@ def main() -> None:
     names = language_names(arguments.language)
     slug = paths.model_slug(arguments.base_model)
     scores = arguments.results or paths.scores_folder(paths.RESULTS, slug)
+    for name in names:
+        outputs.check_json(paths.tuning_file(paths.RESULTS, slug, name), "trials", mend="move it elsewhere")
 
     from tqdm import tqdm
 

@@ -75,6 +75,8 @@ CASES = {
     "finetune: float16 on a CPU": (FINETUNE + "--dtype float16", "float16"),
     "finetune: output over the base": (FINETUNE + "--output base", "base"),
     "finetune: an output that holds something else": (FINETUNE + "--output icl", "icl"),
+    "finetune: an output that is a link": (FINETUNE + "--output linked", "linked is a link"),
+    "finetune: something else where it saves": (FINETUNE + "--output kept", "kept.partial"),
     # step 1
     "score: unknown dataset": (SCORE + "--dataset_name cold_Hindi", "cold_Hindi"),
     "score: no data folder": (SCORE + "--root_data_dir nowhere", "nowhere"),
@@ -108,6 +110,7 @@ CASES = {
     "select: top above all heads": (SELECT + "--top 99999", "--top 99999"),
     "select: top nan": (SELECT + "--top nan", "--top nan"),
     "select: unknown group": (SELECT.replace("--language Hindi", "--group North"), "North"),
+    "select: over a list made by hand": (SELECT + "--heads_root . --head_folder heads", "Hindi_Heads.json"),
     "select: nothing asked": ("select_heads --head_folder new --heads_root out", "--language"),
     # step 3
     "steer: unknown language": (STEER + "--language Klingon", "Klingon"),
@@ -128,6 +131,11 @@ CASES = {
     "steer: factor no number": (STEER + "--scaling_factor much", "much"),
     "steer: dtype nonsense": (STEER + "--dtype float7", "float7"),
     "steer: an output that holds something else": (STEER + "--output icl", "icl"),
+    "steer: an output that is a link": (STEER + "--output linked", "linked is a link"),
+    "steer: an output that is a file, before models are opened": (
+        STEER + "--output text.csv --base_model x",
+        "text.csv",
+    ),
     "generate: unknown language": (GENERATE + "--language Klingon", "Klingon"),
     "generate: unknown dataset": (GENERATE + "--dataset nothing_Hindi", "nothing_Hindi"),
     "generate: no such model": (GENERATE + "--model ./nowhere", "./nowhere"),
@@ -147,6 +155,13 @@ CASES = {
     "generate: no chat template": (GENERATE + "--chat_template", "chat template"),
     "generate: answers to other questions there": (GENERATE + "--output answers.csv", "answers.csv"),
     "generate: output over the questions": (GENERATE + "--output questions.csv", "questions.csv"),
+    "generate: output over the questions, spelled otherwise": (GENERATE + "--output icl/../questions.csv", "questions"),
+    "generate: output over another file": (GENERATE + "--output text.csv", "text.csv exists"),
+    "generate: output through a link": (GENERATE + "--output link.csv", "link.csv is a link"),
+    "generate: output through a link to nothing": (GENERATE + "--output dangling.csv", "dangling.csv is a link"),
+    "generate: output by a hard link": (GENERATE + "--dataset labels.csv --output hard.csv", "hard.csv is a file that"),
+    "generate: output that is a folder": (GENERATE + "--output icl", "icl exists"),
+    "generate: harmless answers over another file": (GENERATE + "--output other.csv", "benign/other.csv"),
     "generate: facts over the questions": (GENERATE + "--dataset asked.json --output asked.csv", "asked.json"),
     "generate: no such split": (GENERATE + "--split test", "'test'"),
     "generate: no such question column": (GENERATE + "--question_column words", "'words'"),
@@ -167,6 +182,13 @@ CASES = {
     "judge: a judge without its model": (JUDGE + "--judge openai:", "openai:"),
     "judge: openai without a key": (JUDGE + "--judge openai:some-model", "OPENAI_API_KEY"),
     "judge: output over the answers": (JUDGE + "--output answers.csv", "answers.csv"),
+    "judge: output over another file": (JUDGE + "--output text.csv", "text.csv exists"),
+    "judge: output over answers that generate.py wrote": (JUDGE + "--output hard.csv", "hard.json exists"),
+    "judge: output over its labels": (JUDGE + "--compare labels.csv --output labels.csv", "labels.csv is a file that"),
+    "judge: output over its harmless answers": (JUDGE + "--benign labels.csv --output ./labels.csv", "a file that"),
+    "judge: facts over its prompt": (JUDGE + "--judge_prompt labels.json --output labels.csv", "labels.json is a file"),
+    "judge: one of several over another file": (JUDGE + "--judge refusal openai:m", "out.by_openai_m.csv"),
+    "judge: a column of the user's": (JUDGE + "--output labels.csv", "'mine'"),
     "judge: no such harmless answers": (JUDGE + "--benign nowhere.csv", "nowhere.csv"),
     "judge: rows of unequal length": (JUDGE + "--input torn.csv", "row 1"),
     "judge: time limit 0": (JUDGE + "--time_limit 0", "--time_limit"),
@@ -186,8 +208,13 @@ CASES = {
     "run.sh: do_base maybe": (plan(do_base="maybe"), "maybe"),
     "run.sh: batch_size no number": (plan(batch="many"), "many"),
     "run.sh: no such head folder": (plan().replace(" heads ", " nowhere "), "nowhere"),
+    "fetch: another file where sums go": (
+        "fetch_original --only icl --git_url nowhere --output kept.partial",
+        "SHA256",
+    ),
     # step 4
     "tune: unknown language": (TUNE + "--language Klingon", "Klingon"),
+    "tune: another file in its place": (TUNE + "--base_model wide", "wide_Hindi.json"),
     "tune: no effects": (TUNE + "--results nowhere", "nowhere"),
     "tune: effects of another model": (TUNE + "--base_model deep --finetune_model deep", "other heads in Hindi"),
     "tune: no such base": (TUNE + "--base_model ./nowhere", "./nowhere"),
@@ -248,6 +275,21 @@ def place(tmp_path_factory) -> Path:
     }
     for name, text in texts.items():
         (root / f"{name}.csv").write_text(text, encoding="utf-8")
+    # As judge.py writes it, with one column more.
+    (root / "labels.csv").write_text("Question,SAFE ANSWER,Verdict_Safe,mine\nWhy?,I cannot.,Harmful,no\n")
+    (root / "labels.json").write_text('{"inputs_sha256": ""}')
+    (root / "hard.csv").hardlink_to(root / "labels.csv")
+    (root / "hard.json").write_text('{"columns": {}}')
+    (root / "link.csv").symlink_to("questions.csv")
+    (root / "dangling.csv").symlink_to("nothing.csv")
+    (root / "linked").symlink_to("icl")
+    for other in (
+        "benign/other.csv",
+        "kept.partial/SHA256SUMS",
+        "out.by_openai_m.csv",
+        "results/tuning/wide_Hindi.json",
+    ):
+        files.write_text(root / other, "mine")
     (root / "asked.json").write_text('[{"question": "hot?"}]')
     (root / "number.json").write_text('[{"question": "hot?"}, {"question": 7}]')
     (root / "surrogate.jsonl").write_text('{"question": "hot?"}\n{"question": "a\\ud800"}\n')
@@ -295,7 +337,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, 
     "text", [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, plan()], ids=lambda text: text.split()[0]
 )
 def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_path):
-    folder = shutil.copytree(place, tmp_path / "place")
+    folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
     assert command(text, folder) == 0
 
 

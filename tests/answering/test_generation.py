@@ -128,6 +128,16 @@ def test_both_columns_are_written_to_one_file_in_any_order_of_calls(run_generate
         assert (made["model"], made["max_new_tokens"]) == (str(tiny_folder("llama", seed=seed)), N_NEW)
 
 
+def test_a_column_that_the_user_has_added_stays(run_generate, tmp_path):
+    assert run_generate() == 0
+    out = tmp_path / "out" / "answers.csv"
+    notes = ["=1+1", "", "a\rb", "भारत", '"']
+    write_table(read_table(out).assign(notes=notes), out)
+    for column, changed in (("BASE ANSWER", {}), ("SAFE ANSWER", {"max_new_tokens": 3})):
+        assert run_generate(column, **changed) == 0
+        assert list(read_table(out)["notes"]) == notes
+
+
 def test_a_complete_column_is_kept_and_one_with_other_settings_is_replaced(run_generate, tmp_path, monkeypatch):
     assert run_generate() == 0
     before = contents(tmp_path / "out")

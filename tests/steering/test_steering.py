@@ -503,7 +503,7 @@ def test_overwrite_replaces_a_steered_model(base, tuned, run_steer):
 def test_overwrite_never_replaces_a_model_that_is_read_or_another_folder(tmp_path, base, tuned, refused, which):
     copy = shutil.copytree({"base_model": base, "finetune_model": tuned}[which], tmp_path / "store" / "model")
     for marked in (copy, copy.parent):  # as made by steering, so that only being an input protects it
-        (marked / "soteria.json").write_text("{}")
+        (marked / "soteria.json").write_text('{"finetune_model": "m"}')
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     before = snapshot(copy)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from soteria.errors import UserError
 from soteria.storage import files
 
 
@@ -66,10 +65,6 @@ def test_json_is_written_for_people_and_read_without_errors(tmp_path):
     files.write_json(path, {"क": [1]})
     assert path.read_text("utf-8") == '{\n  "क": [\n    1\n  ]\n}\n'
     assert files.read_json(path) == files.read_facts(path) == {"क": [1]}
-    files.check_facts_file(path, "क")
-    files.check_facts_file(tmp_path / "none", "क")
-    with pytest.raises(UserError, match=r"a\.json .* --output"):
-        files.check_facts_file(path, "columns")
     for content, value in ((b"{", None), (b"\xff\xfe{\0", None), (b"[1]", [1])):
         path.write_bytes(content)
         assert (files.read_json(path), files.read_facts(path)) == (value, {})

@@ -118,7 +118,7 @@ class AnswerColumn:
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 
     def save(self, answers: list[str], log_probs: Tensor | None) -> None:
-        """Write the column to the CSV, next to the other column if there is one, and its facts to the JSON.
+        """Write the column to the CSV, beside what other columns it has, and its facts to the JSON.
 
         `answers` are as `generate` gives them; what is thinking goes to the column's own.
         `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them.
@@ -142,16 +142,18 @@ class AnswerColumn:
                 "%s: %d of %d answers are thinking only, and count as blank; give more --max_new_tokens",
                 *(self.output, unanswered, len(answers)),
             )
-        noted = files.read_facts(facts_file(self.output))
-        if noted.get("columns", {}).pop(self.column, None):  # else a killed run would leave old facts beside new rows
-            files.write_json(facts_file(self.output), noted)
-        write_table(table.filter(["Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values()]), self.output)
-        found = files.read_facts(Path(self.model) / FACTS)
-        steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
-        made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
+        own = [name for name in ("Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values()) if name in table.columns]
+        others = files.read_facts(facts_file(self.output)).get("columns", {})
+        others = {name: made for name, made in others.items() if name != self.column}
         facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
         facts["read"] = self.questions.read
         if self.questions.categories:
             facts["categories"] = self.questions.categories
-        files.write_json(facts_file(self.output), facts | {"columns": noted.get("columns", {}) | {self.column: made}})
+        # Without this column's: a killed run leaves no old facts beside new rows, and no rows that nobody claims.
+        files.write_json(facts_file(self.output), facts | {"columns": others})
+        write_table(table[[*own, *(name for name in table.columns if name not in own)]], self.output)
+        found = files.read_facts(Path(self.model) / FACTS)
+        steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
+        made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
+        files.write_json(facts_file(self.output), facts | {"columns": others | {self.column: made}})
         self.forget_journal()

@@ -36,7 +36,7 @@ from soteria.models.tensors import UNQUANTIZED, all_finite, read_tensor, replace
 from soteria.steering.checkpoint import describe, fingerprint, made_before, progress, versions
 from soteria.storage import files, paths
 
-SAVED, SETTINGS = "saved.json", "settings.json"  # in a complete checkpoint; in the folder of an unfinished run
+SAVED, SETTINGS = "saved.json", paths.PARTIAL_FACTS  # in a complete checkpoint; in the folder of an unfinished run
 
 
 def fine_tune(
@@ -77,7 +77,7 @@ def fine_tune(
     inputs, partial = json.loads(json.dumps(inputs)), paths.partial_folder(output)
 
     def made() -> dict | None:
-        words = {"kind": "fine-tuned", "key": "pairs_sha256", "mend": "another --output"}
+        words = {"kind": "a fine-tuned model", "key": "pairs_sha256", "mend": "another --output"}
         return made_before(output, inputs, [checkpoint], **words)
 
     if facts := processes.agree(made()):

@@ -35,6 +35,7 @@ from soteria.scoring.run import ScoringSettings
 from soteria.scoring.safety import SafetyRun, mean_divergence
 from soteria.steering.formula import is_steered
 from soteria.storage import files, paths
+from soteria.storage.journal import open_to_append
 from soteria.storage.paths import BASE_ANSWER, BENIGN
 
 
@@ -272,5 +273,5 @@ class Subject:
         duration = {"step": step, "units": units, "seconds": round(seconds, 3), "device": self.device}
         path = paths.durations_file(self.results, self.pair.slug)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(duration) + "\n")
+        with open_to_append(path) as file:
+            file.write((json.dumps(duration) + "\n").encode())

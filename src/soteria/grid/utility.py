@@ -25,7 +25,7 @@ from soteria.models.loading import BOS_TEXT, LoadedModel
 from soteria.models.sources import hub_answers
 from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
-from soteria.storage import files, paths
+from soteria.storage import files, outputs, paths
 
 # The local tasks, each a group of twelve, `<name>_<Language>`: questions after examples, and perplexity of headlines.
 ICL, TEXT = LOCAL = "soteria_icl", "soteria_text"
@@ -333,8 +333,7 @@ def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> di
     Raises UserError for a file that is not a measurement.
     """
     found = files.read_facts(path)
-    if path.exists() and "inputs" not in found:
-        raise UserError(f"{path} exists and is not a measurement of utility; remove it or give another --output")
+    outputs.check_json(path, "inputs")
     if found.get("inputs") != inputs:
         found = {"inputs": inputs, **measure()}
         files.write_json(path, found)

@@ -38,7 +38,14 @@ from soteria.judging.presets import JudgeSettings
 from soteria.storage import files, paths
 from soteria.storage.csv_files import CsvFile, has_return, read_table, write_rows
 from soteria.storage.journal import Journal
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, REFUSAL_COLUMNS, SAFE_ANSWER, facts_file
+from soteria.storage.paths import (
+    ANSWER_COLUMNS,
+    BASE_ANSWER,
+    REFUSAL_COLUMNS,
+    SAFE_ANSWER,
+    THINKING_COLUMNS,
+    facts_file,
+)
 
 UNREAD_ROWS = 16  # rows without one verdict, for whatever reason, after which a run stops: no row would fare better
 _TOLD = {True: "yes", False: "no", None: ""}  # in the columns of refusals
@@ -124,7 +131,7 @@ class Judged:
         if self.n_failed:
             summary |= {FAILED_CALLS: self.n_failed}
         if self.is_new:
-            facts_file(self.output).unlink(missing_ok=True)
+            files.write_json(facts_file(self.output), {"inputs_sha256": ""})  # ours, and of no inputs yet
             told = [column for column in self.given if self.refusals(column)]
             names = [*self.answers.columns.values(), *(REFUSAL_COLUMNS[column] for column in told)]
             written = {*names, *REFUSAL_COLUMNS.values()}
@@ -146,7 +153,7 @@ def judge_answers(
     """Verdicts on every answer column, from a finished run if there is one. `get_judge` is called only if needed.
 
     With `retry_empty`, rows that a run left without a verdict are judged again; those whose calls failed always are.
-    Raises UserError after `UNREAD_ROWS` rows without one verdict.
+    Raises UserError as `check_columns` does, and after `UNREAD_ROWS` rows without one verdict.
     """
     known = _finished(output, inputs, answers)
     if known and not (retry_empty and any(reason_of(verdict) for given in known.values() for verdict in given)):
@@ -155,6 +162,7 @@ def judge_answers(
             noted = facts.get(ANSWER_COLUMNS[column][1], {}).get("unjudged")
             reasons[column] = Counter(noted or filter(None, map(reason_of, given)))
         return Judged(answers, output, known, reasons, facts["judge_description"], is_new=False)
+    check_columns(output, answers)
     judge, every, reasons, n_failed = get_judge(), {}, {}, 0
     for column in answers.columns:
         settings = {name: inputs[name] for name in ("judge", "judge_basis_sha256")}
@@ -167,6 +175,16 @@ def judge_answers(
         reasons[column] = Counter(filter(None, map(reason_of, every[column])))
         n_failed += sum(verdict.startswith(FAILED) for verdict in every[column])
     return Judged(answers, output, every, reasons, judge.description, n_failed)
+
+
+def check_columns(output: Path, answers: AnswerFile) -> None:
+    """Raise UserError for an earlier output with a column of the user's, which new verdicts would be written over."""
+    if not output.exists():
+        return
+    known = {"Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values(), *REFUSAL_COLUMNS.values()}
+    known |= {verdict for verdict, _ in ANSWER_COLUMNS.values()} | {*answers.table.columns}
+    if others := [name for name in CsvFile.open(output, ["Question"]).columns if name not in known]:
+        raise UserError(f"{output} has a column {others[0]!r} that new verdicts would overwrite; give another --output")
 
 
 def _judge_column(

@@ -3,6 +3,7 @@
 Input: the effect files of step 1. Output: lists of `(layer, head)`, best first, and their JSON files.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import load_tensor
 from soteria.scoring.notes import scored_with
 from soteria.scoring.prompts import TOKEN_CLASSES
-from soteria.storage import files
-from soteria.storage.paths import effect_path, group_file, language_file
+from soteria.storage import files, outputs
+from soteria.storage.paths import FACTS, effect_path, group_file, language_file
 
 Head = tuple[int, int]  # (layer, head), both from 0
+LISTS = "lists_sha256"  # in the facts of a folder of head lists: the hash of each list, by its file's name
 
 
 def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
@@ -125,9 +127,35 @@ def read_heads(path: Path) -> list[Head]:
     return heads
 
 
+def check_list(path: Path, heads: list[Head]) -> None:
+    """Raise UserError if a head list that `write_heads` did not write, or a link, is in the place of another one."""
+    noted = files.read_facts(path.parent / FACTS).get(LISTS)
+    known = noted.get(path.name) if isinstance(noted, dict) else None
+    is_ours = path.is_file() and (path.read_bytes() == _as_json(heads) or _sha256(path.read_bytes()) == known)
+    outputs.check_file(path, is_ours, mend="give another --head_folder")
+
+
 def write_heads(path: Path, heads: list[Head]) -> None:
-    """Write a head list as JSON, whole or not at all."""
-    files.write_text(path, json.dumps([list(head) for head in heads]) + "\n")
+    """Write a head list as JSON, whole or not at all, and note it in the folder's facts. Raises as `check_list` does.
+
+    A list that somebody wrote or changed by hand, or that was published, is not in these facts.
+    """
+    with files.held(path.parent):
+        check_list(path, heads)
+        facts = files.read_facts(path.parent / FACTS)
+        outputs.check_file(path.parent / FACTS, LISTS in facts, mend="give another --head_folder")
+        content, noted = _as_json(heads), facts.get(LISTS, {})
+        files.write_text(path, content.decode())
+        if noted.get(path.name) != _sha256(content):
+            files.write_json(path.parent / FACTS, {LISTS: noted | {path.name: _sha256(content)}})
+
+
+def _as_json(heads: list[Head]) -> bytes:
+    return (json.dumps([list(head) for head in heads]) + "\n").encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_group(folder: Path, group: str) -> list[Head]:

@@ -23,7 +23,7 @@ from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import prompts
 from soteria.scoring.notes import EARLIER_SETTINGS
 from soteria.scoring.prompts import PromptForm
-from soteria.storage import files, paths
+from soteria.storage import files, outputs, paths
 
 # What is written beside the scores but does not decide on their values. Scores made with other values of the rest are
 # neither skipped nor continued.
@@ -112,6 +112,7 @@ class DatasetRun:
     def is_finished(self) -> bool:
         """Whether the scores are complete. Raises UserError for any, even partial, that other settings made."""
         found, advice = files.read_facts(self.settings_file), "give another --save_path_root or remove that folder"
+        outputs.check_file(self.settings_file, bool(found), mend=advice)
         if not found:
             if any(path.exists() for path in (self.effect_file, self.means_file, self.partial_file)):
                 raise UserError(f"{self.folder} has scores but no readable {self.settings_file.name}; {advice}")

@@ -23,7 +23,7 @@ from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import all_finite, read_tensor, replace_tensor, samples
 from soteria.steering.formula import Steering, head_list_hash, steer
-from soteria.storage import files, paths
+from soteria.storage import files, outputs, paths
 from soteria.storage.paths import FACTS
 
 
@@ -118,7 +118,7 @@ def made_before(
     models: Iterable[Checkpoint],
     overwrite: bool = False,
     *,
-    kind: str = "steered",
+    kind: str = "a steered model",
     key: str = "finetune_model",
     mend: str = "--overwrite",
 ) -> dict | None:
@@ -129,11 +129,10 @@ def made_before(
     """
     if any(model.folder.resolve().is_relative_to(output.resolve()) for model in models):
         raise UserError(f"{output} holds one of the models to read; give another --output")
+    outputs.check_folder(output, key, kind)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    found = files.read_json(output / FACTS)
-    if not isinstance(found, dict) or key not in found:
-        raise UserError(f"{output} exists and is not a {kind} model; remove it or give another --output")
+    found = files.read_facts(output / FACTS)
     if overwrite:
         return None
     if any(found.get(key) != value for key, value in inputs.items()):

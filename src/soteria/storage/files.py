@@ -138,12 +138,6 @@ def read_facts(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def check_facts_file(path: Path, key: str) -> None:
-    """Raise UserError if `path`, where a JSON object with `key` would go, holds some other file of the user's."""
-    if path.exists() and key not in read_facts(path):
-        raise UserError(f"{path} is needed for the facts about the CSV but is another file; give another --output")
-
-
 def check_room(folder: Path, needed: int) -> None:
     """Raise UserError if the disk of a folder has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free

@@ -1,13 +1,25 @@
 """Journals: the finished rows of a long job, written as they come, so that a killed run resumes where it stopped."""
 
+import errno
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from soteria import disk
 from soteria.errors import UserError
 from soteria.storage import files
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file of this project's own to add to it. Raises UserError for a link: it could lead to any file."""
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a link, but is written to as a file of this project; remove it") from None
 
 
 class Journal:
@@ -38,15 +50,23 @@ class Journal:
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = self.path.open("ab")
+            self._file = open_to_append(self.path)
             files.wait_for_lock(self._file.fileno(), self.path)
             with suppress(FileNotFoundError):
                 if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                     break
             self._file.close()  # the process we waited for has removed it
         self._read()
+        if self._sound == 0 and self._starts_otherwise():
+            self._file.close()
+            raise UserError(f"{self.path} is needed for finished rows but is another file; move it elsewhere")
         self._file.truncate(self._sound)
         return self
+
+    def _starts_otherwise(self) -> bool:
+        """Whether the file's first line cannot be any journal's."""
+        with self.path.open("rb") as file:
+            return file.read(1) not in (b"", b"{")
 
     def __exit__(self, *_) -> None:
         if self._sound == 0:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES
-from soteria.storage import files
+from soteria.storage import files, outputs
 from soteria.storage.csv_files import CsvFile, has_return, write_rows
 
 RELEASE_URL = "https://github.com/NeuralSentinel/Soteria"
@@ -31,6 +31,7 @@ MISSPELLED = {"commen_sense": "commonsense", "Crimes_And_Illegal_Activitie": "Cr
 # Data, READMEs and licenses; no code, no pickles.
 ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet", "txt", "xlsx", "md")
 DATA_FILES = rf"(.*\.(?:{'|'.join(ENDINGS)})|(?:.*/)?LICEN[CS]E)"
+KINDS = ("icl", "heads", "prompts")  # the folders of the output
 PATIENCE = 10.0  # seconds to wait for a server's first answer
 
 
@@ -61,10 +62,18 @@ def sources(git_url: str = RELEASE_URL) -> list[Source]:
     return found
 
 
+def check_output(output: Path) -> None:
+    """Raise UserError for a folder that has other files under the names of the two records, or links there."""
+    is_ours = any(name.startswith(KINDS) for name in (*_sums(output), *files.read_facts(output / "sources.json")))
+    for name in ("SHA256SUMS", "sources.json"):
+        outputs.check_file(output / name, is_ours)
+
+
 def fetch(source: Source, folders: list[str], output: Path) -> None:
     """Fetch the files of a source's folders that are missing or changed, each whole or not at all.
 
-    Raises UserError if the source is needed and cannot be reached, or sends other bytes than at the first use.
+    Raises UserError if the source is needed and cannot be reached, or sends other bytes than at the first use, and for
+    a file of the user's in the place of one.
     """
     revision = source.commit or recorded(output, folders[0]).get("revision")
     pending = [folder for folder in folders if not _is_sound(output, folder, revision)]
@@ -92,6 +101,8 @@ def fetch(source: Source, folders: list[str], output: Path) -> None:
                         f"{source.name} sent other bytes for {name} than at the first use, so they were not kept; if "
                         f"the sum in {output}/SHA256SUMS is wrong, remove its line"
                     )
+                is_left = (output / name).is_file() and (output / name).read_bytes() == content  # by a killed run
+                outputs.check_file(output / name, is_left or name in _sums(output))
                 with files.whole_file(output / name) as sibling:
                     sibling.write_bytes(content)
             _record(output, folder, {"source": source.name, "revision": revision, "files": len(sums)}, sums)

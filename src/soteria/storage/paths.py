@@ -38,6 +38,8 @@ def unpacked_folder(results: Path, gguf: Path) -> Path:
 
 # Step 0
 
+PARTIAL_FACTS = "settings.json"  # in the folder of an unfinished fine-tuning
+
 
 def partial_folder(output: Path) -> Path:
     """What an unfinished fine-tuning has saved so far."""
