@@ -327,7 +327,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes_and_ask
 
     assert run_script(script, *into("whole")) == 0
     expected, moments = found("whole"), [1, *writes.moments(), n_rows - 1]
-    assert len(moments) == 7  # three rows; before and after each of two files
+    assert len(moments) == 9  # three rows; before and after each of three files
     for at in map(str, moments):
         server.asked.clear()
         writes.kill(script, into(at), int(at))
