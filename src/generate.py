@@ -48,6 +48,12 @@ def parse_arguments():
     )
     add("--preset", choices=[RELEASE], help=preset_help)
     add("--chat_template", action="store_true", help="ask through the tokenizer's chat template")
+    engine_help = (
+        "what answers in place of this project's decoding: openai, a server that OPENAI_BASE_URL names and that serves "
+        "the model under its name or that of openai:NAME; or vllm, in this process"
+    )
+    add("--engine", metavar="{openai,openai:NAME,vllm}", help=engine_help)
+    add("--concurrency", type=cli.positive_int, default=16, help="with --engine openai: calls at once")
     add_selection(parser, "", "the questions")
     add("--strict", action="store_true", help="refuse a set with a row without a question, rather than leave it out")
     benign_help = (
@@ -89,6 +95,10 @@ def main() -> None:
     sets = [find_local(name) for name in (arguments.dataset, arguments.benign, arguments.borderline) if name]
     for place in (arguments.output, *(paths.harmless_file(arguments.output, kind) for kind in paths.HARMLESS)):
         outputs.check_csv(place, "columns", sets)
+    if arguments.preset and arguments.engine:
+        raise UserError(
+            "the release's answers are sampled, and engines answer greedily; leave out --engine or --preset"
+        )
     questions, harmless = read_selected(arguments, "", arguments.dataset, language), {}
     if arguments.benign:
         harmless[BENIGN] = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)
@@ -100,12 +110,14 @@ def main() -> None:
         harmless[BORDERLINE] = read_questions(asked, language, strict=arguments.strict)
 
     from soteria.answering.columns import AnswerColumn, model_settings
+    from soteria.answering.engines import make_engine
     from soteria.answering.generation import MAX_NEW_TOKENS, fill
     from soteria.models.loading import load_model
 
     model, preset = arguments.model, arguments.preset
     longest = arguments.max_new_tokens or (RELEASE_TOKENS[arguments.column] if preset else MAX_NEW_TOKENS)
-    settings = model_settings(model, language, longest, arguments.chat_template, preset)
+    engine = make_engine(arguments.engine, model, arguments.concurrency) if arguments.engine else None
+    settings = model_settings(model, language, longest, arguments.chat_template, preset, engine and engine.name)
     columns = [AnswerColumn(arguments.output, arguments.column, questions, model, settings)]
     for kind, asked in harmless.items():
         place, with_first_tokens = paths.harmless_file(arguments.output, kind), kind == BENIGN
@@ -113,11 +125,13 @@ def main() -> None:
             AnswerColumn(place, arguments.column, asked, model, settings, with_first_tokens=with_first_tokens)
         )
     with Processes(arguments.device) as processes:
+        if engine:
+            processes.need_one("--engine")
         load = cache(lambda: load_model(model, processes.device))
         for column in columns:
             state = "is already complete"
             if not column.is_complete():
-                fill(column, language, load, processes, arguments.batch_size)
+                fill(column, language, load, processes, arguments.batch_size, engine)
                 state = f"has {len(column.questions.questions)} rows"
             if processes.is_first:
                 column.forget_journal()  # a run that was killed at its very end left one

@@ -41,7 +41,12 @@ _log = logging.getLogger(__name__)
 
 
 def model_settings(
-    name: str, language: Language, max_new_tokens: int, chat_template: bool, preset: str | None = None
+    name: str,
+    language: Language,
+    max_new_tokens: int,
+    chat_template: bool,
+    preset: str | None = None,
+    engine: str | None = None,
 ) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name, whole=True)
@@ -58,6 +63,7 @@ def model_settings(
         "chat_template": chat_template,
     }
     settings |= {"preset": preset} if preset else {}
+    settings |= {"engine": engine} if engine else {}
     # Answers of versions that let such a model think are not kept.
     return settings | ({"enable_thinking": False} if chat_template and can_think else {})
 
@@ -114,14 +120,15 @@ class AnswerColumn:
             raise UserError(f"{self.output} has answers to other questions; remove it, or write to another place")
         made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
         complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
-        complete = complete and made.get("preset") == self.settings.get("preset")
+        complete = complete and all(made.get(key) == self.settings.get(key) for key in ("preset", "engine"))
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 
-    def save(self, answers: list[str], log_probs: Tensor | None) -> None:
+    def save(self, answers: list[str], log_probs: Tensor | None, served: dict | None = None) -> None:
         """Write the column to the CSV, beside what other columns it has, and its facts to the JSON.
 
         `answers` are as `generate` gives them; what is thinking goes to the column's own.
-        `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them.
+        `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them. `served`:
+        the facts of the engine that answered.
         """
         if log_probs is not None:
             with files.whole_file(self._files[1]) as sibling:
@@ -155,5 +162,6 @@ class AnswerColumn:
         found = files.read_facts(Path(self.model) / FACTS)
         steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
+        made |= {"served": served} if served else {}
         files.write_json(facts_file(self.output), facts | {"columns": others | {self.column: made}})
         self.forget_journal()

@@ -3,6 +3,7 @@
 In: a loaded model and questions. Out: texts in the questions' order, or a finished `AnswerColumn`.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 
@@ -11,11 +12,12 @@ from tqdm import tqdm
 
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.decoding import decode, first_token_log_probs, pad_token, plan_batches, token_budget
+from soteria.answering.engines import Asked, Engine
 from soteria.answering.questions import RELEASE, question_prompt
 from soteria.answering.thinking import split_thinking, texts_of
 from soteria.errors import UserError
 from soteria.languages import Language
-from soteria.models.loading import LoadedModel
+from soteria.models.loading import LoadedModel, describe_model
 from soteria.models.memory import TokenBudget
 from soteria.models.processes import Processes
 
@@ -35,8 +37,12 @@ def prompt_text(
         return question_prompt(question, language)
     if not loaded.tokenizer.chat_template:
         raise UserError(f"{loaded.name!r} has no chat template; leave out --chat_template")
-    message = [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
-    return chat_text(loaded.tokenizer, message)
+    return chat_text(loaded.tokenizer, chat_messages(question, language))
+
+
+def chat_messages(question: str, language: Language) -> list[dict[str, str]]:
+    """What goes into a chat template."""
+    return [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
 
 
 def chat_text(tokenizer, messages: list[dict], **values: object) -> str:
@@ -133,12 +139,43 @@ def answer_questions(
     return [split_thinking(answers[row])[1] for row in range(len(questions))]
 
 
+def from_engine(
+    engine: Engine, column: AnswerColumn, language: Language, done: Collection[int]
+) -> Iterator[dict[int, str]]:
+    """An engine's answers to the questions that are not in `done`, asked as `generate` is."""
+    questions, chats, longest = (
+        column.questions.questions, column.settings["chat_template"], column.settings["max_new_tokens"],
+    )  # fmt: skip
+    described = describe_model(column.model)
+    context, inputs = described.context_length or math.inf, all_inputs(described, questions, language, chats)
+    asked = {
+        row: Asked(
+            inputs[row],
+            prompt_text(described, question, language, chats),
+            chat_messages(question, language) if chats else None,
+            min(longest, context - len(inputs[row])),
+        )
+        for row, question in enumerate(questions)
+        if row not in done
+    }
+    yield from engine.answers(described, asked)
+
+
 def fill(
-    column: AnswerColumn, language: Language, load: Callable[[], LoadedModel], processes: Processes, batch_size: int
+    column: AnswerColumn,
+    language: Language,
+    load: Callable[[], LoadedModel],
+    processes: Processes,
+    batch_size: int,
+    engine: Engine | None = None,
 ) -> None:
-    """Generate the answers that the column's journal lacks and write the column. `load` is called only if needed."""
+    """Generate the answers that the column's journal lacks and write the column. `load` is called only if needed.
+
+    With an engine, that is where the first tokens' log-probabilities are wanted: engines do not give them all.
+    """
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
-    needs_model = len(journal.done) < len(questions) or column.lacks_first_tokens
+    lacks_answers = len(journal.done) < len(questions)
+    needs_model = (lacks_answers and not engine) or column.lacks_first_tokens
     loaded = load() if processes.agree(needs_model) else None
     preset, longest = settings.get("preset"), settings["max_new_tokens"]
     inputs = all_inputs(loaded, questions, language, settings["chat_template"], preset) if loaded else None
@@ -147,7 +184,9 @@ def fill(
         hidden = None if processes.is_first else True
         progress = {"total": len(questions), "initial": len(answers), "unit": "answer", "leave": None}
         with tqdm(desc=column.output.stem, disable=hidden, **progress) as bar:
-            if preset == RELEASE:
+            if engine:
+                made = from_engine(engine, column, language, set(answers)) if lacks_answers else ()
+            elif preset == RELEASE:
                 made = generate_as_configured(loaded, inputs, longest, set(answers), processes) if loaded else ()
             else:
                 made = generate(loaded, inputs, batch_size, longest, set(answers), processes) if loaded else ()
@@ -159,5 +198,6 @@ def fill(
                 bar.update(len(fresh))
         if processes.is_first:
             log_probs = first_token_log_probs(loaded, inputs, batch_size) if column.lacks_first_tokens else None
-            column.save([answers[row] for row in range(len(questions))], log_probs)
+            served = engine.facts() if engine else None
+            column.save([answers[row] for row in range(len(questions))], log_probs, served)
     processes.wait()

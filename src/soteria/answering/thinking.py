@@ -50,13 +50,18 @@ def thinking_tokens(tokenizer) -> dict[int, str]:
 def texts_of(tokenizer, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> list[str]:
     """The text of each answer, with the tags of its thinking; the one that its prompt ends with comes first."""
     tags = thinking_tokens(tokenizer)
-    tails = tokenizer.batch_decode([prompt[-_TAIL:] for prompt in prompts], skip_special_tokens=False)
-    opened = [re.search(r"<(?:think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$", tail, re.I) for tail in tails]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     for at, ids in enumerate(tokens):
         if not tags.keys().isdisjoint(ids):
             texts[at] = _with_tags(tokenizer, ids, tags)
-    return [(tag[0] if tag else "") + text for tag, text in zip(opened, texts, strict=True)]
+    return [tag + text for tag, text in zip(opened_thinking(tokenizer, prompts), texts, strict=True)]
+
+
+def opened_thinking(tokenizer, prompts: Sequence[list[int]]) -> list[str]:
+    """The tag that each prompt ends with, if it does: the answer goes on inside it."""
+    tails = tokenizer.batch_decode([prompt[-_TAIL:] for prompt in prompts], skip_special_tokens=False)
+    found = [re.search(r"<(?:think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$", tail, re.I) for tail in tails]
+    return [tag[0] if tag else "" for tag in found]
 
 
 def _with_tags(tokenizer, ids: list[int], tags: dict[int, str]) -> str:

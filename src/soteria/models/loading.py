@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -211,6 +212,14 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
     tokenizer = load_tokenizer(name)
     model = load_weights(name, device, dtype)
     return LoadedModel(name, model, tokenizer, read_geometry(model))
+
+
+def describe_model(name: str) -> LoadedModel:
+    """A model without its weights: its tokenizer and configs say what it is asked, and where its answers end."""
+    model = _without_weights(name)
+    with contextlib.suppress(OSError):  # without the file, the config says it
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return LoadedModel(name, model, load_tokenizer(name), geometry=None)
 
 
 def load_judge(name: str) -> LoadedModel:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from soteria.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -46,6 +48,11 @@ class Processes:
     def agree(self, value: Result) -> Result:
         """The first process's value, in every process."""
         return next(self.map(lambda _: value, [None]))
+
+    def need_one(self, what: str) -> None:
+        """Raise UserError where there are several: an engine shares the work itself."""
+        if self.count > 1:
+            raise UserError(f"{what} shares the work itself; start one process")
 
     def wait(self) -> None:
         """Wait for all processes to get here."""
