@@ -69,3 +69,33 @@ def test_json_is_written_for_people_and_read_without_errors(tmp_path):
         path.write_bytes(content)
         assert (files.read_json(path), files.read_facts(path)) == (value, {})
     assert files.read_json(tmp_path / "none") is None
+
+
+def test_a_temporary_name_taken_for_left_behind_before_it_is_locked_is_made_again(write, tmp_path, monkeypatch):
+    lock_descriptor, removed = files.lock_descriptor, []
+
+    def lock(descriptor, *, blocking=True):
+        if not removed:  # another process was faster
+            removed.extend(tmp_path.glob(".m.*.tmp"))
+            files._remove(removed[0])
+        return lock_descriptor(descriptor, blocking=blocking)
+
+    monkeypatch.setattr(files, "lock_descriptor", lock)
+    write(tmp_path / "m", "whole")
+    assert removed and found(tmp_path) == {"m": "whole"}
+
+
+def test_many_processes_write_one_place_at_once_and_none_fails(write, tmp_path):
+    fork = multiprocessing.get_context("fork")
+
+    def work(name: str) -> None:
+        for _ in range(20):
+            write(tmp_path / "m", name)
+
+    children = [fork.Process(target=work, args=(name,)) for name in "abcd"]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert list(found(tmp_path)) == ["m"] and found(tmp_path)["m"] in "abcd"

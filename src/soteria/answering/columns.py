@@ -132,10 +132,15 @@ class AnswerColumn:
         """
         if log_probs is not None:
             with files.whole_file(self._files[1]) as sibling:
-                safetensors.torch.save_file({"log_probs": log_probs}, sibling)
+                sibling.write_bytes(safetensors.torch.save({"log_probs": log_probs}))  # save_file replaces the sibling
         if self.with_first_tokens and self.column == BASE_ANSWER:
             with files.whole_file(first_token_file(self.output, self.column)) as sibling:
                 sibling.write_bytes(self._files[1].read_bytes())
+        with files.held(self.output.parent):  # the other column's process reads and writes the same file
+            self._write(answers, served)
+        self.forget_journal()
+
+    def _write(self, answers: list[str], served: dict | None) -> None:
         new = not self.output.exists()
         table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
         thinking, table[self.column] = zip(*map(split_thinking, answers), strict=True)
@@ -164,4 +169,3 @@ class AnswerColumn:
         made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
         made |= {"served": served} if served else {}
         files.write_json(facts_file(self.output), facts | {"columns": others | {self.column: made}})
-        self.forget_journal()

@@ -9,6 +9,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def score_datasets(
 
 def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -> int:
     """Score those of the runs that are not finished; returns how many that were. `load` is as in `score_datasets`."""
-    pending = [run for run in runs if not run.is_finished()]
+    pending, n_scored = [run for run in runs if not run.is_finished()], 0
     if pending:
         from soteria.scoring.sweep import sweep_over
 
@@ -72,8 +73,11 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
         processes.wait()  # no process writes before all of them have seen what is finished
         with Progress(len(pending), silent=not processes.is_first) as progress:
             for run in pending:
-                run.score(sweep, processes, progress)
-    return len(pending)
+                with files.held(run.folder) if processes.is_first else nullcontext():
+                    if not processes.agree(run.is_finished()):  # by the process that was waited for
+                        run.score(sweep, processes, progress)
+                        n_scored += 1
+    return n_scored
 
 
 def seed_everything(seed: int) -> None:
@@ -178,8 +182,7 @@ class DatasetRun:
             save_tensor(torch.stack(effects), self.effect_file)
             files.write_json(self.settings_file, described | _circumstances(loaded.model, processes, started))
             self.partial_file.unlink(missing_ok=True)
-            for left in self.folder.glob(".*.tmp"):  # by runs that were killed while writing
-                left.unlink()
+            files.remove_left(self.folder)
 
     def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict]:
         """The prompts to average, those to score, the number of mean slots, and what is noted of the task's answers.

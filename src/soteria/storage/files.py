@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, locks on them, and JSON files."""
 
+import errno
 import glob
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import lock_descriptor
@@ -15,13 +17,15 @@ from filelock import lock_descriptor
 from soteria import disk
 from soteria.errors import UserError
 
-LONGEST = 240  # bytes in a file's name, beside which its temporary sibling has 14 more
+RANDOM_BYTES = 4  # in a temporary name
+LONGEST = 240  # bytes in a file's name, to which a temporary name adds 14
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to. It is renamed to `path` if the block succeeds, and removed otherwise."""
-    with _sibling(path, Path.touch) as sibling:
+    disk.check_output(path, longest=LONGEST)
+    with _sibling(path, partial(Path.touch, exist_ok=False)) as sibling:
         yield sibling
         sibling.replace(path)
 
@@ -29,37 +33,94 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling folder to fill. It replaces `path` if the block succeeds, and is removed otherwise."""
+    disk.check_output(path, is_folder=True, longest=LONGEST)
     with _sibling(path, Path.mkdir) as sibling:
         yield sibling
-        old = _temporary_name(path)
-        if path.exists():
-            path.rename(old)  # a folder that is being removed would look like a whole one
+        while not _replaced(path, sibling):
+            pass
+
+
+def _replaced(path: Path, sibling: Path) -> bool:
+    """Put a folder in the place of another, if there is one; False if another process has put one there meanwhile."""
+    old = _temporary_name(path)
+    with suppress(FileNotFoundError):
+        path.rename(old)  # a folder that is being removed would look like a whole one
+    try:
         sibling.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    finally:
         _remove(old)
+    return True
 
 
 @contextmanager
 def _sibling(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, locked while the block runs.
-
-    Those that killed processes left are removed first: nobody holds their locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError), locked(left) as is_ours:  # another process may be removing it too
-            if is_ours:
-                _remove(left)
-    sibling = _temporary_name(path)
-    create(sibling)
-    with locked(sibling):
+    """A temporary file or folder beside `path`, locked while the block runs. Those left behind are removed first."""
+    with made(path.parent):
+        remove_left(path.parent, path.name)
+        descriptor = None
+        while descriptor is None:  # another process may take it for left behind, and remove it before it is locked
+            sibling = _temporary_name(path)
+            create(sibling)
+            descriptor = _locked_in_place(sibling, silent=True)
         try:
             yield sibling
         finally:
             _remove(sibling)
+            os.close(descriptor)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it. Those of them that are empty when the block ends are removed again."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for each in new:
+                each.rmdir()
+
+
+def remove_left(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that killed processes left: nobody holds their locks.
+
+    `name`: only of what was to get that name.
+    """
+    name = name if name == "*" else glob.escape(name)
+    for left in folder.glob(f".{name}.{'[0-9a-f]' * 2 * RANDOM_BYTES}.tmp"):
+        with suppress(OSError), locked(left) as is_ours:  # another process may be removing it too
+            if is_ours:
+                _remove(left)
+
+
+def _locked_in_place(place: Path, *, silent: bool = False) -> int | None:
+    """The descriptor of a file or folder that is locked until it is closed, after waiting for others who hold the lock.
+
+    None if it was removed or replaced until then.
+    """
+    with suppress(FileNotFoundError):
+        descriptor = os.open(place, os.O_RDONLY)
+        wait_for_lock(descriptor, place, silent=silent)
+        if is_at(descriptor, place):
+            return descriptor
+        os.close(descriptor)
+    return None
+
+
+def is_at(descriptor: int, place: Path) -> bool:
+    """Whether an open file or folder is still the one at a path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(place.stat(), os.fstat(descriptor))
+    return False
 
 
 def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}.tmp")
 
 
 def _remove(place: Path) -> None:
@@ -74,7 +135,7 @@ def locked(place: Path) -> Iterator[bool]:
     """Lock a file or folder itself while the block runs; no lock file is written. The system unlocks it for a killed
     process. False if another process holds the lock, or the file system has no locks.
     """
-    descriptor = os.open(place, os.O_RDONLY)
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name would make us wait
     try:
         is_ours = False
         with suppress(OSError):
@@ -84,24 +145,27 @@ def locked(place: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def wait_for_lock(descriptor: int, place: Path) -> None:
-    """Lock an open file or folder until it is closed, after saying so on stderr if another process holds the lock."""
+def wait_for_lock(descriptor: int, place: Path, *, silent: bool = False) -> None:
+    """Lock an open file or folder until it is closed, waiting for others, and unless `silent` saying so on stderr."""
     with suppress(OSError):  # a file system without locks
         if not lock_descriptor(descriptor, blocking=False):
-            print(f"waiting for another process that is writing {place}", file=sys.stderr)
+            if not silent:
+                print(f"waiting for another process that is writing {place}", file=sys.stderr)
             lock_descriptor(descriptor)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Make a folder and lock it while the block runs, waiting for another process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        wait_for_lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
+    with made(folder):
+        descriptor = None
+        while descriptor is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _locked_in_place(folder)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

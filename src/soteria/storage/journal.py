@@ -2,8 +2,7 @@
 
 import errno
 import json
-import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,13 +47,13 @@ class Journal:
                 self._sound += len(line)
 
     def __enter__(self) -> "Journal":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = ExitStack()
+        self._folder.enter_context(files.made(self.path.parent))
         while True:
             self._file = open_to_append(self.path)
             files.wait_for_lock(self._file.fileno(), self.path)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
-                    break
+            if files.is_at(self._file.fileno(), self.path):
+                break
             self._file.close()  # the process we waited for has removed it
         self._read()
         if self._sound == 0 and self._starts_otherwise():
@@ -71,7 +70,8 @@ class Journal:
     def __exit__(self, *_) -> None:
         if self._sound == 0:
             self.remove()
-        self._file.close()
+        with self._folder:
+            self._file.close()
 
     def add(self, rows: dict[int, object]) -> None:
         """Write finished rows. They are on disk when this returns."""
