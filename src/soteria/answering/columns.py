@@ -16,6 +16,7 @@ import pandas as pd
 import safetensors.torch
 from torch import Tensor
 
+from soteria.answering.chat import DATE
 from soteria.answering.questions import QuestionSet
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
@@ -50,12 +51,13 @@ def model_settings(
 ) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name, whole=True)
-    digest, can_think = hashlib.sha256(fingerprint(checkpoint).encode()), False
+    digest, can_think, says_date = hashlib.sha256(fingerprint(checkpoint).encode()), False, False
     for path in sorted(checkpoint.folder.iterdir()):
         if path.suffix in SMALL_FILES and path.name != FACTS:
             content = path.read_bytes()
             digest.update(path.name.encode() + content)
             can_think = can_think or b"enable_thinking" in content
+            says_date = says_date or b"strftime_now" in content
     settings = {
         "model_sha256": digest.hexdigest(),
         "language": language.name,  # its instruction is part of the prompt
@@ -64,8 +66,11 @@ def model_settings(
     }
     settings |= {"preset": preset} if preset else {}
     settings |= {"engine": engine} if engine else {}
-    # Answers of versions that let such a model think are not kept.
-    return settings | ({"enable_thinking": False} if chat_template and can_think else {})
+    if not chat_template:
+        return settings
+    # Answers of versions that let such a model think, or said the date of the day, are not kept.
+    settings |= {"enable_thinking": False} if can_think else {}
+    return settings | ({"template_date": DATE} if says_date else {})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from soteria.answering.chat import chat_text
+from soteria.errors import UserError
 from soteria.models.batches import left_padded, logits_off, most_rounding, positions, takes_positions
 from soteria.models.loading import LoadedModel
 from soteria.models.memory import TokenBudget
@@ -64,10 +66,11 @@ def behind_answer(tokenizer) -> list[int]:
         return []
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SAID}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates refuse what they do not know in many ways; asking shows it in words
+        text = chat_text(tokenizer, turns, add_generation_prompt=False)
+    except UserError:  # where it matters, asking shows it
         return []
-    return tokenizer(text.rpartition(SAID)[2].lstrip(), add_special_tokens=False).input_ids
+    _, said, after = text.rpartition(SAID)
+    return tokenizer(after.lstrip(), add_special_tokens=False).input_ids if said else []
 
 
 def pad_token(loaded: LoadedModel) -> int:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
+from soteria.answering.chat import chat_text
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.decoding import decode, first_token_log_probs, pad_token, plan_batches, token_budget
 from soteria.answering.engines import Asked, Engine
@@ -43,12 +44,6 @@ def prompt_text(
 def chat_messages(question: str, language: Language) -> list[dict[str, str]]:
     """What goes into a chat template."""
     return [{"role": "user", "content": f"{language.instruction}\n\n{question}"}]
-
-
-def chat_text(tokenizer, messages: list[dict], **values: object) -> str:
-    """Messages in the tokenizer's chat template, without thinking where the template knows of it."""
-    values = {"enable_thinking": False} | values
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **values)
 
 
 def all_inputs(

@@ -6,8 +6,9 @@ from itertools import islice
 
 import torch
 
+from soteria.answering.chat import chat_text
 from soteria.answering.decoding import first_token_log_probs
-from soteria.answering.generation import chat_text, generate
+from soteria.answering.generation import generate
 from soteria.errors import UserError, form_of
 from soteria.judging.formats import FORMATS, GUIDELINES, TRAINED_ON_A_PROMPT
 from soteria.judging.interface import (
@@ -38,7 +39,7 @@ class LocalJudge:
 
     def __init__(self, loaded: LoadedModel, settings: JudgeSettings, batch_size: int = 8):
         self.description, self.unread, self.batch_size = f"hf:{loaded.name}{settings.described}", "", batch_size
-        self.loaded, self.in_parts = loaded, False
+        self.loaded = loaded
         recognized = self._recognized()
         self.settings = settings.of_format(recognized or "label")
         if self.settings.prompt is None and not recognized:
@@ -56,37 +57,33 @@ class LocalJudge:
             )
 
     def _recognized(self) -> str | None:
-        """The format of the model's chat template, and whether it wants texts as lists of parts."""
+        """The format of the model's chat template, if it shows a conversation."""
         if not self.loaded.tokenizer.chat_template:
             return None
-        for self.in_parts in (False, True):
-            try:
-                shown = self._render(JudgeSettings().messages(*PROBE), GUIDELINES[0])
-            except Exception:  # templates raise what they like, for example if they do not support an assistant's turn
-                continue
-            if all(text in shown for text in PROBE):
-                marks = {name: form.mark for name, form in FORMATS.items() if form.mark}
-                return next((name for name, mark in marks.items() if mark.casefold() in shown.casefold()), None)
-        self.in_parts = False
-        return None
+        try:
+            shown = self._render(JudgeSettings().messages(*PROBE), GUIDELINES[0])
+        except UserError:  # for example where it does not support an assistant's turn
+            return None
+        if not all(text in shown for text in PROBE):
+            return None
+        marks = {name: form.mark for name, form in FORMATS.items() if form.mark}
+        return next((name for name, mark in marks.items() if mark.casefold() in shown.casefold()), None)
 
     def _render(self, messages: list[dict], guideline: str | None = None) -> str:
-        if self.in_parts:
-            messages = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in messages]
         return chat_text(self.loaded.tokenizer, messages, **({"guideline": guideline} if guideline else {}))
 
     def _inputs(self, question: str, answer: str, guideline: str | None = None) -> list[int]:
-        tokenizer, messages = self.loaded.tokenizer, self.settings.messages(question, answer)
+        messages = self.settings.messages(question, answer)
         joined = [{"role": "user", "content": "\n\n".join(each["content"] for each in messages)}]
-        if not tokenizer.chat_template:
-            return tokenizer(joined[0]["content"]).input_ids
+        if not self.loaded.tokenizer.chat_template:
+            return self.loaded.encode(joined[0]["content"])
         try:
             text = self._render(messages, guideline)
-        except Exception:  # as Gemma's, which has no system turn
+        except UserError:  # as Gemma's, which has no system turn
             if not self.settings.system or self.settings.prompt is None:
                 raise
             text = self._render(joined, guideline)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return self.loaded.encode(text, add_special_tokens=False)
 
     def _fits(self, ids: list[int]) -> bool:
         return self.loaded.context_length is None or len(ids) < self.loaded.context_length

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
