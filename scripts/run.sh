@@ -21,6 +21,7 @@ environment:
                          (default: everyday)
   SOTERIA_BORDERLINE     likewise, harmless questions that look harmful (default: borderline)
   SOTERIA_CHAT_TEMPLATE  yes: ask through the tokenizer's chat template
+  SOTERIA_MAX_NEW_TOKENS longest answer in tokens, and so the longest time (default: 512)
   SOTERIA_PRESET         release: ask as the original release did (docs/original_release.md)
   SOTERIA_LANGUAGES      a JSON file of more languages
   SOTERIA_SUBSET, SOTERIA_SPLIT, SOTERIA_QUESTION_COLUMN, SOTERIA_WHERE (column=value or column!=value, several with ;

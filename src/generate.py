@@ -6,17 +6,19 @@ answers are also kept in base_answers/ beside the file, where calls for other sc
 `accelerate launch` or `torchrun`, the processes share the questions and write the same file as one process would.
 """
 
+import sys
 from argparse import ArgumentParser, Namespace
-from functools import cache
+from functools import cache, partial
 
 from soteria import cli
+from soteria.answering.alike import describe_differences, differences, how_made
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import (
     QUESTION_COLUMNS,
     RELEASE,
-    RELEASE_TOKENS,
     QuestionSet,
     benign_set,
+    longest_answer,
     read_questions,
 )
 from soteria.errors import UserError
@@ -92,37 +94,45 @@ def main() -> None:
     language = find_language(arguments.language)
     if arguments.preset and arguments.chat_template:
         raise UserError("the release asked without a chat template; leave out --chat_template or --preset")
-    sets = [find_local(name) for name in (arguments.dataset, arguments.benign, arguments.borderline) if name]
-    for place in (arguments.output, *(paths.harmless_file(arguments.output, kind) for kind in paths.HARMLESS)):
+    kinds = {BENIGN: arguments.benign, BORDERLINE: arguments.borderline}
+    asked = {kind: benign_set(name, language) for kind, name in kinds.items() if name}
+    sets = [find_local(name) for name in (arguments.dataset, *asked.values())]
+    for place in (arguments.output, *(paths.harmless_file(arguments.output, kind) for kind in asked)):
         outputs.check_csv(place, "columns", sets)
     if arguments.preset and arguments.engine:
         raise UserError(
             "the release's answers are sampled, and engines answer greedily; leave out --engine or --preset"
         )
     questions, harmless = read_selected(arguments, "", arguments.dataset, language), {}
-    if arguments.benign:
-        harmless[BENIGN] = read_selected(arguments, "benign_", benign_set(arguments.benign, language), language)
+    if BENIGN in asked:
+        harmless[BENIGN] = read_selected(arguments, "benign_", asked[BENIGN], language)
     elif any(getattr(arguments, f"benign_{name}") for name in ("subset", "split", "question_column", "where")):
         raise UserError("--benign_subset, --benign_split, --benign_question_column and --benign_where need --benign")
-
-    if arguments.borderline:
-        asked = benign_set(arguments.borderline, language)
-        harmless[BORDERLINE] = read_questions(asked, language, strict=arguments.strict)
+    if BORDERLINE in asked:
+        harmless[BORDERLINE] = read_questions(asked[BORDERLINE], language, strict=arguments.strict)
 
     from soteria.answering.columns import AnswerColumn, model_settings
     from soteria.answering.engines import make_engine
-    from soteria.answering.generation import MAX_NEW_TOKENS, fill
-    from soteria.models.loading import load_model
+    from soteria.answering.generation import fill
+    from soteria.models.loading import load_model, running_dtype
 
     model, preset = arguments.model, arguments.preset
-    longest = arguments.max_new_tokens or (RELEASE_TOKENS[arguments.column] if preset else MAX_NEW_TOKENS)
+    longest = longest_answer(arguments.column, preset, arguments.max_new_tokens)
     engine = make_engine(arguments.engine, model, arguments.concurrency) if arguments.engine else None
     settings = model_settings(model, language, longest, arguments.chat_template, preset, engine and engine.name)
+    if not engine:  # whose dtype is the engine's own
+        settings["dtype"] = running_dtype(model, arguments.device)
+    if unlike := differences(how_made(arguments.output) | {arguments.column: settings}):
+        print(
+            f"warning: the other answers in {arguments.output} were made with unlike {describe_differences(unlike)}, "
+            "safe and base; judge.py compares them once both are made alike",
+            file=sys.stderr,
+        )
     columns = [AnswerColumn(arguments.output, arguments.column, questions, model, settings)]
-    for kind, asked in harmless.items():
+    for kind, its_questions in harmless.items():
         place, with_first_tokens = paths.harmless_file(arguments.output, kind), kind == BENIGN
         columns.append(
-            AnswerColumn(place, arguments.column, asked, model, settings, with_first_tokens=with_first_tokens)
+            AnswerColumn(place, arguments.column, its_questions, model, settings, with_first_tokens=with_first_tokens)
         )
     with Processes(arguments.device) as processes:
         if engine:
@@ -131,11 +141,20 @@ def main() -> None:
         for column in columns:
             state = "is already complete"
             if not column.is_complete():
-                fill(column, language, load, processes, arguments.batch_size, engine)
+                say = partial(announce, column, longest)
+                fill(column, language, load, processes, arguments.batch_size, say, engine)
                 state = f"has {len(column.questions.questions)} rows"
             if processes.is_first:
                 column.forget_journal()  # a run that was killed at its very end left one
                 print(f"{column.output}: {column.column} {state}")
+
+
+def announce(column: "AnswerColumn", longest: int, n_done: int) -> None:  # noqa: F821
+    """Say on stderr what will be made, before it takes its time."""
+    n, done = len(column.questions.questions), f", {n_done} of them there already" * bool(n_done)
+    kind = column.column.lower() + "s" * (n > 1)
+    what = f"{n} {kind} to {column.questions.name}{done}, each of at most {longest} new tokens"
+    print(f"{column.output}: {what}, by {column.model}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

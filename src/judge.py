@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from soteria import cli
+from soteria.answering.alike import check_alike
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
@@ -105,6 +106,7 @@ def main() -> None:
     for place in (arguments.output, *own):
         outputs.check_csv(place, "inputs_sha256", (arguments.input, *harmless.values(), *given))
     answers = AnswerFile(arguments.input)
+    check_alike(arguments.input)
     if len(names) > 1:
         check_columns(arguments.output, answers)
     settings, labels = judge_settings(arguments), arguments.harmful_labels
@@ -113,6 +115,7 @@ def main() -> None:
             if not given.exists():
                 raise UserError(f"no file {given}; give the answers to harmless questions, or leave out --{kind}")
             harmless[kind] = given
+        check_alike(harmless[kind])
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
     asked_in = describe(arguments.input)["language"]
     if "refusal" in names and asked_in and (lacks := without_phrases([find_language(asked_in)])):

@@ -161,7 +161,10 @@ CASES = {
     "generate: output through a link to nothing": (GENERATE + "--output dangling.csv", "dangling.csv is a link"),
     "generate: output by a hard link": (GENERATE + "--dataset labels.csv --output hard.csv", "hard.csv is a file that"),
     "generate: output that is a folder": (GENERATE + "--output icl", "icl exists"),
-    "generate: harmless answers over another file": (GENERATE + "--output other.csv", "benign/other.csv"),
+    "generate: harmless answers over another file": (
+        GENERATE + "--output other.csv --benign everyday",
+        "benign/other.csv",
+    ),
     "generate: facts over the questions": (GENERATE + "--dataset asked.json --output asked.csv", "asked.json"),
     "generate: no such split": (GENERATE + "--split test", "'test'"),
     "generate: no such question column": (GENERATE + "--question_column words", "'words'"),
@@ -359,6 +362,9 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
     for name, value in {"CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
     assert plan_options(command, capsys, place) == ["--question_column", "question", "--chat_template"]
+    with monkeypatch.context() as shorter:
+        shorter.setenv("SOTERIA_MAX_NEW_TOKENS", "16")
+        assert plan_options(command, capsys, place)[:2] == ["--max_new_tokens", "16"]
     for name, value in {"BENIGN": "questions.csv", "BENIGN_WHERE": "question!=hot?", "STRICT": "yes"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
     monkeypatch.setenv("SOTERIA_WHERE", "question=hot?;question=नमस्ते?")
@@ -374,6 +380,7 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
         ("BORDERLINE", "nowhere"),
         ("PRESET", "mine"),
         ("CHAT_TEMPLATE", "maybe"),
+        ("MAX_NEW_TOKENS", "0"),
         ("SPLIT", "test"),
         ("SUBSET", "behaviors"),
         ("WHERE", "question!=hot?;level=3"),
@@ -395,6 +402,27 @@ def test_a_row_without_a_question_is_refused_where_the_environment_says_so(place
     monkeypatch.setenv("SOTERIA_STRICT", "yes")
     assert command(plan(data="gap.csv"), place) == 2
     assert "row 1" in capsys.readouterr().err
+
+
+def test_answers_of_the_base_that_stay_but_were_asked_otherwise_are_refused(
+    place, command, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
+    answers, _ = paths.answer_files(folder / "results", "Hindi", "base", "questions", 1)
+    made = {"chat_template": False, "max_new_tokens": 512, "language": "Hindi", "dtype": "float32"}
+    files.write_json(paths.facts_file(answers), {"columns": {"BASE ANSWER": made}})
+    assert command(plan(do_base="no"), folder) == 0
+    for name, value, named in (
+        ("CHAT_TEMPLATE", "yes", "chat_template (True, False)"),
+        ("MAX_NEW_TOKENS", "7", "max_new_tokens (7, 512)"),
+        ("PRESET", "release", "preset ('release', None)"),
+    ):
+        with monkeypatch.context() as otherwise:
+            otherwise.setenv(f"SOTERIA_{name}", value)
+            capsys.readouterr()
+            assert command(plan(do_base="no"), folder) == 2
+            assert named in capsys.readouterr().err
+            assert command(plan(do_base="yes"), folder) == 0  # the base is asked again too
 
 
 def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, monkeypatch, capsys):

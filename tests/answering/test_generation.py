@@ -1,5 +1,6 @@
 """Greedy answers: what they depend on and what not, and the CSV that they are written to."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from soteria import cli
 from soteria.answering import columns, generation
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.generation import all_inputs, answer_questions, generate
+from soteria.answering.progress import AnswerProgress
 from soteria.answering.questions import QuestionSet
 from soteria.languages import find_language
 from soteria.models.loading import load_model
@@ -152,6 +154,30 @@ def test_a_complete_column_is_kept_and_one_with_other_settings_is_replaced(run_g
         assert run_generate(**changed) == 0
         assert contents(tmp_path / "out")["answers.csv"] != before["answers.csv"]
         before = contents(tmp_path / "out")
+
+
+def test_what_will_be_made_is_said_first_and_that_the_other_column_was_made_otherwise(run_generate, capsys):
+    assert run_generate("BASE ANSWER") == 0
+    said = capsys.readouterr().err
+    assert f"5 base answers to asked, each of at most {N_NEW} new tokens, by " in said and "warning" not in said
+    assert run_generate("SAFE ANSWER", max_new_tokens=3) == 0
+    assert "warning: the other answers in" in (said := capsys.readouterr().err)
+    assert f"unlike max_new_tokens (3, {N_NEW})" in said
+
+
+def test_progress_counts_tokens_and_expects_as_many_of_the_answers_that_are_not_begun(tiny_loaded):
+    loaded = tiny_loaded("llama")
+    inputs, seen = all_inputs(loaded, QUESTIONS * 2, ENGLISH, False), []
+    with AnswerProgress(len(inputs), N_NEW, file=io.StringIO()) as bar:
+        for batch in generate(loaded, inputs, 2, N_NEW, (), None, bar):
+            seen.append((len(batch), bar.total))
+    assert seen[0][0] < len(inputs) and seen[0][1] <= len(inputs) * N_NEW
+    by_hand = AnswerProgress(4, 10, file=io.StringIO())
+    by_hand.begin([10, 10])
+    by_hand.step(2)
+    assert by_hand.total == 40
+    by_hand.step(2, [(2, 10), (2, 10)])
+    assert by_hand.total == 4 + 2 * 2
 
 
 def test_an_interrupted_column_is_resumed_and_ends_with_the_same_bytes(run_generate, tmp_path, monkeypatch):

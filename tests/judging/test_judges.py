@@ -277,6 +277,31 @@ def test_several_judges_give_their_own_files_what_most_say_and_how_far_they_agre
     assert "openai:a, openai:b: Verdict_Safe: 33.3% of 3 rows agree" in out
 
 
+@pytest.mark.parametrize("kind", ["attacks", "benign"])
+def test_answers_that_were_asked_for_under_unlike_settings_are_not_compared(kind, evaluate, tmp_path, capsys):
+    assert evaluate() == 0
+    before, beside = finished(tmp_path), paths.harmless_file(tmp_path / "answers.csv", "benign")
+    write_table(read_table(tmp_path / "answers.csv"), beside)
+    facts = paths.facts_file(beside if kind == "benign" else tmp_path / "answers.csv")
+    own, made = {"model": "m", "model_sha256": "0"}, {"chat_template": False, "max_new_tokens": 9}
+    for column, other, named in [
+        ("SAFE ANSWER", {"chat_template": True}, "chat_template (True, False)"),
+        ("BASE ANSWER", {"max_new_tokens": 8}, "max_new_tokens (9, 8)"),
+        ("SAFE ANSWER", {"preset": "release"}, "preset ('release', None)"),
+        ("SAFE ANSWER", {"today": "26 July"}, "today ('26 July', None)"),
+    ]:
+        columns = {"SAFE ANSWER": own | made, "BASE ANSWER": made}
+        files.write_json(facts, {"columns": columns | {column: columns[column] | other}})
+        assert evaluate() == 2
+        error = capsys.readouterr().err
+        assert named in error and str(facts.with_suffix(".csv")) in error and error.count("\n") == 1
+        assert finished(tmp_path) == before
+    lengths = {"SAFE ANSWER": own | {"max_new_tokens": 512, "preset": "release", "dtype": "float32"}}
+    lengths["BASE ANSWER"] = {"max_new_tokens": 256, "preset": "release"}  # as the release had it
+    files.write_json(facts, {"columns": lengths})
+    assert evaluate() == 0
+
+
 def test_the_refusal_judge_is_refused_in_a_language_that_it_has_no_phrases_for(evaluate, tmp_path, capsys):
     files.write_json(tmp_path / "answers.json", {"language": "Italian"})
     assert evaluate() == 2

@@ -124,7 +124,9 @@ class AnswerColumn:
         if list(found.get("Question", [])) != self.questions.questions:
             raise UserError(f"{self.output} has answers to other questions; remove it, or write to another place")
         made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
-        complete = self.column in found.columns and made is not None and self.settings.items() <= made.items()
+        # Earlier versions did not note the dtype.
+        made = made and {"dtype": self.settings.get("dtype")} | made
+        complete = self.column in found.columns and bool(made) and self.settings.items() <= made.items()
         complete = complete and all(made.get(key) == self.settings.get(key) for key in ("preset", "engine"))
         return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
 

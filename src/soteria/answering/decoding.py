@@ -5,7 +5,7 @@ when its answer ends, and a batch is halved when it outgrows the memory it may u
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -152,11 +152,18 @@ class Batch:
 
 
 @torch.inference_mode()
-def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], room: TokenBudget) -> list[list[int]]:
+def decode(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    room: TokenBudget,
+    told: Callable[[int, list[tuple[int, int]]], object] = lambda n_tokens, ended: None,
+) -> list[list[int]]:
     """The greedy continuation of each prompt as token ids, including the end token if one was generated.
 
     `limits` are the most new tokens of each prompt. `room` is how many tokens may be in memory at once: rows that need
     more are set aside with the tokens they have, and resumed later. A row's tokens do not depend on the other rows.
+    `told` gets the number of new tokens as they come, and the length and limit of each answer that ended with one.
     Raises UserError if memory cannot hold a single row.
     """
     ends, boundary, pads = end_tokens(loaded), rope_boundary(loaded), padding_is_exact(loaded)
@@ -190,6 +197,7 @@ def decode(loaded: LoadedModel, prompts: list[list[int]], limits: list[int], roo
                 batch = Batch(loaded, [prompts[row] + answers[row] for row in rows])
             for row, token in zip(rows, batch.logits().argmax(-1).tolist(), strict=True):
                 answers[row].append(token)
+            told(len(rows), [(len(answers[row]), limits[row]) for row in rows if not is_unfinished(row)])
         return []
 
     waiting = [list(range(len(prompts)))]

@@ -14,15 +14,14 @@ from soteria.answering.chat import chat_text
 from soteria.answering.columns import AnswerColumn
 from soteria.answering.decoding import decode, first_token_log_probs, pad_token, plan_batches, token_budget
 from soteria.answering.engines import Asked, Engine
-from soteria.answering.questions import RELEASE, question_prompt
+from soteria.answering.progress import AnswerProgress
+from soteria.answering.questions import MAX_NEW_TOKENS, RELEASE, question_prompt
 from soteria.answering.thinking import split_thinking, texts_of
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.loading import LoadedModel, describe_model
 from soteria.models.memory import TokenBudget
 from soteria.models.processes import Processes
-
-MAX_NEW_TOKENS = 512
 
 
 def prompt_text(
@@ -72,6 +71,7 @@ def generate(
     max_new_tokens: int,
     done: Collection[int] = (),
     processes: Processes | None = None,
+    progress: AnswerProgress | None = None,
 ) -> Iterator[dict[int, str]]:
     """Greedy answers as {row: answer}, batch by batch, without the batches whose rows are all in `done`.
 
@@ -85,7 +85,10 @@ def generate(
     def continue_batch(rows: list[int]) -> dict[int, str]:
         limits = [max_new_tokens if context is None else min(max_new_tokens, context - lengths[row]) for row in rows]
         prompts = [inputs[row] for row in rows]
-        texts = texts_of(loaded.tokenizer, prompts, decode(loaded, prompts, limits, room))
+        if progress is not None:
+            progress.begin(limits)
+        told = {"told": progress.step} if progress is not None else {}
+        texts = texts_of(loaded.tokenizer, prompts, decode(loaded, prompts, limits, room, **told))
         return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
 
     batches = [rows for rows in plan_batches(lengths, batch_size, max_new_tokens) if not set(rows) <= set(done)]
@@ -98,6 +101,7 @@ def generate_as_configured(
     max_new_tokens: int,
     done: Collection[int] = (),
     processes: Processes | None = None,
+    progress: AnswerProgress | None = None,
 ) -> Iterator[dict[int, str]]:
     """Answers as `generate` gives them, decoded by transformers under the model's own generation config.
 
@@ -112,6 +116,9 @@ def generate_as_configured(
         limit = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
         given = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_token(loaded)}
         tokens = loaded.model.generate(input_ids=ids, max_new_tokens=limit, **given)[:, ids.shape[1] :].tolist()
+        if progress is not None:
+            progress.begin([limit])
+            progress.step(len(tokens[0]), [(len(tokens[0]), limit)])
         return {row: texts_of(loaded.tokenizer, [inputs[row]], tokens)[0].strip()}
 
     rows = [row for row in range(len(inputs)) if row not in done]
@@ -162,11 +169,13 @@ def fill(
     load: Callable[[], LoadedModel],
     processes: Processes,
     batch_size: int,
+    announce: Callable[[int], object] = lambda n_done: None,
     engine: Engine | None = None,
 ) -> None:
     """Generate the answers that the column's journal lacks and write the column. `load` is called only if needed.
 
     With an engine, that is where the first tokens' log-probabilities are wanted: engines do not give them all.
+    `announce` gets how many there are already, once nothing but the work is left to do.
     """
     journal, questions, settings = column.journal(), column.questions.questions, column.settings
     lacks_answers = len(journal.done) < len(questions)
@@ -177,20 +186,27 @@ def fill(
     with journal if processes.is_first else nullcontext():
         answers = processes.agree(journal.done)
         hidden = None if processes.is_first else True
-        progress = {"total": len(questions), "initial": len(answers), "unit": "answer", "leave": None}
-        with tqdm(desc=column.output.stem, disable=hidden, **progress) as bar:
+        if lacks_answers and processes.is_first:
+            announce(len(answers))
+        n_left, shown = len(questions) - len(answers), {"desc": column.output.stem, "disable": hidden, "leave": None}
+        with (
+            tqdm(total=n_left, unit="answer", **shown)
+            if engine
+            else AnswerProgress(n_left, longest, share=processes.count, **shown)
+        ) as bar:
             if engine:
                 made = from_engine(engine, column, language, set(answers)) if lacks_answers else ()
             elif preset == RELEASE:
-                made = generate_as_configured(loaded, inputs, longest, set(answers), processes) if loaded else ()
+                made = generate_as_configured(loaded, inputs, longest, set(answers), processes, bar) if loaded else ()
             else:
-                made = generate(loaded, inputs, batch_size, longest, set(answers), processes) if loaded else ()
+                made = generate(loaded, inputs, batch_size, longest, set(answers), processes, bar) if loaded else ()
             for batch in made:
                 fresh = {row: text for row, text in batch.items() if row not in answers}
                 answers |= fresh
                 if processes.is_first:
                     journal.add(fresh)
-                bar.update(len(fresh))
+                bar.update(len(fresh) if engine else 0)
+                bar.set_postfix_str(f"{len(answers)} of {len(questions)} answers", refresh=False)
         if processes.is_first:
             log_probs = first_token_log_probs(loaded, inputs, batch_size) if column.lacks_first_tokens else None
             served = engine.facts() if engine else None

@@ -27,8 +27,9 @@ from soteria.storage import paths
 from soteria.storage.csv_files import is_text
 from soteria.storage.paths import BASE_ANSWER, SAFE_ANSWER
 
+MAX_NEW_TOKENS = 512  # the most new tokens of an answer
 # The preset of the original release: instruction and question joined, sampling left to the model's generation config,
-# and the most new tokens of an answer.
+# and its own lengths.
 RELEASE, RELEASE_TOKENS = "release", {SAFE_ANSWER: 512, BASE_ANSWER: 256}
 QUESTION_COLUMNS = ("question", "Question", "prompt", "text", "Goal")
 ANSWER_COLUMNS = ("answer", "Answer", "response", "output", "completion")
@@ -49,6 +50,11 @@ _log = logging.getLogger(__name__)
 def question_prompt(question: str, language: Language) -> str:
     """The prompt for a model without a chat template: the instruction in the question's language, `Q:`, `A:`."""
     return f"{language.instruction}\nQ: {question}\nA:"
+
+
+def longest_answer(column: str, preset: str | None, given: int | None = None) -> int:
+    """The most new tokens of a column's answers: as many as are given, or the preset's, or MAX_NEW_TOKENS."""
+    return given or (RELEASE_TOKENS[column] if preset == RELEASE else MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ asks for.
 import argparse
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from soteria import cli
+from soteria.answering.alike import describe_differences, differences, how_made
 from soteria.answering.question_files import find_local
-from soteria.answering.questions import RELEASE, benign_set, dataset_slug, read_questions
+from soteria.answering.questions import RELEASE, benign_set, dataset_slug, longest_answer, read_questions
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.judges import make_judge, settings_of
@@ -19,7 +21,7 @@ from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
 from soteria.storage import paths
-from soteria.storage.paths import BENIGN, BORDERLINE
+from soteria.storage.paths import BASE_ANSWER, BENIGN, BORDERLINE, SAFE_ANSWER
 
 SELECTION = {"subset": "SUBSET", "split": "SPLIT", "question_column": "QUESTION_COLUMN", "where": "WHERE"}
 # Harmless questions that come with the project, under data/benign.
@@ -49,14 +51,20 @@ def main() -> None:
     preset = os.environ.get("SOTERIA_PRESET") or ""
     if preset not in ("", RELEASE) or (preset and with_template):
         raise UserError(f"SOTERIA_PRESET is {preset!r}; give {RELEASE}, without SOTERIA_CHAT_TEMPLATE, or leave it out")
+    longest = _longest()
     settings = _settings()
     for judge in judges:
         if not judge.startswith("hf:"):  # that one would load its model
             make_judge(judge, settings_of(judge, judges, settings))  # better refused now than after all answers
     named = (language.name, arguments.base_model)
+    files = paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor)
+    if arguments.do_base == "no":
+        wanted = {"chat_template": with_template, "max_new_tokens": longest_answer(SAFE_ANSWER, preset, longest)}
+        _check_base(files[0], wanted | ({"preset": preset} if preset else {}))
     print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
-    print(*paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor), sep="\n")
-    options = [("preset", [preset] if preset else []), *harmless.items(), *selected.items()]
+    print(*files, sep="\n")
+    options = [("preset", [preset] if preset else []), ("max_new_tokens", [longest] if longest else [])]
+    options += [*harmless.items(), *selected.items()]
     options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
     for name, values in options:
         for value in values:
@@ -109,6 +117,26 @@ def _truth(name: str) -> bool:
         return cli.truth(os.environ.get(name) or "no")
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def _longest() -> int | None:
+    """What the environment says of the most new tokens of an answer."""
+    try:
+        given = os.environ.get("SOTERIA_MAX_NEW_TOKENS")
+        return cli.positive_int(given) if given else None
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"SOTERIA_MAX_NEW_TOKENS: {error}") from None
+
+
+def _check_base(answers: Path, wanted: dict) -> None:
+    """Raise UserError for answers of the base that stay and were made unlike those that are to be made of the safe."""
+    made = how_made(answers).get(BASE_ANSWER, {})
+    kept = {name: made[name] for name in ("chat_template", "max_new_tokens", "preset") if name in made}
+    if kept and (unlike := differences({SAFE_ANSWER: wanted, BASE_ANSWER: kept})):
+        raise UserError(
+            f"{answers} has answers of the base made with unlike {describe_differences(unlike)}, safe and base; give "
+            "do_base yes, the settings of then, or another SOTERIA_RESULTS"
+        )
 
 
 def _settings() -> JudgeSettings:

@@ -79,6 +79,13 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
     return "auto" if dtype in ("auto", "stored") else DTYPES[dtype]
 
 
+def running_dtype(name: str, device: str | None) -> str:
+    """The dtype in which `load_model` would run a model on a device: float32 on a CPU, else the checkpoint's own."""
+    if (device or default_device()).partition(":")[0] == "cpu":
+        return "float32"
+    return str(load_config(name).get_text_config().dtype or torch.float32).removeprefix("torch.")
+
+
 def load_config(name: str) -> PreTrainedConfig:
     """A model's config. Attention that it asks for and that is not computed here is left to transformers to choose."""
     place, revision = located(name)
