@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import save_tiny_model
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from soteria.models.tensors import save_tensor
 from soteria.scoring.prompts import TASKS
@@ -81,6 +82,8 @@ CASES = {
     "score: unknown dataset": (SCORE + "--dataset_name cold_Hindi", "cold_Hindi"),
     "score: no data folder": (SCORE + "--root_data_dir nowhere", "nowhere"),
     "score: no such model": (SCORE + "--model_name ./nowhere", "./nowhere"),
+    "score: a revision of a local folder": (SCORE + "--revision v2", "--revision"),
+    "score: an adapter given as a model": (SCORE + "--model_name adapter", "'adapter' is a LoRA adapter"),
     "score: a folder that is no model": (SCORE + "--model_name icl", "icl"),
     "score: broken JSON": (SCORE + "--dataset_name broken_Hindi", "broken_Hindi.json"),
     "score: JSON that is no list": (SCORE + "--dataset_name object_Hindi", "object_Hindi.json"),
@@ -105,6 +108,8 @@ CASES = {
     "select: results without effects": (SELECT + "--results heads", "hot_Hindi_indirect_effect.pt"),
     "select: results nowhere": (SELECT + "--results nowhere", "nowhere"),
     "select: unknown task": (SELECT + "--tasks lukewarm", "lukewarm"),
+    "select: a task not scored": (SELECT + "--tasks cold hot mild", "Hindi on cold, mild"),
+    "select: how to go on": (SELECT + "--tasks cold hot mild", "--tasks hot)"),
     "select: top 0": (SELECT + "--top 0", "--top 0"),
     "select: top 1.5": (SELECT + "--top 1.5", "--top 1.5"),
     "select: top above all heads": (SELECT + "--top 99999", "--top 99999"),
@@ -139,6 +144,7 @@ CASES = {
     "generate: unknown language": (GENERATE + "--language Klingon", "Klingon"),
     "generate: unknown dataset": (GENERATE + "--dataset nothing_Hindi", "nothing_Hindi"),
     "generate: no such model": (GENERATE + "--model ./nowhere", "./nowhere"),
+    "generate: an adapter given as a model": (GENERATE + "--model adapter", "'adapter' is a LoRA adapter"),
     "generate: a folder that is no model": (GENERATE + "--model icl", "icl"),
     "generate: an empty CSV": (GENERATE + "--dataset empty.csv", "empty.csv"),
     "generate: a header alone": (GENERATE + "--dataset header.csv", "header.csv"),
@@ -255,6 +261,7 @@ def place(tmp_path_factory) -> Path:
     for name, value in rows.items():
         files.write_json(root / "icl" / f"{name}_Hindi.json", value)
     (root / "icl" / "broken_Hindi.json").write_text("[{")
+    files.write_json(root / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
     save_tensor(torch.rand(2, 3, 4), effect_path(root / "effects", "hot_Hindi"))
     for task in TASKS:
         save_tensor(torch.rand(2, 3, 4), effect_path(root / "scored", f"{task}_Hindi"))
@@ -342,6 +349,23 @@ def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, 
 def test_the_same_commands_without_the_fault_succeed(text, place, command, tmp_path):
     folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
     assert command(text, folder) == 0
+
+
+@pytest.mark.parametrize("text", [SCORE, GENERATE, FINETUNE], ids=lambda text: text.split()[0])
+def test_a_failure_inside_transformers_is_one_sentence_and_its_traceback_is_for_debug(
+    text, place, command, tmp_path, monkeypatch, capsys
+):
+    def forward(*_, **__):
+        raise KeyError("no\nsuch \x1b[31mkey")
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    folder = shutil.copytree(place, tmp_path / "place")
+    assert command(text, folder) == 2
+    said = capsys.readouterr().err
+    assert "error: LlamaForCausalLM failed inside transformers (KeyError: " in said.splitlines()[-1]
+    assert "Traceback" not in said and "--debug shows where" in said and "\x1b" not in said
+    assert command(f"{text} --debug", folder) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def plan_options(command, capsys, folder) -> list[str]:

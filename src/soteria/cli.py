@@ -80,7 +80,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
-        if DEBUG in sys.argv or os.environ.get("SOTERIA_DEBUG"):
+        if wants_tracebacks():
             traceback.print_exc()
         _say(f"error: {sentence}")
         sys.exit(2)
@@ -116,6 +116,10 @@ def _drop_output() -> None:
     """Keep the interpreter from writing at its exit what cannot be written."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def wants_tracebacks() -> bool:
+    return DEBUG in sys.argv or bool(os.environ.get("SOTERIA_DEBUG"))
 
 
 def _sentence(error: Exception) -> str | None:

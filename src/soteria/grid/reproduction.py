@@ -14,7 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from soteria import disk
-from soteria.errors import UserError
+from soteria.cli import wants_tracebacks
+from soteria.errors import UserError, explain
 from soteria.grid.cell_work import CellWork, Judges
 from soteria.grid.cells import Cell, Shard, language_cells, method_of
 from soteria.grid.grid_file import SAFETY, Grid
@@ -141,9 +142,10 @@ class Reproduction:
                 raise  # no other cell would fare better
             if self.processes.count > 1 and not isinstance(error, UserError):
                 raise  # the other processes are elsewhere in the work
-            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if not isinstance(error, UserError):
+            sentence = str(error) if isinstance(error, UserError) else explain(error)
+            if sentence is None or wants_tracebacks():
                 traceback.print_exc(file=sys.stderr)
+            sentence = sentence or f"{type(error).__name__}: {error}"
             self.failed[name] = sentence
             if file and self.processes.is_first:
                 files.write_text(file, sentence + "\n")

@@ -32,6 +32,14 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
     A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files,
     effects that are not finite, and tasks that were scored by first tokens and by whole answers.
     """
+    missing = [task for task in tasks if not effect_path(results, f"{task}_{language}").exists()]
+    if missing:
+        first, found = effect_path(results, f"{missing[0]}_{language}"), [task for task in tasks if task not in missing]
+        go_on = f", or average over the others (select_heads.py --tasks {' '.join(found)})" if found else ""
+        raise UserError(
+            f"{results} has no scores of {language} on {', '.join(missing)} (no file {first.name}); run step 1 "
+            f"(compute_indirect_effect.py) on these{go_on}"
+        )
     means = []
     noted = {task: scored_with(results, f"{task}_{language}")["answer"] for task in tasks}
     if len(set(noted.values())) > 1:
