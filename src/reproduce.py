@@ -16,6 +16,7 @@ from soteria.languages import language_names
 from soteria.storage import paths
 
 STEPS = ("score", "answer", "utility", "judge", "tables")
+MODELS = "models"  # what an engine serves for each cell; only where it is asked for
 
 
 def shard(text: str) -> Shard:
@@ -31,7 +32,8 @@ def parse_arguments():
     add("grid", type=Path, help="a grid file: one of configs/*.yaml, or your own")
     add("--plan", action="store_true", help="print what would run, what is done, and an estimate of time and disk")
     add("--shard", type=shard, default="1/1", help="i/n: the i-th of n parts of the (model, language) pairs")
-    add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these; a shard leaves out the tables")
+    steps_help = "only these; a shard leaves out the tables; models writes what an engine serves for each cell"
+    add("--steps", nargs="+", choices=[*STEPS, MODELS], default=list(STEPS), help=steps_help)
     add("--language", nargs="+", help="names or codes, or all, instead of the grid file's languages")
     add("--name", help="name of the tables instead of the grid file's")
     add("--results", type=Path, default=paths.RESULTS, help="folder for everything that is written")
@@ -49,7 +51,7 @@ def main() -> None:
 
         print(bill(grid, arguments.results))
         return
-    steps = [step for step in STEPS if step in arguments.steps]
+    steps = [step for step in (*STEPS, MODELS) if step in arguments.steps]
 
     from soteria.models.processes import Processes
 

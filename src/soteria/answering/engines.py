@@ -202,13 +202,12 @@ class VllmEngine:
     def _loaded(self):
         from vllm import LLM
 
-        rank = self.adapter and _rank(self.adapter)
-        wanted = {"model": self.model, "dtype": self.dtype, "enable_lora": bool(rank)}
-        wanted |= {"max_lora_rank": rank} if rank else {}
-        if self._held.get("wanted") != wanted:
+        rank, of = _rank(self.adapter) if self.adapter else 0, (self.model, self.dtype)
+        if self._held.get("of") != of or self._held["rank"] < rank:
             self._held.clear()  # the memory of the one before
             gc.collect()
-            self._held |= {"wanted": wanted, "model": LLM(**wanted)}
+            adapters = {"enable_lora": True, "max_lora_rank": rank} if rank else {}
+            self._held |= {"of": of, "rank": rank, "model": LLM(model=self.model, dtype=self.dtype, **adapters)}
         return self._held["model"]
 
     def answers(self, described: LoadedModel, asked: dict[int, Asked]) -> Iterator[dict[int, str]]:

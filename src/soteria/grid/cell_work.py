@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
 from soteria.answering.columns import AnswerColumn
+from soteria.answering.engines import Engine
 from soteria.answering.generation import fill
 from soteria.errors import UserError
 from soteria.grid.cells import MATCHED, Cell
 from soteria.grid.grid_file import ALL_PARAMETERS
 from soteria.grid.judge_options import JudgeOptions
+from soteria.grid.serving import write_model
 from soteria.grid.subject import NotScored, Subject, remembered
 from soteria.judging import costs
 from soteria.judging.interface import Judge
@@ -26,7 +29,7 @@ from soteria.scoring.heads import Head
 from soteria.steering.checkpoint import fingerprint
 from soteria.steering.formula import Steering, head_list_hash, open_steering, steered_in_place
 from soteria.steering.task_arithmetic import all_parameters_steered
-from soteria.storage import files
+from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, HARMLESS, SAFE_ANSWER
 
 HARMLESS_JUDGE = "refusal"  # whoever judges the attacks: a harmless question is either answered or refused
@@ -154,16 +157,17 @@ class CellWork:
 
     def _measure(self, pending: list[str]) -> None:
         subject, cell = self.subject, self.cell
-        log_probs = None
-        if "facts" in pending and cell.with_cost and self.grid.benign:
-            log_probs = subject.base_log_probs(cell.language)  # while the model is the base
-        with self.steered():
-            for name in pending:
-                if name == "facts":
-                    continue
-                column, started = self.column(name), time.monotonic()
-                fill(column, self.language, lambda: subject.loaded, subject.processes, self.grid.answers.batch_size)
-                subject.note_duration("answers", len(column.questions.questions), time.monotonic() - started)
+        sets, needs_cost, log_probs = [name for name in pending if name != "facts"], False, None
+        if subject.serving and sets:
+            with self.served() as engine:
+                self._answer(sets, engine)
+        if "facts" in pending and cell.with_cost:
+            needs_cost = True
+            if self.grid.benign:
+                log_probs = subject.base_log_probs(cell.language)  # while the model is the base
+        with nullcontext() if subject.serving and not needs_cost else self.steered():
+            if not subject.serving:
+                self._answer(sets)
             if "facts" in pending:
                 started = time.monotonic()
                 facts = self.made_from | self._steered_facts() | self._cost(log_probs)
@@ -171,6 +175,33 @@ class CellWork:
                     files.write_json(self.files.facts, facts)
                 if cell.with_cost:
                     subject.note_duration("cost", 1, time.monotonic() - started)
+
+    def _answer(self, sets: list[str], engine: Engine | None = None) -> None:
+        """Answer the sets with the loaded model, or with an engine that has this cell's."""
+        subject, batch_size = self.subject, self.grid.answers.batch_size
+        for name in sets:
+            column, started = self.column(name), time.monotonic()
+            fill(column, self.language, lambda: subject.loaded, subject.processes, batch_size, engine)
+            subject.note_duration("answers", len(column.questions.questions), time.monotonic() - started)
+
+    @property
+    def _served_as(self) -> tuple[Steering | None, Path]:
+        """What an engine serves: the steering, None for the base, and the folder for it."""
+        is_base = not self.cell.treatment or not self.scaling_factor
+        return None if is_base else self.steering, paths.served_model(self.subject.results, self.cell.name)
+
+    def served(self) -> AbstractContextManager[Engine]:
+        """The engine with this cell's model, for the length of a block."""
+        subject = self.subject
+        return subject.serving.of(subject.pair.base, self.cell.name, *self._served_as, self.cell.language)
+
+    def write_model(self) -> bool:
+        """Write what an engine serves for this cell, but for all parameters; returns whether it was not there."""
+        steering, folder = (None, None) if self.steers_all else self._served_as
+        is_new = bool(steering) and not folder.exists()
+        if steering and self.subject.processes.is_first:
+            write_model(steering, folder, self.cell.language)
+        return is_new
 
     def steered(self) -> AbstractContextManager:
         """The loaded model is this cell's for the length of a block."""

@@ -10,8 +10,9 @@ from soteria.answering.questions import RELEASE, RELEASE_TOKENS, QuestionSet, be
 from soteria.errors import UserError
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.limits import Limits
+from soteria.grid.values import EngineName, Languages, ScalingFactor, Share, distinct, in_order
 from soteria.judging.pipeline import without_phrases
-from soteria.languages import PAPER_LANGUAGES, find_language, language_names
+from soteria.languages import find_language
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
 from soteria.storage.yaml_files import read_yaml
@@ -21,30 +22,6 @@ ACCURACY_SEED = 1042  # of the in-context prompts that accuracy is measured on; 
 # What heads are ranked by beside the method's own indirect effect, then what is steered in place of ranked heads.
 ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS = "absolute", "task_vector", "safety", "random", "all_parameters"
 RIVALS = (*ANSWERS, ABSOLUTE, TASK_VECTOR, SAFETY, RANDOM, ALL_PARAMETERS)
-
-
-def _languages(given: object) -> object:
-    """Names of languages in the group rule's order, from names, codes or `all`."""
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return given
-    try:
-        names = language_names(texts)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    order = [language.name for language in PAPER_LANGUAGES]
-    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
-
-
-def _distinct(values: list) -> list:
-    if len(set(map(str, values))) < len(values):
-        raise ValueError("a value is listed twice")
-    return values
-
-
-Share = Annotated[float, Field(gt=0, le=1)]
-ScalingFactor = Annotated[float, Field(ge=0, lt=float("inf"))]
-Languages = Annotated[list[str], BeforeValidator(_languages), Field(min_length=1)]
 
 
 class Part(BaseModel):
@@ -159,15 +136,15 @@ class Ablations(Part):
     `rival_languages`: those in which `rankings` and `draws` are run (default: all).
     """
 
-    shares: Annotated[list[Share], AfterValidator(_distinct)] = []
+    shares: Annotated[list[Share], AfterValidator(distinct)] = []
     random_draws: int = Field(default=0, ge=0)
     bottom: bool = False
-    scaling_factors: Annotated[list[ScalingFactor], AfterValidator(_distinct)] = []
+    scaling_factors: Annotated[list[ScalingFactor], AfterValidator(distinct)] = []
     shared: list[Literal["tier", "Universal"]] = [UNIVERSAL]
     transfer: bool = False
     prompt_sets: list[str] | None = None
-    rankings: Annotated[list[Literal[RIVALS]], AfterValidator(_distinct)] = []
-    all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(_distinct)] = []  # default: those of heads
+    rankings: Annotated[list[Literal[RIVALS]], AfterValidator(distinct)] = []
+    all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(distinct)] = []  # default: those of heads
     draws: Draws | None = None
     rival_languages: Languages | None = None
 
@@ -181,11 +158,16 @@ class Utility(Part):
 
 
 class Answers(Part):
-    """How answers are generated. `batch_size`: the memory to use, as that many of the longest questions take."""
+    """How answers are generated. `batch_size`: the memory to use, as that many of the longest questions take.
+
+    `engine`: what answers in place of our own decoding, a server with `concurrency` calls at once.
+    """
 
     batch_size: int = Field(default=8, gt=0)
     max_new_tokens: int = Field(default=512, gt=0)
     questions: int | None = Field(default=None, gt=0)  # only so many of each set, spread over it
+    engine: EngineName | None = None
+    concurrency: int = Field(default=16, gt=0)
 
 
 class Scoring(Part):
@@ -213,11 +195,11 @@ class Grid(Part):
     models: list[Pair] = Field(min_length=1)
     languages: Languages
     icl: Path = paths.DATA / "icl"
-    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = list(TASKS)
+    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] = list(TASKS)
     prompt_sets: list[PromptSet] = Field(min_length=1)
     benign: HarmlessQuestions | None = None
     borderline: HarmlessQuestions | None = None
-    judges: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["refusal"]
+    judges: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] = ["refusal"]
     judge_options: dict[str, JudgeOptions] = {}
     heads: Share = 0.5
     head_folder: str | None = None
@@ -254,6 +236,8 @@ class Grid(Part):
         chats = any(pair.chat_template for pair in self.models)
         if self.preset and (chats or "max_new_tokens" in self.answers.model_fields_set):
             raise ValueError("preset: release has answer lengths of its own and no chat template; remove those or it")
+        if self.preset and self.answers.engine:
+            raise ValueError("preset: release samples its answers, and engines answer greedily; remove answers.engine")
         unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
         if unknown:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
@@ -278,6 +262,10 @@ class Grid(Part):
             raise ValueError("heads: 1 steers all heads; ablations.rankings and ablations.draws need a share below 1")
         if RANDOM in wanted and not self.ablations.random_draws:
             raise ValueError("ablations.rankings: random needs ablations.random_draws")
+        if ALL_PARAMETERS in wanted and self.answers.engine:
+            raise ValueError(
+                "ablations.rankings: all_parameters is steered in memory only; remove answers.engine or it"
+            )
         if SAFETY in wanted:
             self._check_safety_questions()
         return self
@@ -390,7 +378,7 @@ def read_grid(path: Path, **changes: object) -> Grid:
     try:
         grid = Grid.model_validate({"name": path.stem} | given)
         if wanted := changes.get("languages"):
-            changes["ablations"] = _in_languages(grid.ablations, _languages(wanted))
+            changes["ablations"] = _in_languages(grid.ablations, in_order(wanted))
         return Grid.model_validate({"name": path.stem} | given | changes) if changes else grid
     except ValidationError as error:
         first = error.errors()[0]

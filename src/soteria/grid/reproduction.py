@@ -19,6 +19,7 @@ from soteria.errors import UserError, explain
 from soteria.grid.cell_work import CellWork, Judges
 from soteria.grid.cells import Cell, Shard, language_cells, method_of
 from soteria.grid.grid_file import SAFETY, Grid
+from soteria.grid.serving import Serving
 from soteria.grid.subject import NotScored, Subject
 from soteria.languages import TIERS, group_languages
 from soteria.models.processes import Processes
@@ -38,14 +39,21 @@ class Reproduction:
         self.judges = Judges()
 
     def run(self, steps: list[str]) -> None:
-        """Run the steps (score, answer, utility, judge), model by model: each is loaded at most once."""
+        """Run the steps (score, models, answer, utility, judge), model by model: each is loaded at most once.
+
+        Raises UserError for an engine that cannot be used.
+        """
+        serving = None
+        if "answer" in steps and self.grid.answers.engine:
+            self.processes.need_one("answers.engine")
+            serving = Serving(self.grid)
         for pair in self.grid.models:
             languages = [language for other, language in self.units if other is pair]
             if not languages:
                 continue
-            subject = Subject(self.grid, pair, self.results, self.processes)
+            subject = Subject(self.grid, pair, self.results, self.processes, serving)
             cells = [cell for language in languages for cell in language_cells(self.grid, pair, language)]
-            if {"score", "answer", "utility"} & set(steps):
+            if {"score", "models", "answer", "utility"} & set(steps):
                 self._score_and_answer(subject, languages, cells, steps)
             subject.unload()
             if "judge" in steps and self.processes.is_first:
@@ -68,7 +76,9 @@ class Reproduction:
             if not self.grid.head_folder:
                 self._select(subject)
             self.processes.wait()  # the first one writes what all read
-        if {"answer", "utility"} & set(steps) and self._opens(slug, lambda: subject.vector):
+        if {"models", "answer", "utility"} & set(steps) and self._opens(slug, lambda: subject.vector):
+            if "models" in steps:
+                self._each(subject, cells, "writing", CellWork.write_model)
             if "answer" in steps:
                 self._each(subject, cells, "answering", CellWork.measure)
             if "utility" in steps and self.grid.utility:

@@ -16,6 +16,7 @@ from soteria.answering.questions import QuestionSet, spread_rows
 from soteria.errors import UserError
 from soteria.grid.cells import DRAWN, MATCHED, Treatment, method_of
 from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair, Questions
+from soteria.grid.serving import Serving
 from soteria.judging.costs import read_tasks
 from soteria.languages import Language, find_language
 from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
@@ -65,8 +66,8 @@ def remembered(function: Callable) -> Callable:
 class Subject:
     """A base model of the grid, and what its cells are made from."""
 
-    def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes):
-        self.grid, self.pair, self.results, self.processes = grid, pair, results, processes
+    def __init__(self, grid: Grid, pair: Pair, results: Path, processes: Processes, serving: Serving | None = None):
+        self.grid, self.pair, self.results, self.processes, self.serving = grid, pair, results, processes, serving
         self.scores = grid.scores(results, pair)
         self.device = "none"  # until the model is loaded
         self._load = remembered(self._load_base)
@@ -125,7 +126,7 @@ class Subject:
         """What the base's answers depend on, beside the language."""
         language = find_language(self.grid.languages[0])
         longest, asked = self.grid.longest(BASE_ANSWER), (self.pair.chat_template, self.grid.preset)
-        settings = model_settings(self.pair.base, language, longest, *asked)
+        settings = model_settings(self.pair.base, language, longest, *asked, self.grid.answers.engine)
         return settings | {"dtype": self.dtype}
 
     @cached_property
@@ -270,7 +271,8 @@ class Subject:
         """Write down how long a step took, for `--plan`. A line is one write, so processes may share the file."""
         if not self.processes.is_first or units == 0:
             return
-        duration = {"step": step, "units": units, "seconds": round(seconds, 3), "device": self.device}
+        device = (step == "answers" and self.grid.answers.engine) or self.device
+        duration = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
         path = paths.durations_file(self.results, self.pair.slug)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_to_append(path) as file:

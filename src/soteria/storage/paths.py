@@ -200,6 +200,11 @@ def cell_files(results: Path, name: str) -> CellFiles:
     return CellFiles(results / "cells" / name)
 
 
+def served_model(results: Path, name: str) -> Path:
+    """The steered model of a cell, by the cell's name, where an engine serves it."""
+    return results / "served" / name
+
+
 def model_failure(results: Path, slug: str) -> Path:
     """Why a grid's model could not be opened, while it cannot."""
     return results / "cells" / slug / "failed.txt"
