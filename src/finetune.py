@@ -82,7 +82,10 @@ def main() -> None:
     # torch takes seconds to import, so the data is checked first
     from soteria.answering.fine_tuning import fine_tune
     from soteria.answering.training_rows import FineTuning
+    from soteria.models.loading import check_chat_template
 
+    if arguments.chat_template:
+        check_chat_template(arguments.base_model, "--chat_template")
     arguments.target_modules = tuple(arguments.target_modules)
     settings = FineTuning(**{field.name: getattr(arguments, field.name) for field in fields(FineTuning)})
     with Processes(arguments.device) as processes:

@@ -114,9 +114,11 @@ def main() -> None:
     from soteria.answering.columns import AnswerColumn, model_settings
     from soteria.answering.engines import make_engine
     from soteria.answering.generation import fill
-    from soteria.models.loading import load_model, running_dtype
+    from soteria.models.loading import check_chat_template, load_model, running_dtype
 
     model, preset = arguments.model, arguments.preset
+    if arguments.chat_template:
+        check_chat_template(model, "--chat_template")
     longest = longest_answer(arguments.column, preset, arguments.max_new_tokens)
     engine = make_engine(arguments.engine, model, arguments.concurrency) if arguments.engine else None
     settings = model_settings(model, language, longest, arguments.chat_template, preset, engine and engine.name)

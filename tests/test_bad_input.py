@@ -253,6 +253,8 @@ def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("place")
     save_tiny_model(root / "base", "llama")
     save_tiny_model(root / "tuned", "llama", seed=1)
+    chat = shutil.copytree(root / "base", root / "chat")
+    (chat / "chat_template.jinja").write_text("{{ messages[0].content }}")
     save_tiny_model(root / "wide", "llama", hidden_size=48)
     save_tiny_model(root / "deep", "llama", num_hidden_layers=4)
     pairs = [{"input": f"hot {i}", "output": f"cold {i}"} for i in range(20)]
@@ -368,9 +370,9 @@ def test_a_failure_inside_transformers_is_one_sentence_and_its_traceback_is_for_
     assert "Traceback" in capsys.readouterr().err
 
 
-def plan_options(command, capsys, folder) -> list[str]:
+def plan_options(command, capsys, folder, **arguments) -> list[str]:
     """The words that run.sh hands to generate.py."""
-    assert command(plan(), folder) == 0
+    assert command(plan(**arguments), folder) == 0
     return capsys.readouterr().out.splitlines()[3:]
 
 
@@ -385,16 +387,16 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
     monkeypatch.delenv("SOTERIA_PRESET")
     for name, value in {"CHAT_TEMPLATE": "yes", "QUESTION_COLUMN": "question"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
-    assert plan_options(command, capsys, place) == ["--question_column", "question", "--chat_template"]
     with monkeypatch.context() as shorter:
         shorter.setenv("SOTERIA_MAX_NEW_TOKENS", "16")
-        assert plan_options(command, capsys, place)[:2] == ["--max_new_tokens", "16"]
+        assert plan_options(command, capsys, place, base="chat")[:2] == ["--max_new_tokens", "16"]
+    assert plan_options(command, capsys, place, base="chat") == ["--question_column", "question", "--chat_template"]
     for name, value in {"BENIGN": "questions.csv", "BENIGN_WHERE": "question!=hot?", "STRICT": "yes"}.items():
         monkeypatch.setenv(f"SOTERIA_{name}", value)
     monkeypatch.setenv("SOTERIA_WHERE", "question=hot?;question=नमस्ते?")
     options = ["--benign", "questions.csv", "--question_column", "question", "--where", "question=hot?", "--where"]
     options += ["question=नमस्ते?", "--benign_where", "question!=hot?", "--strict", "--chat_template"]
-    assert plan_options(command, capsys, place) == options
+    assert plan_options(command, capsys, place, base="chat") == options
 
 
 @pytest.mark.parametrize(
@@ -405,6 +407,7 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
         ("PRESET", "mine"),
         ("CHAT_TEMPLATE", "maybe"),
         ("MAX_NEW_TOKENS", "0"),
+        ("CHAT_TEMPLATE", "yes"),
         ("SPLIT", "test"),
         ("SUBSET", "behaviors"),
         ("WHERE", "question!=hot?;level=3"),

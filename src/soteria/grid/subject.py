@@ -19,7 +19,14 @@ from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, 
 from soteria.grid.serving import Serving
 from soteria.judging.costs import read_tasks
 from soteria.languages import Language, find_language
-from soteria.models.loading import LoadedModel, default_device, load_config, load_model, resolve_dtype
+from soteria.models.loading import (
+    LoadedModel,
+    check_chat_template,
+    default_device,
+    load_config,
+    load_model,
+    resolve_dtype,
+)
 from soteria.models.processes import Processes
 from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import (
@@ -123,8 +130,10 @@ class Subject:
 
     @cached_property
     def base_settings(self) -> dict:
-        """What the base's answers depend on, beside the language."""
+        """What the base's answers depend on, beside the language. Raises UserError if it lacks the chat template."""
         language = find_language(self.grid.languages[0])
+        if self.pair.chat_template:
+            check_chat_template(self.pair.base, "chat_template in the grid file")
         longest, asked = self.grid.longest(BASE_ANSWER), (self.pair.chat_template, self.grid.preset)
         settings = model_settings(self.pair.base, language, longest, *asked, self.grid.answers.engine)
         return settings | {"dtype": self.dtype}

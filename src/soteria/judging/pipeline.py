@@ -52,6 +52,10 @@ def main() -> None:
     if preset not in ("", RELEASE) or (preset and with_template):
         raise UserError(f"SOTERIA_PRESET is {preset!r}; give {RELEASE}, without SOTERIA_CHAT_TEMPLATE, or leave it out")
     longest = _longest()
+    if with_template:
+        from soteria.models.loading import check_chat_template  # transformers takes seconds to import
+
+        check_chat_template(arguments.base_model, "SOTERIA_CHAT_TEMPLATE=yes")
     settings = _settings()
     for judge in judges:
         if not judge.startswith("hf:"):  # that one would load its model

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from soteria.errors import UserError
 from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS
 from soteria.models.loading import DTYPES, load_module_names
+from soteria.models.sources import located
 from soteria.models.tensors import read_tensor
 from soteria.steering.checkpoint import describe, made_before, steered_heads, steering_inputs, versions
 from soteria.steering.formula import Steering
@@ -64,10 +65,12 @@ def write_adapter(
         for letter, factor in zip("AB", padded, strict=True):
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.to(DTYPES[inputs["dtype"]])
     facts = inputs | steered_heads(steering) | {"rank": most, "relative_error": error, "versions": versions()}
+    place, revision = located(vector.base.name)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": vector.base.name,
+        "base_model_name_or_path": place,
+        "revision": revision,
         "r": most,
         "lora_alpha": most,
         "target_modules": _targets(load_module_names(str(vector.base.folder)), geometry.projection_names),
