@@ -1,4 +1,4 @@
-"""A steering as a LoRA adapter of the output projections: a few MB a language, beside one base that serves them all.
+"""A steering as a LoRA adapter of the output projections: one a language, beside one base that serves them all.
 
 Where the tuned model is itself a LoRA, tuned - base = s * B @ A on a projection, so steering it on some heads is
 
