@@ -13,7 +13,8 @@ DROPPED, TRUNCATED = "dropped connection", "truncated JSON"
 class FakeEndpoint(ThreadingHTTPServer):
     """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED.
 
-    In place of the text, a dict has more of the reply's choice, or of its error.
+    In place of the text, a dict has more of the reply's choice, or of its error, and bytes are the whole reply, of the
+    type that `headers` names.
 
     `refuses` is an option that calls may not have. `bodies` are the last call's, by the prompt.
     """
@@ -23,13 +24,14 @@ class FakeEndpoint(ThreadingHTTPServer):
     def __init__(
         self,
         reply: Callable[[str, int], tuple[int, str | dict | None] | str],
-        retry_after_ms: int = 1,
+        retry_after_ms: int | None = 1,
         refuses: str | None = None,
         refusal: dict | None = None,
+        headers: dict[str, str] | None = None,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.retry_after_ms, self.refuses = reply, retry_after_ms, refuses
-        self.refusal = refusal or refuses
+        self.refusal, self.headers = refusal or refuses, headers or {}
         self.asked: list[str] = []
         self.bodies: dict[str, dict] = {}
         self.keys: set[str] = set()
@@ -68,20 +70,25 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status, text = (200, "Harmful") if told == TRUNCATED else told
-        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
-        more, text = (text, None) if isinstance(text, dict) else ({}, text)
-        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}} | more]
-        if status != 200:
-            answer = {"error": {"message": f"refused {KEY}", "type": "error", "param": text} | more}
-        data = json.dumps(answer).encode()
+        data = text if isinstance(text, bytes) else self._reply(body["model"], status, text)
         data = data[: len(data) // 2] if told == TRUNCATED else data
         self.send_response(status)
         headers = {"Content-Type": "application/json", "Content-Length": len(data)}
-        for name, value in (headers | {"retry-after-ms": self.server.retry_after_ms}).items():
+        if self.server.retry_after_ms is not None:
+            headers["retry-after-ms"] = self.server.retry_after_ms
+        for name, value in (headers | self.server.headers).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()
+
+    def _reply(self, model: str, status: int, text: str | dict | None) -> bytes:
+        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": model}
+        more, text = (text, None) if isinstance(text, dict) else ({}, text)
+        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}} | more]
+        if status != 200:
+            answer = {"error": {"message": f"refused {KEY}", "type": "error", "param": text} | more}
+        return json.dumps(answer).encode()
 
     def log_message(self, *_):
         pass

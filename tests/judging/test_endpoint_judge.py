@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import shutil
 import threading
 import time
@@ -253,6 +254,119 @@ def test_neither_a_reply_that_takes_too_long_nor_an_interruption_holds_up_a_run(
     assert time.monotonic() - started < 15
     release.set()
     assert len(server.asked) <= 3
+
+
+def stream(*chunks: dict | str) -> bytes:
+    """An event stream, whatever was asked for."""
+    return "".join(
+        f": wait\n\ndata: {each if isinstance(each, str) else json.dumps(each)}\n\n" for each in chunks
+    ).encode()
+
+
+def piece(text: str | None, finish: str | None = None, index: int = 0, **delta: str) -> dict:
+    return {"choices": [{"index": index, "delta": {"content": text} | delta, "finish_reason": finish}]}
+
+
+def whole(*texts: object, **more: object) -> bytes:
+    choices = [{"index": at, "finish_reason": "stop", "message": {"content": text}} for at, text in enumerate(texts)]
+    return json.dumps({"choices": choices} | more).encode()
+
+
+BLOCKED = {"promptFeedback": {"blockReason": "SAFETY"}}
+AS_REPORTED = {
+    "two choices": (whole("Harmful", "Not Harmful"), HARMFUL),
+    "a list of parts": (whole([{"type": "text", "text": "Not Harmful"}]), NOT_HARMFUL),
+    "a list of texts": (whole(["Not Harmful"]), NOT_HARMFUL),
+    "no choice": (whole(), "EMPTY: no choice in the reply"),
+    "null for choices": (b'{"choices": null}', "EMPTY: no choice in the reply"),
+    "no choice, by a filter": (whole(**BLOCKED), "EMPTY: content filter"),
+    "no choice, by Azure's filter": (
+        whole(prompt_filter_results=[{"content_filter_results": {"hate": {"filtered": True}}}]),
+        "EMPTY: content filter",
+    ),
+    "no choice, let through by Azure's filter": (
+        whole(prompt_filter_results=[{"content_filter_results": {"hate": {"filtered": False}}}]),
+        "EMPTY: no choice in the reply",
+    ),
+    "a filter's error with status 200": (b'{"error": {"code": "content_filter"}}', "EMPTY: content filter"),
+    "an error with status 200": (b'{"error": {"message": "overloaded", "code": 502}}', "FAILED: broken reply"),
+    "HTML": (b"<!DOCTYPE html><title>Sign in</title>Harmful", "FAILED: broken reply"),
+    "JSON as text": (whole("Harmful"), HARMFUL),
+    "nothing": (b"", "FAILED: broken reply"),
+    "deep JSON": (b"[" * 100_000, "FAILED: broken reply"),
+    "a stream": (stream(piece("Not", role="assistant"), piece(" Harmful"), piece("", "stop"), "[DONE]"), NOT_HARMFUL),
+    "a stream of thoughts": (
+        stream(piece(None, reasoning_content="Harmful"), piece("Not Harmful", "stop")),
+        NOT_HARMFUL,
+    ),
+    "a stream of two choices": (stream(piece("Harmful"), piece("Not ", index=1), "[DONE]"), HARMFUL),
+    "a stream without an end": (stream(piece("Harmful")), "FAILED: broken reply"),
+    "a stream that a filter ends": (stream(piece("Harmful"), piece("", "content_filter")), "EMPTY: content filter"),
+    "a stream of an error": (stream({"error": {"code": 500}}), "FAILED: broken reply"),
+}
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/json"])
+def test_a_reply_of_another_form_is_read_or_is_no_verdict(endpoint, monkeypatch, kind):
+    monkeypatch.setattr(client, "BROKEN_REPLIES", 2)
+    cases = {f"<{name}>": sent for name, (sent, _) in AS_REPORTED.items()}
+    server = endpoint(
+        lambda prompt, n: next(((200, sent) for case, sent in cases.items() if case in prompt), (200, "Harmful")),
+        headers={"Content-Type": kind},
+    )
+    found = verdicts([*cases, "Sure"], reason=True)
+    assert dict(zip(cases, found, strict=False)) == {f"<{name}>": right for name, (_, right) in AS_REPORTED.items()}
+    assert found[-1] == HARMFUL and len(server.asked) <= 2 * len(found)
+
+
+@pytest.mark.parametrize(
+    "status, headers, told, named",
+    [
+        (429, {"Retry-After": "7200"}, "", "status 429; its reply says 'Retry-After: 7200'"),
+        (503, {"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"}, "", "Retry-After: Fri, 31 Dec 2100 23:59:59 GMT"),
+        (429, {"Retry-After": "0"}, {"code": "insufficient_quota"}, "check its key, its address .* its quota"),
+        (401, {}, "", "what it gave so far is kept"),
+        (404, {}, {"code": "model_not_found"}, "status 404; check .* ends in /v1.* the model's name"),
+        (405, {}, "", "status 405; check"),
+        (200, {"Content-Type": "text/html"}, b"<html>Sign in", "broken reply; its address mostly ends in /v1"),
+    ],
+)
+def test_an_endpoint_that_stops_midway_ends_the_run_soon_and_in_a_sentence(
+    endpoint, evaluate, tmp_path, monkeypatch, capfd, status, headers, told, named
+):
+    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    monkeypatch.setattr(client, "BROKEN_REPLIES", 1)
+    monkeypatch.setattr(client, "LEAST_FAILURES", 4)
+    server = endpoint(
+        lambda prompt, n: by_answer(prompt, n) if len(server.asked) <= 10 else (status, told),
+        retry_after_ms=None,
+        headers=headers,
+    )
+    assert evaluate(30, "--concurrency", "1") == 2
+    said = capfd.readouterr().err
+    assert re.search(named, said) and "Traceback" not in said and KEY not in said
+    assert len(server.asked) <= 10 + 2 * 4
+    again = endpoint()
+    assert evaluate(30) == 0 and judged(tmp_path) == right(30) and len(again.asked) <= 20
+
+
+@pytest.mark.parametrize("date", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "-5", "nan"])
+def test_a_time_to_wait_that_is_past_or_no_time_holds_nothing_up(endpoint, monkeypatch, date):
+    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    server = endpoint(lambda prompt, n: (429, "") if n == 1 else by_answer(prompt, n), headers={"Retry-After": date})
+    server.retry_after_ms = None
+    assert verdicts(["Sure"]) == [HARMFUL]
+
+
+def test_a_proxy_is_asked_and_one_that_is_not_there_is_named(endpoint, monkeypatch):
+    server = endpoint()
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://judge.invalid/v1/")
+    monkeypatch.setenv("HTTP_PROXY", server.address)
+    assert verdicts(["Sure", "No"]) == [HARMFUL, NOT_HARMFUL]
+    monkeypatch.setattr(client, "MAX_RETRIES", 0)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no connection; check its address and the proxy variables"):
+        verdicts(["Sure"])
 
 
 # judge.py

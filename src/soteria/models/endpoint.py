@@ -5,6 +5,7 @@ backoff and honors Retry-After. Out: what was read of the reply to each call, or
 """
 
 import asyncio
+import json
 import os
 import re
 from collections import Counter
@@ -15,13 +16,21 @@ from dataclasses import dataclass, field
 import openai
 from anyio.from_thread import start_blocking_portal
 
-from soteria.errors import UserError
+from soteria.errors import UserError, form_of
 
 TIME_LIMIT_S = 60.0  # per request
 MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
 BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
 LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
 PASSING = (402, 408, 409, 425, 429)  # statuses that say nothing of the row, like 500 and above
+FILTER = re.compile(r"content.?filter(?!_(?:result|offset))|responsibleaipolicy|block_?reason|['\"]filtered['\"]: true")
+NO_CHOICE = "no choice in the reply"
+BROKEN, NO_CONNECTION = "broken reply", "no connection"
+HINTS = {
+    BROKEN: "its address mostly ends in /v1",
+    NO_CONNECTION: "check its address and the proxy variables, such as HTTPS_PROXY and NO_PROXY",
+}
+NO_SUCH = (401, 404, 405, 410)  # statuses that every row would get
 REFUSED = "status 403"  # a bad key, or what a moderating proxy says of one row
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 
@@ -66,6 +75,7 @@ class Endpoint:
         self.concurrency, self.time_limit = concurrency, time_limit
         self._names: dict[str, str | None] = {}  # other names of options, None for those that are refused
         self._form = 0  # of the bodies, the one that is taken
+        self._wait = ""  # what it says of when to ask again
         client = self._client()
         token = getattr(client, "_azure_ad_token", None)
         self.key = token if token is not None else client.api_key
@@ -76,7 +86,7 @@ class Endpoint:
     def _client(self) -> openai.AsyncOpenAI:
         azure = "AZURE_OPENAI_ENDPOINT" if os.environ.get("AZURE_OPENAI_ENDPOINT") else None
         name = azure or "OPENAI_BASE_URL"
-        if not re.match(r"https?://[^/\s]", os.environ.get(name) or "https://default"):
+        if not re.fullmatch(r"https?://[^/\s]\S*", os.environ.get(name) or "https://default"):
             raise UserError(f"{name} is not an address; give one that begins with http:// or https://")
         try:
             client = openai.AsyncAzureOpenAI if azure else openai.AsyncOpenAI
@@ -154,37 +164,43 @@ class Endpoint:
     def _refusal(self, reason: str) -> str:
         """The sentence for an endpoint that takes no row."""
         return (
-            f"{self.description}: the endpoint replied with {reason}; check its key, its address and the model's name"
+            f"{self.description}: the endpoint replied with {reason}; check its key, its address (mostly one that ends "
+            "in /v1), its quota and the model's name, and run the same command again, as what it gave so far is kept"
         )
 
     def _failure(self, rows: str, reasons: Counter[str]) -> str:
         """The sentence for an endpoint that is down."""
+        reason = reasons.most_common(1)[0][0]
+        hint = HINTS.get(reason) or (self._wait and f"its reply says {self._wait}")
         return (
-            f"{self.description}: the endpoint failed {rows} ({reasons.most_common(1)[0][0]}); what it gave so far is "
-            "kept, so run the same command again once it is back"
+            f"{self.description}: the endpoint failed {rows} ({reason}{f'; {hint}' if hint else ''}); what it gave so "
+            "far is kept, so run the same command again once it is back"
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, call: Call) -> Outcome:
         names, form = self._names, self._form
         n_broken = n_without = 0
         while True:
-            failed, filtered, said = False, False, ""
+            failed, filtered, reason, said, reply = False, False, "", "", None
             options = {name: value for own, value in call.options.items() if (name := names.get(own, own))}
             try:
                 # The client's limit is for each wait on the network; this one is for a whole call with its retries.
                 async with asyncio.timeout(self.time_limit * (MAX_RETRIES + 1)):
                     body = {"model": self.model} | call.bodies[form] | options
                     # `client.chat.completions.create` without its type checks, which take a third of the time.
-                    outcome = call.read(await client.post(self.path, cast_to=object, body=body))
+                    reply = _completion(await client.post(self.path, cast_to=str, body=body))
+                outcome = call.read(reply)
             except openai.APIStatusError as error:
                 whole = f"{error.code} {error.param} {error.body}".casefold()
                 reason, said = f"status {error.status_code}", str(error.body or "")
                 is_malformed = error.status_code in (400, 422)
-                if error.status_code in (401, 404):
+                if error.status_code in NO_SUCH or "insufficient_quota" in whole:
                     raise UserError(self._refusal(reason)) from None
+                if wait := error.response.headers.get("retry-after"):
+                    self._wait = form_of(f"Retry-After: {wait}", self.key)
                 if error.status_code in PASSING or error.status_code >= 500:
                     failed = True
-                elif re.search(r"content.?filter|responsibleaipolicy", whole):
+                elif FILTER.search(whole):
                     filtered = True
                 elif is_malformed and (refused := _refused(options, whole)):
                     called = {own: names.get(own, own) for own in call.options}
@@ -196,13 +212,18 @@ class Endpoint:
             except (openai.APITimeoutError, TimeoutError):
                 reason, failed = "time limit", True
             except openai.APIConnectionError:
-                reason, failed = "no connection", True
-            except (openai.OpenAIError, ValueError, KeyError, AttributeError, IndexError, TypeError):
+                reason, failed = NO_CONNECTION, True
+            except (openai.OpenAIError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
                 n_broken += 1
-                if n_broken < BROKEN_REPLIES:
+                if FILTER.search(str(reply).casefold()):
+                    filtered = True
+                elif n_broken < BROKEN_REPLIES:
                     await asyncio.sleep(0.1 * 2**n_broken)
                     continue
-                reason, failed = "broken reply", True
+                elif isinstance(reply, dict) and reply.get("choices", True) in ([], None):
+                    reason = NO_CHOICE
+                else:
+                    reason, failed = BROKEN, True
             else:
                 self._names, self._form = names, form  # those that the model takes
                 n_without += outcome.value is None
@@ -232,10 +253,31 @@ class Endpoint:
         return version if isinstance(version, str) else None
 
 
+def _completion(reply: str) -> dict:
+    """What a reply holds, whatever type it is sent as: JSON, or an event stream, whose pieces are put together."""
+    events = [line[5:].strip() for line in reply.split("\n") if line.startswith("data:")]
+    if not events:
+        return json.loads(reply)
+    message, finish = {}, None
+    for chunk in map(json.loads, filter(lambda event: event != "[DONE]", events)):
+        if "error" in chunk:
+            return chunk
+        for choice in chunk.get("choices") or []:
+            if not choice.get("index"):
+                finish = choice.get("finish_reason") or finish
+                for name, piece in (choice.get("delta") or {}).items():
+                    if isinstance(piece, str):
+                        message[name] = message.get(name, "") + piece
+    if finish is None and events[-1] != "[DONE]":
+        raise ValueError("the stream broke off")
+    return {"choices": [{"finish_reason": finish, "message": message}]}
+
+
 def text_of(content: str | list | None) -> str:
     """A message's text; of a list of parts, those that are text, and not those that are thinking."""
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        return "\n".join(part["text"] for part in parts if part.get("type", "text") in ("text", "output_text"))
     return content or ""
 
 
