@@ -26,6 +26,7 @@ from soteria.languages import Language, find_language
 from soteria.models.processes import Processes
 from soteria.storage import outputs, paths
 from soteria.storage.paths import BENIGN, BORDERLINE
+from soteria.terminal import one_line
 
 
 def parse_arguments():
@@ -156,7 +157,7 @@ def announce(column: "AnswerColumn", longest: int, n_done: int) -> None:  # noqa
     n, done = len(column.questions.questions), f", {n_done} of them there already" * bool(n_done)
     kind = column.column.lower() + "s" * (n > 1)
     what = f"{n} {kind} to {column.questions.name}{done}, each of at most {longest} new tokens"
-    print(f"{column.output}: {what}, by {column.model}", file=sys.stderr, flush=True)
+    print(one_line(f"{column.output}: {what}, by {column.model}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

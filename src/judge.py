@@ -32,6 +32,7 @@ from soteria.judging.verdicts import (
 from soteria.languages import find_language
 from soteria.storage import outputs, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
+from soteria.terminal import one_line
 
 ASKED = [f"judge_{name}" for name in ("preset", "format", "prompt", "system", "max_tokens", "temperature")]
 FILTERS = "; a content filter blocks the most harmful answers first, so the truth is probably nearer the upper one"
@@ -247,7 +248,7 @@ def print_table(summary: dict) -> None:
     for category, found in summary.get("categories", {}).items():
         rates = " → ".join(category_rate(found[model]) for model in models)
         change = f"  safe - base {paired(found['paired'])}" if found.get("paired") else ""
-        print(f"  {category} ({found['rows']} rows): {rates}{change}")
+        print(f"  {one_line(category)} ({found['rows']} rows): {rates}{change}")
 
 
 def selectivity(summary: dict, model: str) -> dict[str, float]:

@@ -145,6 +145,9 @@ CASES = {
     "generate: unknown dataset": (GENERATE + "--dataset nothing_Hindi", "nothing_Hindi"),
     "generate: no such model": (GENERATE + "--model ./nowhere", "./nowhere"),
     "generate: an adapter given as a model": (GENERATE + "--model adapter", "'adapter' is a LoRA adapter"),
+    "generate: a name in color": (GENERATE + "--model '\x1b[31mred'", "'"),
+    "generate: a name of two lines": (GENERATE + "--dataset 'hot\ncold'", "cold"),
+    "generate: a number that clears the screen": (GENERATE + "--batch_size '\x1b[2J\x9b\u202e'", "--batch_size"),
     "generate: a folder that is no model": (GENERATE + "--model icl", "icl"),
     "generate: an empty CSV": (GENERATE + "--dataset empty.csv", "empty.csv"),
     "generate: a header alone": (GENERATE + "--dataset header.csv", "header.csv"),
@@ -340,6 +343,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, 
             status, error = command(text, place), capsys.readouterr().err
             assert status == 2, case
             assert named in error.splitlines()[-1], case
+            assert not set("\x1b\x9b\u202e\r") & set(error), case
             # argparse puts its usage before its sentence
             assert error.startswith("usage: ") or (len(error.splitlines()) == 1 and error.startswith("error: ")), case
             assert listing(place) == before, case

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from soteria import disk
 from soteria.errors import UserError, explain
+from soteria.terminal import one_line, safe_terminal
 
 DEBUG = "--debug"
 MODEL = "hub id (id@revision too), folder, or .gguf file"  # what a model may be given as
@@ -62,8 +63,13 @@ def run(main: Callable[[], None]) -> None:
 
     Status 2 with one sentence after a UserError, an unusable file, a full disk or a failure inside a library for models
     (with the traceback before it if --debug or SOTERIA_DEBUG asks for it); 130 after Ctrl-C and 143 after SIGTERM; 141
-    without a word where nobody reads the output any more.
+    without a word where nobody reads the output any more. What it prints, logs and warns of has no control characters.
     """
+    with safe_terminal():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     before = _handle({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate})
     try:
         try:
@@ -97,7 +103,7 @@ def _end(number: int) -> int:
 
 def _say(sentence: str) -> None:
     with suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+        print(one_line(sentence), file=sys.stderr, flush=True)
 
 
 def _flush() -> None:
@@ -146,6 +152,9 @@ class Parser(argparse.ArgumentParser):
         """Add the option of a model, whose revision on the hub may be given as `id@revision` or by --revision."""
         self._revised = self.add_argument(option, **options).dest
         self.add_argument("--revision", help=f"of {option} on the hub, as in id@revision (default: the newest)")
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
     def parse_args(self, *given) -> argparse.Namespace:
         arguments = super().parse_args(*given)

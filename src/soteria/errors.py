@@ -3,6 +3,8 @@
 import re
 import traceback
 
+from soteria.terminal import one_line
+
 # A failure inside these is one of the model, or of the library's version, and not of this project.
 MODEL_LIBRARIES = ("transformers", "peft", "accelerate", "tokenizers", "safetensors")
 LONGEST = 300  # characters of another library's message
@@ -13,10 +15,9 @@ class UserError(Exception):
     """Bad input. Scripts print the message to stderr, without a traceback, and exit with status 2 (`cli.run`)."""
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says: printable, on one line, cut to LONGEST, with its kind where that is needed."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+def said(error: BaseException) -> str:
+    """What an exception says: on one line, cut to LONGEST, with its kind where that is needed."""
+    text = one_line(error)
     if not text or type(error) not in SAY_ENOUGH:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= LONGEST else text[: LONGEST - 2] + " …"
@@ -38,7 +39,7 @@ def explain(error: Exception) -> str | None:
         fix = "free some memory, or use a smaller model, --dtype or batch"
     else:
         fix = "the model's files may not fit its architecture, or this version of the library: try another model"
-    return f"{named[0] if named else 'a model'} failed inside {library} ({one_line(error)}); {fix}"
+    return f"{named[0] if named else 'a model'} failed inside {library} ({said(error)}); {fix}"
 
 
 def form_of(reply: str, secret: str = "") -> str:

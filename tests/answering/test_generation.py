@@ -130,7 +130,7 @@ def test_both_columns_are_written_to_one_file_in_any_order_of_calls(run_generate
     for seed, column in enumerate(("BASE ANSWER", "SAFE ANSWER")):
         assert list(table[column]) == answers(tiny_loaded("llama", seed=seed))
         made = facts["columns"][column]
-        assert (made["model"], made["max_new_tokens"]) == (str(tiny_folder("llama", seed=seed)), N_NEW)
+        assert (made["model"], made["max_new_tokens"]) == (tiny_folder("llama", seed=seed).name, N_NEW)
 
 
 def test_a_column_that_the_user_has_added_stays(run_generate, tmp_path):

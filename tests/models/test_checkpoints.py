@@ -143,6 +143,36 @@ def test_a_copy_has_only_the_weights_that_transformers_would_load_and_can_be_wri
     assert all(path.stat().st_mode & 0o200 for path in [target, *target.iterdir()])
 
 
+def test_links_that_lead_out_of_a_model_are_not_copied_but_the_hub_caches_and_those_of_weights_are(tmp_path, base):
+    (tmp_path / "secret.txt").write_text("key")
+    (tmp_path / "keys").mkdir()
+    cache = tmp_path / "models--lab--base"
+    shutil.copytree(base, cache / "blobs")
+    snapshot = cache / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    for path in base.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs", path.name))
+    assert same(stored(copied(snapshot)), stored(base))
+    for name, target in [
+        ("notes.txt", "../../../secret.txt"),
+        ("other.json", tmp_path / "secret.txt"),
+        ("more", tmp_path / "keys"),
+        ("nothing.txt", "nowhere"),
+        ("circle.txt", "circle.txt"),
+        ("self", "."),
+    ]:
+        (snapshot / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name} is a link"):
+            Checkpoint.open(str(snapshot)).copy_to(tmp_path)
+        (snapshot / name).unlink()
+    own = shutil.copytree(base, tmp_path / "own")
+    shutil.move(own / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (own / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    (own / "README.md").symlink_to("config.json")
+    assert same(stored(copied(own)), stored(base))
+    assert not (tmp_path / "secret.txt").is_symlink() and "key" not in {path.name for path in tmp_path.iterdir()}
+
+
 def test_tensors_that_share_memory_in_a_pickle_are_both_written(tmp_path):
     folder = write(tmp_path / "m", tie_word_embeddings=True)
     weights = stored(folder)

@@ -412,9 +412,9 @@ def test_soteria_json_says_how_the_model_was_made(base, tuned, output):
     got, before = stored(output), stored(base)
     changed = len(HEADS) * 8 * 32  # head dimension x hidden size
     want = {
-        "base_model": str(base),
+        "base_model": base.name,
         "base_revision": None,
-        "finetune_model": str(tuned),
+        "finetune_model": tuned.name,
         "language": "English",
         "scaling_factor": 2.5,
         "dtype": "base",
@@ -425,6 +425,7 @@ def test_soteria_json_says_how_the_model_was_made(base, tuned, output):
         "share_of_parameters_changed": changed / sum(tensor.numel() for tensor in before.values()),
     }
     assert facts.items() >= want.items()
+    assert str(base.parent) not in (output / "soteria.json").read_text()
     names = [O_PROJ.format(layer) for layer in range(3)]
     moved = [((got[name] - before[name]).norm() / before[name].norm()).item() for name in names]
     assert facts["relative_change_per_layer"] == pytest.approx(moved, rel=1e-5)
@@ -433,7 +434,9 @@ def test_soteria_json_says_how_the_model_was_made(base, tuned, output):
 
 def test_the_model_card_names_the_base_the_language_and_the_share(tmp_path, base, run_steer, monkeypatch):
     output = run_steer()
-    share = json.loads((output / "soteria.json").read_text())["share_of_parameters_changed"]
+    facts = json.loads((output / "soteria.json").read_text())
+    share = facts["share_of_parameters_changed"]
+    assert facts["head_list"].count("/") == 1 and facts["head_list"].endswith("/English_Heads.json")
     card = (output / "README.md").read_text()
     matter = ModelCard(card).data.to_dict()
     assert matter["base_model"] == base.name  # a path means nothing on the hub, and reveals too much of the machine

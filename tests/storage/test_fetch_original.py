@@ -304,7 +304,13 @@ def test_no_password_of_an_address_is_shown_or_written(fetch, servers, tmp_path,
     assert fetch("--only", "icl", "--git_url", f"{secret}/files/nothing") == 2
     assert fetch("--only", "icl", "--git_url", f"{secret}/files/release/.git") == 0
     shown = capsys.readouterr()
-    assert "hunter2" not in shown.out + shown.err
+    for address in ("https://hunter2@127.0.0.1:9/x", "https://me:p@hunter2@127.0.0.1:9/x", "hunter2@127.0.0.1:/x?t=1"):
+        assert fetch("--only", "icl", "--git_url", address, "--output", tmp_path / "none") == 2
+    assert (
+        fetch("--only", "icl", "--git_url", f"{servers.url}/files/no?token=hunter2", "--output", tmp_path / "none") == 2
+    )
+    later = capsys.readouterr()
+    assert "hunter2" not in shown.out + shown.err + later.out + later.err
     assert not [name for name, content in files_of(tmp_path / "out").items() if b"hunter2" in content]
 
 

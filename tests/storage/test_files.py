@@ -60,6 +60,17 @@ def test_without_locks_files_are_written_and_nothing_is_taken_for_left_behind(wr
     assert found(tmp_path) == {".m.0.tmp": "half", "m": "whole"}
 
 
+def test_whoever_may_not_read_a_file_or_folder_may_not_read_what_replaces_it(write, tmp_path):
+    write(tmp_path / "m", "old")
+    usual = (tmp_path / "m").stat().st_mode
+    others = []
+    for mode in (0o700, 0o500):
+        (tmp_path / "m").chmod(mode)
+        write(tmp_path / "m", "new", lambda: others.extend(p.stat().st_mode & 0o077 for p in tmp_path.iterdir()))
+        assert (tmp_path / "m").stat().st_mode & 0o777 == mode != usual & 0o777
+    assert others == [0] * 4  # nor while it is written
+
+
 def test_json_is_written_for_people_and_read_without_errors(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"क": [1]})

@@ -73,6 +73,13 @@ def model_settings(
     return settings | ({"template_date": DATE} if says_date else {})
 
 
+def _without_path(name: str, value: object) -> object:
+    """A fact of a steered model as it may be published; earlier versions noted paths."""
+    if not isinstance(value, str) or name not in ("base_model", "finetune_model", "head_list"):
+        return value
+    return paths.list_name(value) if name == "head_list" else paths.model_name(value)
+
+
 @dataclass(frozen=True)
 class AnswerColumn:
     """One model's answers to a set of questions. `settings` are what they depend on, `model` is the model's name.
@@ -173,6 +180,7 @@ class AnswerColumn:
         write_table(table[[*own, *(name for name in table.columns if name not in own)]], self.output)
         found = files.read_facts(Path(self.model) / FACTS)
         steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
-        made = self.settings | {"model": self.model, "steered": steered and steered | {"heads": None}}
+        steered = {name: _without_path(name, value) for name, value in steered.items()}
+        made = self.settings | {"model": paths.model_name(self.model), "steered": steered and steered | {"heads": None}}
         made |= {"served": served} if served else {}
         files.write_json(facts_file(self.output), facts | {"columns": others | {self.column: made}})

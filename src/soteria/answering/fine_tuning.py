@@ -64,7 +64,7 @@ def fine_tune(
     dtype = ("float32" if on_cpu else "bfloat16") if settings.dtype == "auto" else settings.dtype
     inputs = {
         "format": "merged" if merge else "adapter",
-        "base_model": base,
+        "base_model": paths.model_name(base),
         "base_revision": checkpoint.revision,
         "base_weights": fingerprint(checkpoint),
         "dataset": dataset,
@@ -80,6 +80,8 @@ def fine_tune(
         words = {"kind": "a fine-tuned model", "key": "pairs_sha256", "mend": "another --output"}
         return made_before(output, inputs, [checkpoint], **words)
 
+    if merge:
+        checkpoint.check_links()
     if facts := processes.agree(made()):
         return facts
     set_seed(settings.seed)
@@ -289,6 +291,7 @@ def _write(last: Path, base: Checkpoint, loaded: LoadedModel, output: Path, fact
             config = files.read_facts(last / ADAPTER_CONFIG)
             targets = config["target_modules"]  # PEFT keeps a set, in any order
             ordered = {"target_modules": sorted(targets) if isinstance(targets, list) else targets}
+            ordered["base_model_name_or_path"] = facts["base_model"]
             files.write_json(folder / ADAPTER_CONFIG, config | ordered)
             shutil.copyfile(last / ADAPTER_LAYOUTS[0][0], folder / ADAPTER_LAYOUTS[0][0])
             loaded.tokenizer.save_pretrained(folder)

@@ -82,8 +82,8 @@ class CellWork:
     def column(self, name: str) -> AnswerColumn:
         treatment, pair = self.cell.treatment, self.subject.pair
         steered = treatment and {
-            "base_model": pair.base,
-            "finetune_model": pair.tuned,
+            "base_model": paths.model_name(pair.base),
+            "finetune_model": paths.model_name(pair.tuned),
             "scaling_factor": self.scaling_factor,
             "heads": treatment.heads_name,
         }
@@ -101,7 +101,7 @@ class CellWork:
         """What `cell.json` depends on."""
         treatment = self.cell.treatment
         facts = {
-            "base_model": self.subject.pair.base,
+            "base_model": paths.model_name(self.subject.pair.base),
             "language": self.cell.language,
             "heads": treatment.heads_name if treatment else None,
             "scaling_factor": treatment.scaling_factor if treatment else None,
@@ -136,7 +136,9 @@ class CellWork:
 
     def _is_done(self, name: str) -> bool:
         if name == "facts":
-            return self.made_from.items() <= files.read_facts(self.files.facts).items()
+            found = files.read_facts(self.files.facts)
+            # A hash of the model is among the rest, and earlier versions noted a path as its name.
+            return self.made_from.items() <= (found | {"base_model": self.made_from["base_model"]}).items()
         column = self.column(name)
         complete = column.is_complete()
         if complete and self.subject.processes.is_first:
@@ -217,7 +219,7 @@ class CellWork:
         total = len(self.subject.vector.geometry.all_heads)
         changed = self.subject.n_parameters if self.steers_all else self.steering.n_parameters
         return {
-            "finetune_model": self.subject.pair.tuned,
+            "finetune_model": paths.model_name(self.subject.pair.tuned),
             "n_heads": total if self.steers_all else len(self.heads),
             "n_heads_total": total,
             "parameters_changed": changed,

@@ -26,6 +26,7 @@ from soteria.models.processes import Processes
 from soteria.scoring.heads import write_heads
 from soteria.scoring.run import score_datasets, score_runs
 from soteria.storage import files, paths
+from soteria.terminal import one_line
 
 
 class Reproduction:
@@ -155,7 +156,7 @@ class Reproduction:
             sentence = str(error) if isinstance(error, UserError) else explain(error)
             if sentence is None or wants_tracebacks():
                 traceback.print_exc(file=sys.stderr)
-            sentence = sentence or f"{type(error).__name__}: {error}"
+            sentence = one_line(sentence or f"{type(error).__name__}: {error}")
             self.failed[name] = sentence
             if file and self.processes.is_first:
                 files.write_text(file, sentence + "\n")

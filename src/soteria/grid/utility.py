@@ -315,7 +315,7 @@ def utility_inputs(
     split = {"test_split": test_split, "seed": seed}
     asked = [DOCUMENTS[group](name, **split) for group, name in local_tasks(tasks, languages)]
     return {
-        "base_model": base,
+        "base_model": paths.model_name(base),
         "base_sha256": model_hash(base),
         "dtype": dtype,
         **steering,
@@ -334,7 +334,9 @@ def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> di
     """
     found = files.read_facts(path)
     outputs.check_json(path, "inputs")
-    if found.get("inputs") != inputs:
+    # A hash of the model is among the rest, and earlier versions noted a path as its name.
+    known = found.get("inputs")
+    if not isinstance(known, dict) or known | {"base_model": inputs["base_model"]} != inputs:
         found = {"inputs": inputs, **measure()}
         files.write_json(path, found)
     return found

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from soteria import disk
-from soteria.errors import UserError, one_line
+from soteria.errors import UserError, said
 from soteria.models.loading import load_geometry, parameter_names
 from soteria.models.sources import is_adapter, left_unquantized, located, quantization, raw_config
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
@@ -28,6 +28,7 @@ NOT_COPIED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.gguf", "*.h5"),
     *("*.msgpack", "*.onnx", ".*", "original"),
 )
+_not_copied = shutil.ignore_patterns(*NOT_COPIED)
 COPY_PIECE = 2**30  # bytes
 
 
@@ -38,7 +39,7 @@ def _download(name: str, revision: str | None = None, **patterns: list[str]) -> 
     except (OSError, ValueError) as error:
         asked = f"{name}@{revision}" if revision else name
         raise UserError(
-            f"{asked!r} is not a local folder, and could not be downloaded from the hub ({one_line(error)}); check it"
+            f"{asked!r} is not a local folder, and could not be downloaded from the hub ({said(error)}); check it"
         ) from None
 
 
@@ -127,17 +128,38 @@ class Checkpoint:
             return sum(file.stat().st_size for file in self.weight_files)
         return sum(torch.Size(p.shape).numel() * _stored_as(p, dtype).itemsize for p in self.places.values())
 
+    def check_links(self) -> None:
+        """Raise UserError for a link in the folder that a copy would follow to something else than the model's files.
+
+        Those of the hub's cache lead to its own store of the model's files. Weights may lie anywhere: only tensors are
+        read of them.
+        """
+        allowed = [self.folder.resolve()]
+        if allowed[0].parent.name == "snapshots":
+            allowed.append(allowed[0].parents[1] / "blobs")
+        for folder, names, own in os.walk(self.folder):
+            ignored = _not_copied(folder, [*names, *own])
+            names[:] = [name for name in names if name not in ignored]
+            for link in (Path(folder, name) for name in (*names, *own) if name not in ignored):
+                if link.is_symlink() and not (_is_file(link) and any(map(link.resolve().is_relative_to, allowed))):
+                    raise UserError(
+                        f"{link} is a link that leads out of the model's folder, to a folder or nowhere, and would be "
+                        "copied with the model; remove it, or put the file itself there"
+                    )
+
     def copy_to(self, folder: Path, dtype: torch.dtype | None = None, wrote: Wrote = lambda n_bytes: None) -> None:
         """Copy the model into an existing folder, with the weights that transformers would load and no others.
 
         Weight files are copied unchanged, except that pickles become safetensors and, if `dtype` is given,
-        floating-point tensors are converted to it. Raises UserError if the disk has too little room.
+        floating-point tensors are converted to it. Raises UserError if the disk has too little room, and as
+        `check_links` does.
         """
+        self.check_links()
         files.check_room(folder, self.copied_bytes(dtype))
         mode = folder.stat().st_mode
         # Contents only: model stores are often read-only, but a copy must not be.
-        ignored, copy = shutil.ignore_patterns(*NOT_COPIED), shutil.copyfile
-        shutil.copytree(self.folder, folder, ignore=ignored, copy_function=copy, dirs_exist_ok=True)
+        names = {"ignore": _not_copied, "copy_function": shutil.copyfile}
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, **names)
         folder.chmod(mode)
         for file in self.weight_files:
             if file.suffix == ".safetensors" and dtype is None:
@@ -209,6 +231,13 @@ def _shards(index: Path, parameters: Sequence[str] | None) -> list[str]:
         needed = {key: shard for key, shard in shards.items() if any(is_parameter(key, name) for name in parameters)}
         shards = needed if len(needed) == len(parameters) else shards  # under other names: they may be in any shard
     return sorted({*shards.values()})
+
+
+def _is_file(link: Path) -> bool:
+    try:
+        return link.is_file()
+    except OSError:  # links in a circle
+        return False
 
 
 def _as_safetensors(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from soteria.errors import UserError, one_line
+from soteria.errors import UserError, said
 from soteria.models.tensors import samples
 from soteria.storage import files, paths
 
@@ -66,7 +66,7 @@ def unpack(gguf: Path, output: Path, facts: dict | None = None) -> int:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # transformers and the reader raise many kinds for a broken file
         raise UserError(
-            f"the model in {gguf} could not be read ({one_line(error)}); download it again, or give another"
+            f"the model in {gguf} could not be read ({said(error)}); download it again, or give another"
         ) from error
     # The weights are plain numbers now: without its quantizer's marks, transformers saves and loads them as such.
     del model.config.quantization_config

@@ -14,7 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from soteria.errors import UserError, one_line
+from soteria.errors import UserError, said
 from soteria.storage import files
 
 PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
@@ -77,7 +77,7 @@ def explained(name: str, part: str = "model") -> Iterator[None]:
 
 def _why_not_loaded(name: str, part: str, error: Exception) -> str:
     place, revision = located(name)
-    reason, config = one_line(error), raw_config(place, revision)
+    reason, config = said(error), raw_config(place, revision)
     if is_adapter(place):
         return f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
     if not config.get("model_type"):

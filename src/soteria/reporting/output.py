@@ -8,7 +8,7 @@ from soteria.reporting import figures, fonts, report
 from soteria.reporting.verdicts import verdicts
 from soteria.reporting.write_up import WriteUp, compose
 from soteria.storage import files, paths
-from soteria.storage.table_formats import to_latex, to_markdown
+from soteria.storage.table_formats import escape_markdown, to_csv, to_latex, to_markdown
 
 PRINTED = ("main", "controls")  # the tables that are printed too
 
@@ -36,8 +36,8 @@ def _write(found: WriteUp, grid_file: Path, command: str) -> list[Path]:
     for table in found.tables:
         caption = found.caption(table)
         texts = {
-            "md": f"{caption}\n\n{to_markdown(table.readable)}",
-            "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
+            "md": f"{escape_markdown(caption)}\n\n{to_markdown(table.readable)}",
+            "csv": to_csv(table.tidy),
             "tex": to_latex(table.readable, caption),
         }
         for ending, text in texts.items():

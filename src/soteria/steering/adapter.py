@@ -69,7 +69,7 @@ def write_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": place,
+        "base_model_name_or_path": paths.model_name(place),
         "revision": revision,
         "r": most,
         "lora_alpha": most,

@@ -40,6 +40,7 @@ def steer_checkpoint(
     inputs = steering_inputs(steering, "checkpoint", language, dtype or "base")
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
+    base.check_links()
     with files.whole_folder(output) as folder:
         stored_as = DTYPES[dtype] if dtype else None
         with progress("copying the base", base.copied_bytes(stored_as)) as bar:
@@ -95,15 +96,19 @@ def steering_inputs(steering: Steering, kind: str, language: str, dtype: str) ->
 def steered_heads(steering: Steering) -> dict:
     """The heads of a steering, as facts."""
     heads = [list(head) for head in steering.heads]
-    return {"head_list": steering.source, "heads": heads, "n_heads": len(heads)}
+    return {"head_list": paths.list_name(steering.source), "heads": heads, "n_heads": len(heads)}
 
 
 def input_facts(vector: TaskVector) -> dict:
-    """The two models that a result was made from: name, revision and a hash of each."""
+    """The two models that a result was made from: name, without this machine's folders, revision and a hash of each."""
     return {
         f"{role}_{fact}": value
         for role, model in (("base", vector.base), ("finetune", vector.tuned))
-        for fact, value in (("model", model.name), ("revision", model.revision), ("weights", fingerprint(model)))
+        for fact, value in (
+            ("model", paths.model_name(model.name)),
+            ("revision", model.revision),
+            ("weights", fingerprint(model)),
+        )
     }
 
 
@@ -135,7 +140,8 @@ def made_before(
     found = files.read_facts(output / FACTS)
     if overwrite:
         return None
-    if any(found.get(key) != value for key, value in inputs.items()):
+    # The hashes of the two models decide; their names do not, and may hold a path in folders of earlier versions.
+    if any(found.get(key) != value for key, value in inputs.items() if key not in ("base_model", "finetune_model")):
         raise UserError(f"{output} exists and was not made from these inputs; remove it or give {mend}")
     return found
 
@@ -168,10 +174,9 @@ def describe(
     library: str = "transformers",
     tags: Sequence[str] = ("safety", "steering"),
 ) -> None:
-    """Write `soteria.json` and the model card. The card gives only the folder name of a local base, for privacy."""
-    base = facts["base_model"]
+    """Write `soteria.json` and the model card."""
     data = ModelCardData(
-        base_model=Path(base).resolve().name if Path(base).exists() else base.partition("@")[0],
+        base_model=facts["base_model"].partition("@")[0],
         language=[find_language(language).code.split("-")[0] for language in languages],
         library_name=library,
         tags=["soteria", *tags],

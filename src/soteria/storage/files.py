@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     disk.check_output(path, longest=LONGEST)
     with _sibling(path, partial(Path.touch, exist_ok=False)) as sibling:
         yield sibling
+        _take_mode(sibling, path)
         sibling.replace(path)
 
 
@@ -36,6 +38,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     disk.check_output(path, is_folder=True, longest=LONGEST)
     with _sibling(path, Path.mkdir) as sibling:
         yield sibling
+        _take_mode(sibling, path)
         while not _replaced(path, sibling):
             pass
 
@@ -65,6 +68,7 @@ def _sibling(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
         while descriptor is None:  # another process may take it for left behind, and remove it before it is locked
             sibling = _temporary_name(path)
             create(sibling)
+            _take_mode(sibling, path, stat.S_IRWXU)  # before there is anything in it to read
             descriptor = _locked_in_place(sibling, silent=True)
         try:
             yield sibling
@@ -117,6 +121,14 @@ def is_at(descriptor: int, place: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(place.stat(), os.fstat(descriptor))
     return False
+
+
+def _take_mode(sibling: Path, path: Path, more: int = 0) -> None:
+    """Let the same people read a temporary sibling as what it replaces; `more` of the mode's bits for the meantime."""
+    if path.exists() and path.is_dir() == sibling.is_dir():
+        own, wanted = (stat.S_IMODE(place.stat().st_mode) for place in (sibling, path))
+        if own != (wanted := wanted | own & more):
+            sibling.chmod(wanted)
 
 
 def _temporary_name(path: Path) -> Path:

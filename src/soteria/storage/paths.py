@@ -36,6 +36,17 @@ def unpacked_folder(results: Path, gguf: Path) -> Path:
     return results / "models" / f"{gguf.stem}_gguf"
 
 
+def model_name(name: str) -> str:
+    """A model's name in files that people publish: a hub id, or a local folder's own name without its path."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() or path.is_absolute() else name
+
+
+def list_name(source: str) -> str:
+    """A head list's name in files that people publish: its folder's and its own, of a path."""
+    return "/".join(Path(source).parts[-2:])
+
+
 # Step 0
 
 PARTIAL_FACTS = "settings.json"  # in the folder of an unfinished fine-tuning
