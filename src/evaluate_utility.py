@@ -15,7 +15,8 @@ from soteria.errors import UserError
 from soteria.languages import language_names
 from soteria.scoring.heads import read_heads
 from soteria.scoring.prompts import SEED, TEST_SPLIT
-from soteria.storage import files, outputs, paths
+from soteria.storage import outputs, paths
+from soteria.storage.side_files import read_noted
 
 IN_PLACE = ("finetune_model", "language", "scaling_factor", "head_folder")
 
@@ -67,9 +68,9 @@ def main() -> None:
     from tqdm import tqdm
 
     from soteria.grid import utility
+    from soteria.models.checkpoints import fingerprint
     from soteria.models.loading import default_device, load_model, resolve_dtype
     from soteria.models.task_vector import TaskVector
-    from soteria.steering.checkpoint import fingerprint
     from soteria.steering.formula import head_list_hash, open_steering, steered_in_place
 
     base, tasks, limit = arguments.base_model, arguments.tasks, arguments.limit
@@ -116,10 +117,10 @@ def main() -> None:
 
 def written_model(base: str, safe: str) -> tuple[str, float]:
     """Language and scaling factor of a steered model. Raises UserError if steer.py did not make it from the base."""
-    from soteria.models.checkpoints import Checkpoint
-    from soteria.steering.checkpoint import fingerprint
+    from soteria.models.checkpoints import Checkpoint, fingerprint
+    from soteria.steering.checkpoint import CheckpointFacts
 
-    facts = files.read_facts(Path(safe) / paths.FACTS)
+    facts = read_noted(Path(safe) / paths.FACTS, CheckpointFacts)
     if facts.get("format") != "checkpoint":
         raise UserError(f"{safe} has no {paths.FACTS} of a steered checkpoint; make one with steer.py")
     if facts["base_weights"] != fingerprint(Checkpoint.open(base)):

@@ -70,16 +70,17 @@ def main() -> None:
     from soteria.judging.costs import read_tasks
     from soteria.judging.judges import judge_basis
     from soteria.judging.refusal import RefusalJudge
+    from soteria.models.checkpoints import fingerprint, model_digest
     from soteria.models.loading import load_model
     from soteria.models.task_vector import TaskVector
     from soteria.scoring.notes import scored_split
-    from soteria.steering.checkpoint import fingerprint
     from soteria.steering.formula import open_steering
 
     space = Space((arguments.min_scaling, arguments.max_scaling), tuple(arguments.shares), arguments.seed)
     limits = Limits(**{name: getattr(arguments, name) for name in Limits.model_fields})
-    effects = {name: mean_effect(scores, name, list(TASKS)) for name in names}
     vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    digest = model_digest(vector.base)
+    effects = {name: mean_effect(scores, name, list(TASKS), digest) for name in names}
     for name, effect in effects.items():
         if sorted(rank_heads(effect)) != vector.geometry.all_heads:
             raise UserError(f"{scores} has other heads in {name} than the base, which has {vector.geometry}")

@@ -21,8 +21,7 @@ from soteria.answering.questions import QuestionSet
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.languages import Language
-from soteria.models.checkpoints import Checkpoint
-from soteria.steering.checkpoint import fingerprint
+from soteria.models.checkpoints import Checkpoint, model_digest, small_files
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
@@ -34,9 +33,6 @@ from soteria.storage.paths import (
     facts_file,
     first_token_file,
 )
-
-# Files beside the weights that define how text is tokenized and when an answer ends.
-SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +47,10 @@ def model_settings(
 ) -> dict:
     """What answers depend on besides the questions. Raises UserError if `name` is not a model."""
     checkpoint = Checkpoint.open(name, whole=True)
-    digest, can_think, says_date = hashlib.sha256(fingerprint(checkpoint).encode()), False, False
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in SMALL_FILES and path.name != FACTS:
-            content = path.read_bytes()
-            digest.update(path.name.encode() + content)
-            can_think = can_think or b"enable_thinking" in content
-            says_date = says_date or b"strftime_now" in content
+    contents = [path.read_bytes() for path in small_files(checkpoint)]
+    can_think, says_date = (any(mark in each for each in contents) for mark in (b"enable_thinking", b"strftime_now"))
     settings = {
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": model_digest(checkpoint),
         "language": language.name,  # its instruction is part of the prompt
         "max_new_tokens": max_new_tokens,
         "chat_template": chat_template,

@@ -28,12 +28,12 @@ from transformers.trainer_callback import PrinterCallback
 from soteria.answering.decoding import pad_token
 from soteria.answering.training_rows import FineTuning, Pairs, collate, training_rows
 from soteria.errors import UserError
-from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS, Checkpoint
+from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS, Checkpoint, fingerprint
 from soteria.models.loading import LoadedModel, default_device, load_model
 from soteria.models.lora import LoraAdapter
 from soteria.models.processes import Processes
 from soteria.models.tensors import UNQUANTIZED, all_finite, read_tensor, replace_tensor
-from soteria.steering.checkpoint import describe, fingerprint, made_before, progress, versions
+from soteria.steering.checkpoint import describe, made_before, progress, versions
 from soteria.storage import files, paths
 
 SAVED, SETTINGS = "saved.json", paths.PARTIAL_FACTS  # in a complete checkpoint; in the folder of an unfinished run

@@ -25,8 +25,8 @@ from soteria.judging.judges import make_judge
 from soteria.judging.statistics import summarise
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers
 from soteria.languages import find_language
+from soteria.models.checkpoints import fingerprint
 from soteria.scoring.heads import Head
-from soteria.steering.checkpoint import fingerprint
 from soteria.steering.formula import Steering, head_list_hash, open_steering, steered_in_place
 from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import files, paths

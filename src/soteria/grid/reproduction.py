@@ -24,7 +24,7 @@ from soteria.grid.subject import NotScored, Subject
 from soteria.languages import TIERS, group_languages
 from soteria.models.processes import Processes
 from soteria.scoring.heads import write_heads
-from soteria.scoring.run import score_datasets, score_runs
+from soteria.scoring.run import score_runs
 from soteria.storage import files, paths
 from soteria.terminal import one_line
 
@@ -93,11 +93,9 @@ class Reproduction:
 
     def _score(self, subject: Subject, language: str) -> None:
         """Step 1 of a language."""
-        datasets = [f"{task}_{language}" for task in self.grid.tasks]
         for answer in self.grid.scored_answers(language):
-            started, settings = time.monotonic(), subject.scoring(answer)
-            root = settings.save_path_root
-            _, scored = score_datasets(settings, datasets, root, self.processes, lambda: subject.loaded)
+            started = time.monotonic()
+            scored = score_runs(subject.dataset_runs(language, answer), self.processes, lambda: subject.loaded)
             subject.note_duration("score", scored, time.monotonic() - started)
 
     def _score_safety(self, subject: Subject, language: str) -> None:

@@ -39,7 +39,7 @@ from soteria.scoring.heads import (
     read_heads,
 )
 from soteria.scoring.prompts import ANSWERS, Split
-from soteria.scoring.run import ScoringSettings
+from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.scoring.safety import SafetyRun, mean_divergence
 from soteria.steering.formula import is_steered
 from soteria.storage import files, paths
@@ -154,6 +154,12 @@ class Subject:
             **self.grid.scoring.model_dump() | {"answer": answer},
         )
 
+    def dataset_runs(self, language: str, answer: str) -> list[DatasetRun]:
+        """Step 1 of a language, as this grid and this model have it."""
+        settings, digest = self.scoring(answer), self.base_settings["model_sha256"]
+        datasets = [f"{task}_{language}" for task in self.grid.tasks]
+        return [DatasetRun(dataset, settings.save_path_root, settings, digest) for dataset in datasets]
+
     def safety_run(self, language: str) -> SafetyRun:
         """The scoring of a language's heads by safety, on the grid's questions for that."""
         spoken, asked = find_language(language), self.grid.safety_questions
@@ -174,13 +180,16 @@ class Subject:
         if by == TASK_VECTOR:
             return rank_heads(self.vector.head_norms)
         if by == SAFETY:
-            if not paths.safety_path(self.scores, language).exists():
+            if not self.safety_run(language).is_finished():
                 raise NotScored(f"waits for the safety scores of {language}")
             return rank_heads(mean_divergence(self.scores, language))
         if self.grid.head_folder:
             return read_heads(paths.head_folder(self.grid.head_folder) / paths.language_file(language))
         answer = by if by in ANSWERS else self.grid.scoring.answer
         self.need_scores([language], answer)
+        for run in self.dataset_runs(language, answer):
+            if not run.is_finished():
+                raise NotScored(f"waits for the scores of {language}")
         effect = mean_effect(self.grid.scores(self.results, self.pair, answer), language, self.grid.tasks)
         return rank_heads(effect.abs() if by == ABSOLUTE else effect)
 

@@ -1,6 +1,8 @@
 """Checkpoints: finding the files of a model or adapter in a folder or on the hub, and copying a model."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,8 +17,9 @@ from soteria import disk
 from soteria.errors import UserError, said
 from soteria.models.loading import load_geometry, parameter_names
 from soteria.models.sources import is_adapter, left_unquantized, located, quantization, raw_config
-from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, write_tensors
+from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, samples, write_tensors
 from soteria.storage import files
+from soteria.storage.paths import FACTS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A model's weights as (single file, index of shards), in the order in which transformers looks for them.
@@ -29,6 +32,8 @@ NOT_COPIED = (
     *("*.msgpack", "*.onnx", ".*", "original"),
 )
 _not_copied = shutil.ignore_patterns(*NOT_COPIED)
+# Files beside the weights that define how text is tokenized and when an answer ends.
+SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 COPY_PIECE = 2**30  # bytes
 
 
@@ -198,6 +203,35 @@ def _check_unquantized(name: str, folder: Path) -> None:
             f"{name!r} is quantized by {method}, and only floating-point weights can be steered; give the unquantized "
             "model it was made from"
         )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of 256 samples of each weight file, and of an adapter's settings, since those scale its weights.
+
+    It costs next to nothing, and shows when the same name stands for another model.
+    """
+    digest = hashlib.sha256()
+    if checkpoint.is_adapter:
+        digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for path in checkpoint.weight_files:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        for piece in samples(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """A hash of a model: its `fingerprint`, and the files that define its config and how text is tokenized and ends."""
+    digest = hashlib.sha256(fingerprint(checkpoint).encode())
+    for path in small_files(checkpoint):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def small_files(checkpoint: Checkpoint) -> list[Path]:
+    """The config and the tokenizer of a model, in the order of their names."""
+    found = sorted(checkpoint.folder.iterdir())
+    return [path for path in found if path.suffix in SMALL_FILES and path.name != FACTS]
 
 
 def _find_weights(

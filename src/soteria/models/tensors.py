@@ -159,10 +159,13 @@ def write_tensors(tensors: Mapping[str, Planned], file: Path, wrote: Wrote = lam
                 wrote(written.nbytes)
 
 
-def load_tensor(path: Path) -> Tensor:
-    """Load what `save_tensor` saved, without running code from the file. Raises UserError where that is impossible."""
+def load_tensor(path: Path, *, mapped: bool = False) -> Tensor:
+    """Load what `save_tensor` saved, without running code from the file; `mapped`: only what is used of it is read.
+
+    Raises UserError where that is impossible.
+    """
     try:
-        tensor = torch.load(path, weights_only=True, map_location="cpu")
+        tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"no file {path}; run step 1 (compute_indirect_effect.py) first") from None
     except Exception as error:  # torch raises many kinds for a broken file

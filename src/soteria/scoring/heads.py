@@ -26,11 +26,12 @@ Head = tuple[int, int]  # (layer, head), both from 0
 LISTS = "lists_sha256"  # in the facts of a folder of head lists: the hash of each list, by its file's name
 
 
-def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
+def mean_effect(results: Path, language: str, tasks: list[str], model_sha256: str | None = None) -> Tensor:
     """The effect of each head averaged over trials, then tasks: (n_layers, n_heads), float64, NaN where there is none.
 
     A four-dimensional effect counts by its `query_predictive` class. Raises UserError for missing or misshapen files,
-    effects that are not finite, and tasks that were scored by first tokens and by whole answers.
+    effects that are not finite, tasks that were scored by first tokens and by whole answers, and, where that is noted,
+    scores of several models or of another than `model_sha256` (a `model_digest`).
     """
     missing = [task for task in tasks if not effect_path(results, f"{task}_{language}").exists()]
     if missing:
@@ -41,18 +42,24 @@ def mean_effect(results: Path, language: str, tasks: list[str]) -> Tensor:
             f"(compute_indirect_effect.py) on these{go_on}"
         )
     means = []
-    noted = {task: scored_with(results, f"{task}_{language}")["answer"] for task in tasks}
-    if len(set(noted.values())) > 1:
-        kinds = ", ".join(f"{task} by the {scored} answer" for task, scored in noted.items())
+    noted = {task: scored_with(results, f"{task}_{language}") for task in tasks}
+    answers = {task: each["answer"] for task, each in noted.items()}
+    if len(set(answers.values())) > 1:
+        kinds = ", ".join(f"{task} by the {scored} answer" for task, scored in answers.items())
         raise UserError(f"{results} has scores of {language} that do not mix ({kinds}); score all tasks alike")
+    if len({*filter(None, [model_sha256, *(each.get("model_sha256") for each in noted.values())])}) > 1:
+        which = "several models" if model_sha256 is None else "a model with other weights, config or tokenizer"
+        raise UserError(f"{results} has scores of {language} of {which}; remove them and run step 1 again")
     for task in tasks:
         path = effect_path(results, f"{task}_{language}")
         effect = load_tensor(path)
+        if not effect.is_floating_point():
+            raise UserError(f"{path} holds {effect.dtype} numbers, not effects; delete it and run step 1 again")
         if effect.ndim == 4 and effect.shape[-1] == len(TOKEN_CLASSES):
             effect = effect[..., TOKEN_CLASSES.index("query_predictive")]
         if effect.ndim != 3 or not effect.numel():
             raise UserError(f"{path} has shape {tuple(effect.shape)}, expected (trials, layers, heads[, 10])")
-        means.append(by_layer(effect, scored_with(results, f"{task}_{language}"), path))
+        means.append(by_layer(effect, noted[task], path))
         if means[-1].shape != means[0].shape:
             shapes = f"{tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}"
             raise UserError(f"{path} comes from a different model: {shapes}; score all tasks with one model")
@@ -69,10 +76,13 @@ def by_layer(scores: Tensor, noted: dict, path: Path) -> Tensor:
     layers, counts = noted.get("layers", list(range(n_rows))), noted.get("heads", [n_heads] * n_rows)
     if not len(layers) == len(counts) == n_rows:
         raise UserError(f"{path} has {n_rows} layers with heads, its settings note {len(layers)}; score it again")
+    n_layers = noted.get("n_layers", max([n_rows, *(layer + 1 for layer in layers)]))
+    if len({*layers}) < n_rows or max(layers) >= n_layers or max(counts) > n_heads:
+        raise UserError(f"{path} has other layers or heads than its settings note; score it again")
     there = torch.arange(n_heads) < torch.tensor(counts)[:, None]
     if not scores[:, there].isfinite().all():
         raise UserError(f"{path} has effects that are not finite numbers; delete it and run step 1 again")
-    found = torch.full((noted.get("n_layers", n_rows), n_heads), torch.nan, dtype=torch.float64)
+    found = torch.full((n_layers, n_heads), torch.nan, dtype=torch.float64)
     found[layers] = scores.double().mean(dim=0).masked_fill(~there, torch.nan)
     return found
 

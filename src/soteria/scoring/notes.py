@@ -2,10 +2,43 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from soteria.errors import UserError
 from soteria.scoring.prompts import FIRST, SEED, TEST_SPLIT, WHOLE
-from soteria.storage import files, paths
+from soteria.storage import paths
+from soteria.storage.side_files import Text, read_noted, side_file
+
+MOST_LAYERS = 100_000  # that a file may name: more than any model has, and few enough to make room for
+
+
+@side_file
+class AnswerCounts(TypedDict):
+    answers: NonNegativeInt
+    first_tokens: NonNegativeInt
+
+
+@side_file
+class ScoringNotes(TypedDict, total=False):
+    """The arguments file of step 1. Files of earlier versions lack some of these."""
+
+    model_name: Text
+    answer: Literal[FIRST, WHOLE]
+    test_split: float
+    seed: int
+    n_trials: PositiveInt
+    n_harmful: PositiveInt
+    max_rows: PositiveInt | None
+    model_sha256: str | None
+    query_answers: AnswerCounts
+    # Where not every layer has heads alike
+    n_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    layers: list[NonNegativeInt]
+    heads: list[PositiveInt]
+
 
 EARLIER_SETTINGS = {"answer": FIRST}  # of scores made before there was another choice
 # What the effect on a first token does where answers share it.
@@ -13,8 +46,12 @@ MIXES, CANNOT_MEAN = "mixes some answers up", "cannot mean the task"
 
 
 def scored_with(root: Path, dataset: str) -> dict:
-    """What is noted beside a dataset's scores under `root`."""
-    return EARLIER_SETTINGS | files.read_facts(paths.scoring_file(root, dataset))
+    """What is noted beside a dataset's scores under `root`. Raises UserError for a file that is broken."""
+    path = paths.scoring_file(root, dataset)
+    noted = read_noted(path, ScoringNotes)
+    if not noted and path.exists():
+        raise UserError(f"{path} is not what step 1 writes; restore it, or remove that folder and score it again")
+    return EARLIER_SETTINGS | noted
 
 
 def ambiguous_datasets(root: Path, datasets: Iterable[str]) -> dict[str, str]:

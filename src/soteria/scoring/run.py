@@ -7,10 +7,12 @@ and the settings as JSON.
 
 import hashlib
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,16 @@ from soteria.errors import UserError
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import prompts
-from soteria.scoring.notes import EARLIER_SETTINGS
+from soteria.scoring.notes import EARLIER_SETTINGS, ScoringNotes
 from soteria.scoring.prompts import PromptForm
 from soteria.storage import files, outputs, paths
+from soteria.storage.side_files import read_noted
 
 # What is written beside the scores but does not decide on their values. Scores made with other values of the rest are
 # neither skipped nor continued.
 INDECISIVE = ("dataset_name", "root_data_dir", "save_path_root", "device", "max_rows")
+# Hashes that earlier versions did not note: scores without them are taken for those of the same files.
+NOT_NOTED_EARLIER = ("model_sha256", "mean_activations_sha256")
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,19 @@ def score_datasets(
 
     `load` returns the LoadedModel; it is called only if there is a dataset to score.
     """
-    runs = [DatasetRun(dataset, root, settings) for dataset in datasets]
+    from soteria.models.checkpoints import Checkpoint, model_digest
+
+    digest = model_digest(Checkpoint.open(settings.model_name))
+    runs = [DatasetRun(dataset, root, settings, digest) for dataset in datasets]
     return runs, score_runs(runs, processes, load)
 
 
 def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -> int:
     """Score those of the runs that are not finished; returns how many that were. `load` is as in `score_datasets`."""
     pending, n_scored = [run for run in runs if not run.is_finished()], 0
+    if processes.is_first:
+        for folder in dict.fromkeys(run.folder.parent for run in runs if run.is_unsigned):
+            _say_once(f"{folder} has scores without a hash of their model; they are taken for this model's")
     if pending:
         from soteria.scoring.sweep import sweep_over
 
@@ -80,6 +91,11 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
     return n_scored
 
 
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch, in the order of the original release. Raises UserError for a seed out of range."""
     random.seed(seed)
@@ -91,21 +107,28 @@ def seed_everything(seed: int) -> None:
 
 
 class DatasetRun:
-    """The scores of one dataset under `root`. Raises UserError for a missing or malformed task file."""
+    """The scores of one dataset under `root`, of the model whose `model_digest` is given.
+
+    Raises UserError for a missing or malformed task file, and for given means that are another model's.
+    """
 
     reading: Callable | None = None  # what is read off patched logits; None: how far the answer's probability moves
     slack = 1  # how much more coarsely than a probability that is rounded
+    is_unsigned = False  # whether scores were found that do not say which weights they are of
 
-    def __init__(self, dataset: str, root: Path, settings: ScoringSettings):
+    def __init__(self, dataset: str, root: Path, settings: ScoringSettings, model_sha256: str):
         self._lies_in(paths.effect_path(root, dataset))
-        self.settings = settings
+        self.settings, self.n_trials = settings, settings.n_trials
         data_file = Path(settings.root_data_dir) / f"{dataset}.json"
         self.examples = prompts.load_examples(data_file)
         self.described = {  # as it is written to the settings file
             "dataset_name": dataset,
             **{name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
             "data_sha256": hashlib.sha256(data_file.read_bytes()).hexdigest(),
+            "model_sha256": model_sha256,
         }
+        if given := settings.mean_activations_path:
+            self.described["mean_activations_sha256"] = _hash_of_means(Path(given), model_sha256)
 
     def _lies_in(self, effect_file: Path) -> None:
         self.effect_file, self.folder = effect_file, effect_file.parent
@@ -115,8 +138,9 @@ class DatasetRun:
 
     def is_finished(self) -> bool:
         """Whether the scores are complete. Raises UserError for any, even partial, that other settings made."""
-        found, advice = files.read_facts(self.settings_file), "give another --save_path_root or remove that folder"
+        found, advice = self._noted(), "give another --save_path_root or remove that folder"
         outputs.check_file(self.settings_file, bool(found), mend=advice)
+        self.is_unsigned = bool(found) and "model_sha256" in self.described and not found.get("model_sha256")
         if not found:
             if any(path.exists() for path in (self.effect_file, self.means_file, self.partial_file)):
                 raise UserError(f"{self.folder} has scores but no readable {self.settings_file.name}; {advice}")
@@ -126,10 +150,37 @@ class DatasetRun:
             was = found.get(name)
             if name == "model_name" and was and Path(was).exists() and Path(was).resolve() == Path(now).resolve():
                 continue
+            if name in NOT_NOTED_EARLIER and was is None:
+                continue
+            if name == "model_sha256" and was != now:
+                what = f"{self.described['model_name']!r} had other weights, another config or tokenizer"
+                raise UserError(f"{self.folder} was made when {what}; {advice}")
             if name not in INDECISIVE and was != now:
                 raise UserError(f"{self.folder} was made with {name} {was!r}, not {now!r}; {advice}")
         # The partial file is removed last: while it exists, the run that scored the dataset was killed at its end.
-        return self.effect_file.exists() and self.means_file.exists() and not self.partial_file.exists()
+        if self.partial_file.exists() or not (self.effect_file.exists() and self.means_file.exists()):
+            return False
+        if self._is_sound():
+            return True
+        print(f"{self.folder} has damaged scores; they are made again", file=sys.stderr)
+        return False
+
+    def _noted(self) -> dict:
+        return read_noted(self.settings_file, ScoringNotes)
+
+    def _is_sound(self) -> bool:
+        """Whether the finished scores are what a run writes."""
+        noted = self._noted()
+        means = _saved(self.means_file, (None, None, None, None), check_values=False)
+        if means is None or len(heads := noted.get("heads", [means.shape[1]] * len(means))) != len(means):
+            return False
+        n_trials = self.n_trials or noted.get("n_harmful")
+        return _saved(self.effect_file, (n_trials, *means.shape[:2], *self._classes), heads) is not None
+
+    @property
+    def _classes(self) -> tuple[int, ...]:
+        """The last dimension of the effects."""
+        return () if self.settings.last_token_only else (len(prompts.TOKEN_CLASSES),)
 
     def score(self, sweep, processes: Processes, progress: "Progress") -> None:
         """Score the dataset with a `Sweep`, resuming at the prompt at which an earlier run was stopped.
@@ -146,19 +197,24 @@ class DatasetRun:
         progress.begin(len(clean) + sum(costs))
 
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
-        started_with = files.read_facts(self.settings_file).get("max_rows")
+        started_with = self._noted().get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
         described = self.described | {"max_rows": rows.most} | noted | _noted_rows(loaded.geometry)
 
-        given = settings.mean_activations_path or (self.means_file if self.means_file.exists() else None)
-        if given:
-            means = load_tensor(Path(given))
-        else:
-            means = ie.mean_head_activations(loaded, clean, n_slots, rows, processes.map)
         geometry = loaded.geometry
         expected = (geometry.n_rows, geometry.n_heads, n_slots, geometry.head_dim)
-        if tuple(means.shape) != expected:
-            raise UserError(f"the means in {given} have shape {tuple(means.shape)}, but the model needs {expected}")
+        if given := settings.mean_activations_path:
+            means = load_tensor(Path(given))
+            if tuple(means.shape) != expected:
+                raise UserError(f"the means in {given} have shape {tuple(means.shape)}, but the model needs {expected}")
+            if means.dtype != torch.float32 or not means.isfinite().all():
+                raise UserError(f"the means in {given} are not finite float32 numbers; give those that step 1 wrote")
+        else:
+            means = processes.agree(_saved(self.means_file, expected))  # none, or what a stopped run left
+            if means is None:
+                means = ie.mean_head_activations(loaded, clean, n_slots, rows, processes.map)
+            if not means.isfinite().all():
+                raise UserError(_not_finite(loaded, self.folder.name))
         progress.update(len(clean))
         if processes.is_first:
             files.write_json(self.settings_file, described)  # from here on, other settings are refused
@@ -171,10 +227,14 @@ class DatasetRun:
                 ie.check_sweep(sweep, prompt, means, effects, classes, self.reading, self.slack)
             return effects[..., 0] if settings.last_token_only else effects
 
-        effects = list(load_tensor(self.partial_file)) if self.partial_file.exists() else []
+        there = _heads_there(geometry.heads, geometry.n_heads)
+        done = _saved(self.partial_file, (None, *expected[:2], *self._classes), geometry.heads)
+        effects = processes.agree(list(done) if done is not None and len(done) <= len(shuffled) else [])
         progress.update(sum(costs[: len(effects)]))
         for own in processes.map(effects_of, range(len(effects), len(shuffled))):
             progress.update(costs[len(effects)])
+            if not own[there].isfinite().all():
+                raise UserError(_not_finite(loaded, self.folder.name))
             effects.append(own)
             if processes.is_first:
                 save_tensor(torch.stack(effects), self.partial_file)
@@ -209,6 +269,47 @@ class DatasetRun:
         clean = [] if settings.mean_activations_path else draw(shuffle_labels=False)
         counts = prompts.count_first_tokens(self.examples, form, loaded.tokenizer)
         return clean, draw(shuffle_labels=True), len(slots), {"query_answers": counts}
+
+
+def _hash_of_means(path: Path, model_sha256: str) -> str:
+    """A hash of given means. Raises UserError for those of another model, as far as that is noted beside them."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; give the mean head activations that step 1 wrote")
+    noted = read_noted(paths.scoring_file(path.parent.parent, path.parent.name), ScoringNotes).get("model_sha256")
+    if noted not in (None, model_sha256):
+        raise UserError(f"the means in {path} are of a model with other weights; give those of this one")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _heads_there(heads: Sequence[int], n_heads: int) -> Tensor:
+    """Which of (n_rows, n_heads) are heads, where the layers have so many."""
+    return torch.arange(n_heads) < torch.tensor(heads)[:, None]
+
+
+def _saved(
+    path: Path, shape: tuple[int | None, ...], heads: Sequence[int] | None = None, *, check_values: bool = True
+) -> Tensor | None:
+    """What an earlier run saved; None where it is missing, or not float32 of a shape (None: any size) and finite.
+
+    `heads`: the values are effects (trials, n_rows, n_heads, ...), which are NaN where a layer has fewer heads.
+    """
+    try:
+        found = load_tensor(path, mapped=not check_values)
+    except UserError:
+        return None
+    alike = found.ndim == len(shape) and all(want in (None, own) for want, own in zip(shape, found.shape, strict=True))
+    if found.dtype != torch.float32 or not alike or not found.numel():
+        return None
+    if check_values:
+        values = found if heads is None else found[:, _heads_there(heads, found.shape[2])]
+        return found if values.isfinite().all() else None
+    return found
+
+
+def _not_finite(loaded, dataset: str) -> str:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return f"{loaded.name!r} gives numbers that are not finite on {dataset} in {dtype}; give another --dtype or model"
 
 
 def _noted_rows(geometry) -> dict:

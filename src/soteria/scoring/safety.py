@@ -21,8 +21,9 @@ from soteria.models.loading import LoadedModel
 from soteria.models.tensors import load_tensor
 from soteria.scoring.heads import by_layer
 from soteria.scoring.indirect_effect import LAST_TOKEN_CLASSES, TokenizedPrompt
+from soteria.scoring.notes import scored_with
 from soteria.scoring.run import DatasetRun, ScoringSettings
-from soteria.storage import files, paths
+from soteria.storage import paths
 
 
 def divergence(patched: Tensor, clean: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class SafetyRun(DatasetRun):
         self, language: str, root: Path, settings: ScoringSettings, asked: object, inputs: Callable[[LoadedModel], list]
     ):
         self._lies_in(paths.safety_path(root, language))
-        self.settings, self._inputs = settings, inputs
+        self.settings, self._inputs, self.n_trials = settings, inputs, None
         self.described = {
             "dataset_name": self.folder.name,
             "model_name": settings.model_name,
@@ -69,7 +70,6 @@ def mean_divergence(root: Path, language: str) -> Tensor:
     """The divergence of each head, averaged over the questions: (n_layers, n_heads), float64, NaN where none is."""
     path = paths.safety_path(root, language)
     found = load_tensor(path)
-    if found.ndim != 3:
+    if found.ndim != 3 or not found.numel() or not found.is_floating_point():
         raise UserError(f"{path} does not hold scores (questions, layers, heads); delete it and run again")
-    noted = files.read_facts(paths.scoring_file(path.parent.parent, path.parent.name))
-    return by_layer(found, noted, path)
+    return by_layer(found, scored_with(root, path.parent.name), path)

@@ -3,28 +3,89 @@
 Every other tensor is the base's, bit for bit. `soteria.json` in the folder says how it was made.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NotRequired
 
 import safetensors
 import torch
 import transformers
 from huggingface_hub import ModelCardData
+from pydantic import NonNegativeFloat, PositiveInt
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 import soteria
 from soteria.errors import UserError
 from soteria.languages import find_language
-from soteria.models.checkpoints import Checkpoint
+from soteria.models.checkpoints import Checkpoint, fingerprint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import all_finite, read_tensor, replace_tensor, samples
+from soteria.models.tensors import all_finite, read_tensor, replace_tensor
 from soteria.steering.formula import Steering, head_list_hash, steer
 from soteria.storage import files, outputs, paths
 from soteria.storage.paths import FACTS
+from soteria.storage.side_files import Text, fits, side_file
+
+DELTA_WEIGHTS = "delta.safetensors"
+
+
+@side_file
+class Facts(TypedDict):
+    """The facts file of a folder of this project: what its readers use. Those of earlier versions have no `weights`."""
+
+    format: str
+    base_model: Text
+    weights: NotRequired[str]
+
+
+@side_file
+class SteeredFacts(Facts):
+    finetune_model: Text
+    base_weights: str
+    language: Text
+    scaling_factor: NonNegativeFloat
+    n_heads: PositiveInt
+
+
+@side_file
+class CheckpointFacts(SteeredFacts):
+    share_of_parameters_changed: float
+
+
+@side_file
+class AdapterFacts(SteeredFacts):
+    rank: PositiveInt
+    relative_error: float
+
+
+@side_file
+class DeltaFacts(Facts):
+    languages: dict[Text, str]
+    scaling_factor: NonNegativeFloat
+    base_projections: str
+
+
+@side_file
+class TunedFacts(Facts):
+    rows: PositiveInt
+    rows_left_out: int
+    answers_cut: int
+    max_tokens: int
+    output_projections: int
+    first_loss: float
+    last_loss: float
+    steps: int
+
+
+SCHEMAS = {
+    "checkpoint": CheckpointFacts,
+    "lora": AdapterFacts,
+    "delta": DeltaFacts,
+    "adapter": TunedFacts,
+    "merged": TunedFacts,
+}
 
 
 def steer_checkpoint(
@@ -143,22 +204,28 @@ def made_before(
     # The hashes of the two models decide; their names do not, and may hold a path in folders of earlier versions.
     if any(found.get(key) != value for key, value in inputs.items() if key not in ("base_model", "finetune_model")):
         raise UserError(f"{output} exists and was not made from these inputs; remove it or give {mend}")
+    if not fits(found, SCHEMAS[found["format"]]) or not _has_its_weights(output, found):
+        print(f"{output} is damaged; it is made again", file=sys.stderr)
+        return None
     return found
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of 256 samples of each weight file, and of an adapter's settings, since those scale its weights.
+def _has_its_weights(folder: Path, facts: dict) -> bool:
+    """Whether the weights that a folder was made with are there and, as far as their hash is noted, unchanged."""
+    try:
+        weights = fingerprint(result_in(folder, facts))
+    except (OSError, UserError):
+        return False
+    return facts.get("weights", weights) == weights
 
-    It costs next to nothing, and shows when the same name stands for another model.
-    """
-    digest = hashlib.sha256()
-    if checkpoint.is_adapter:
-        digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for path in checkpoint.weight_files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        for piece in samples(path):
-            digest.update(piece)
-    return digest.hexdigest()
+
+def result_in(folder: Path, facts: dict) -> Checkpoint:
+    """The weights in a folder that has these facts. Raises UserError if they are missing or broken."""
+    if facts["format"] != "delta":
+        return Checkpoint.open(str(folder))
+    checkpoint = Checkpoint(str(folder), folder, None, (folder / DELTA_WEIGHTS,))
+    _ = checkpoint.places
+    return checkpoint
 
 
 def progress(title: str, n_bytes: int) -> tqdm:
@@ -174,7 +241,8 @@ def describe(
     library: str = "transformers",
     tags: Sequence[str] = ("safety", "steering"),
 ) -> None:
-    """Write `soteria.json` and the model card."""
+    """Write `soteria.json` and the model card, and add a hash of the folder's weights to the facts."""
+    facts["weights"] = fingerprint(result_in(folder, facts))
     data = ModelCardData(
         base_model=facts["base_model"].partition("@")[0],
         language=[find_language(language).code.split("-")[0] for language in languages],

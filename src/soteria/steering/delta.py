@@ -13,19 +13,28 @@ from transformers import PreTrainedModel
 
 from soteria.errors import UserError
 from soteria.languages import find_language
-from soteria.models.checkpoints import Checkpoint
+from soteria.models.checkpoints import Checkpoint, fingerprint
 from soteria.models.geometry import read_geometry
 from soteria.models.loading import DTYPES, LoadedModel, load_geometry, load_weights
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import Place, Planned, read_tensor, write_tensors
 from soteria.scoring.heads import read_heads, write_heads
 from soteria.steering import formula
-from soteria.steering.checkpoint import describe, input_facts, made_before, progress, versions
+from soteria.steering.checkpoint import (
+    DELTA_WEIGHTS,
+    DeltaFacts,
+    describe,
+    input_facts,
+    made_before,
+    progress,
+    result_in,
+    versions,
+)
 from soteria.steering.formula import Steering, head_list_hash, open_steering
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS, language_file
+from soteria.storage.side_files import read_noted
 
-WEIGHTS = "delta.safetensors"
 SAMPLES = 4096  # values hashed of each projection, to recognize the base
 
 
@@ -47,7 +56,8 @@ def write_delta(
         "scaling_factor": scaling_factor,
         "dtype": dtype or "float32",
     }
-    if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
+    made = made_before(output, inputs, (vector.base, vector.tuned), overwrite)
+    if made and all(_has_list(output, language, noted) for language, noted in inputs["languages"].items()):
         return made
     vector.check_finite(vector.geometry.layers)
     places = [vector.place(vector.base, layer) for layer in vector.geometry.layers]
@@ -59,12 +69,20 @@ def write_delta(
         total = sum(tensor.n_bytes for tensor in planned.values())
         files.check_room(folder, total)
         with progress("writing the delta", total) as bar:
-            write_tensors(planned, folder / WEIGHTS, bar.update)
+            write_tensors(planned, folder / DELTA_WEIGHTS, bar.update)
         for language, steering in steerings.items():
             write_heads(folder / "heads" / language_file(language), steering.heads)
         facts = inputs | {"base_projections": projections_hash(places), "versions": versions()}
         describe(folder, delta_card(vector.base.name, list(steerings)), list(steerings), facts)
     return facts
+
+
+def _has_list(delta: Path, language: str, noted: str) -> bool:
+    """Whether a delta's head list of a language is the one whose hash its facts note."""
+    try:
+        return head_list_hash(read_heads(delta / "heads" / language_file(language))) == noted
+    except UserError:
+        return False
 
 
 def projections_hash(places: list[Place]) -> str:
@@ -116,19 +134,20 @@ def load_steered(
     another base, and whenever `load_weights` does.
     """
     base, delta = str(base), Path(delta)
-    facts = files.read_facts(delta / FACTS)
-    kinds = {"languages": dict, "scaling_factor": int | float, "base_projections": str}
-    if facts.get("format") != "delta" or not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
+    facts = read_noted(delta / FACTS, DeltaFacts)
+    if facts.get("format") != "delta":
         raise UserError(f"{delta} is not a delta folder; make one with steer.py --format delta")
     default = facts["scaling_factor"] if scaling_factor is None else scaling_factor
     formula.check_scaling_factor(default)
     geometry = load_geometry(base)
     checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names], to_steer=True)
-    vector = DeltaVector(checkpoint, Checkpoint(str(delta), delta, None, (delta / WEIGHTS,)), geometry)
+    vector = DeltaVector(checkpoint, result_in(delta, facts), geometry)
     places = [vector.place(checkpoint, layer) for layer in geometry.layers]
     if projections_hash(places) != facts["base_projections"]:
         raise UserError(f"{base!r} has other weights than {facts['base_model']!r} had when {delta} was made from it")
     vector.check_projections()
+    if facts.get("weights") not in (None, fingerprint(vector.tuned)):
+        raise UserError(f"{delta} has other weights than it was written with; make it again with steer.py")
     model = load_weights(base, device, dtype)
     loaded = LoadedModel(base, model, None, read_geometry(model))
     formula.check_fits(loaded, vector)
@@ -146,6 +165,8 @@ def load_steered(
                 raise UserError(f"{delta} has no heads of {name}, only of {', '.join(facts['languages'])}")
             path = delta / "heads" / language_file(name)
             steering = open_steering(vector, read_heads(path), factor, source=str(path))
+            if head_list_hash(steering.heads) != facts["languages"][name]:
+                raise UserError(f"{path} is not the head list that {delta} was made with; make it again with steer.py")
         formula.restore(loaded)
         if steering:
             formula.apply(loaded, steering)

@@ -5,11 +5,12 @@ import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from soteria import disk
 from soteria.errors import UserError
 from soteria.storage import files
+from soteria.storage.side_files import fits
 
 
 def open_to_append(path: Path) -> BinaryIO:
@@ -25,12 +26,13 @@ def open_to_append(path: Path) -> BinaryIO:
 class Journal:
     """A file of finished rows, each any JSON value under its number. Its first line is the job's settings.
 
-    A journal of other settings is ignored, as is everything from a broken line on. Rows are added inside a `with`
-    block, which one process enters at a time; the others wait.
+    A journal of other settings is ignored, as is everything from a broken line on: one that is not JSON, whose number
+    is not one of `rows`, or whose value does not fit the schema `values`. Rows are added inside a `with` block, which
+    one process enters at a time; the others wait.
     """
 
-    def __init__(self, path: Path, settings: dict):
-        self.path = disk.check_output(path, longest=files.LONGEST)
+    def __init__(self, path: Path, settings: dict, values: object = Any, rows: range | None = None):
+        self.path, self._line, self._rows = disk.check_output(path, longest=files.LONGEST), tuple[int, values], rows
         self._header = (json.dumps(settings, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
         self._read()
 
@@ -38,13 +40,17 @@ class Journal:
         """Set `done` to the finished rows, and `_sound` to the number of bytes that hold them."""
         self.done: dict[int, object] = {}
         self._sound = 0
-        with suppress(FileNotFoundError, TypeError, ValueError, UserError), self.path.open("rb") as file:
+        with suppress(FileNotFoundError, UserError), self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n") or (self._sound == 0 and line != self._header):
                     return
                 if self._sound > 0:
-                    row, value = disk.parse_json(line, str(self.path), strict=False)
-                    self.done[row] = value
+                    found = disk.parse_json(line, str(self.path), strict=False)
+                    if not isinstance(found, list) or not fits(tuple(found), self._line):
+                        return
+                    if self._rows is not None and found[0] not in self._rows:
+                        return
+                    self.done[found[0]] = found[1]
                 self._sound += len(line)
 
     def __enter__(self) -> "Journal":
