@@ -14,6 +14,7 @@ from pathlib import Path
 
 from soteria import cli
 from soteria.answering.alike import check_alike
+from soteria.answering.facts import check_same_models
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
@@ -124,7 +125,10 @@ def main() -> None:
 
     from soteria.judging.costs import measure_damage
 
-    costs = {kind: measure_damage(answered) for kind, answered in harmless.items() if answered.exists()}
+    harmless = {kind: answered for kind, answered in harmless.items() if answered.exists()}
+    for answered in harmless.values():
+        check_same_models(arguments.input, answered)
+    costs = {kind: measure_damage(answered) for kind, answered in harmless.items()}
     every: dict[str, Judged] = {}
     for name in names:
         options = settings_of(name, names, settings), [] if name == "refusal" and len(names) > 1 else labels

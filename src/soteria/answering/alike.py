@@ -10,7 +10,8 @@ from soteria.errors import UserError
 from soteria.storage import files
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER, facts_file
 
-OWN = {"model_sha256", "model", "steered"}  # what is noted of a column that differs between the two models
+# What is noted of a column that differs between the two models.
+OWN = {"model_sha256", "model", "steered", "weights", "answers_sha256", "served"}
 
 
 def how_made(answers: Path) -> dict[str, dict]:
@@ -24,7 +25,7 @@ def differences(made: dict[str, dict]) -> dict[str, tuple]:
     """The settings that answers depend on and that differ between the two columns: (safe's, base's) by name."""
     if len(made) < 2:
         return {}
-    safe, base = made[SAFE_ANSWER], made[BASE_ANSWER]
+    safe, base = (_without_name(made[column]) for column in (SAFE_ANSWER, BASE_ANSWER))
     found = {name: (safe.get(name), base.get(name)) for name in sorted({*safe, *base} - OWN)}
     if "dtype" not in safe or "dtype" not in base:  # of answers that an earlier version made
         found.pop("dtype", None)
@@ -32,6 +33,11 @@ def differences(made: dict[str, dict]) -> dict[str, tuple]:
         lengths = RELEASE_TOKENS[SAFE_ANSWER], RELEASE_TOKENS[BASE_ANSWER]
         found = {name: pair for name, pair in found.items() if (name, pair) != ("max_new_tokens", lengths)}
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+
+
+def _without_name(made: dict) -> dict:
+    """Settings whose engine is without the name under which it serves the model."""
+    return made | ({"engine": str(made["engine"]).partition(":")[0]} if "engine" in made else {})
 
 
 def describe_differences(found: dict[str, tuple]) -> str:

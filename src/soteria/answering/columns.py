@@ -8,6 +8,7 @@ What a model thinks before it answers stands in a column of its own.
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,12 @@ import safetensors.torch
 from torch import Tensor
 
 from soteria.answering.chat import DATE
+from soteria.answering.facts import AnswerFacts, SteeredNote, check_answers, column_digest, same_base
 from soteria.answering.questions import QuestionSet
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.languages import Language
-from soteria.models.checkpoints import Checkpoint, model_digest, small_files
+from soteria.models.checkpoints import Checkpoint, fingerprint, model_digest, small_files
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
@@ -33,8 +35,19 @@ from soteria.storage.paths import (
     facts_file,
     first_token_file,
 )
+from soteria.storage.side_files import Text, read_noted
 
 _log = logging.getLogger(__name__)
+
+
+def read_first_tokens(path: Path, n_rows: int) -> Tensor | None:
+    """Log-probabilities (n_rows, vocabulary) of first tokens; None where they are missing, broken or of other rows."""
+    try:
+        found = safetensors.torch.load_file(path)["log_probs"]
+    except (OSError, KeyError, safetensors.SafetensorError):
+        return None
+    is_sound = found.ndim == 2 and len(found) == n_rows and found.is_floating_point() and not found.isnan().any()
+    return found if is_sound else None
 
 
 def model_settings(
@@ -102,7 +115,7 @@ class AnswerColumn:
 
     def journal(self) -> Journal:
         """The rows answered so far."""
-        return Journal(self._files[0], self._made_from)
+        return Journal(self._files[0], self._made_from, Text, range(len(self.questions.questions)))
 
     def forget_journal(self) -> None:
         """Remove the journal of a complete column; the base model's stays, for the next run to find."""
@@ -112,21 +125,60 @@ class AnswerColumn:
     @property
     def lacks_first_tokens(self) -> bool:
         """Whether they are wanted and must be computed. Only the shared file's name says what they were made from."""
-        return self.with_first_tokens and not (self.column == BASE_ANSWER and self._files[1].exists())
+        n_rows = len(self.questions.questions)
+        is_there = self.column == BASE_ANSWER and read_first_tokens(self._files[1], n_rows) is not None
+        return self.with_first_tokens and not is_there
 
     def is_complete(self) -> bool:
-        """Whether the column was made with the same settings. Raises UserError if the file has other questions."""
+        """Whether the column was made with the same settings.
+
+        Raises UserError if the file has other questions, answers of another model's, or answers that were changed.
+        """
         if not self.output.exists():
             return False
         found = read_table(self.output, ["Question"])
         if list(found.get("Question", [])) != self.questions.questions:
             raise UserError(f"{self.output} has answers to other questions; remove it, or write to another place")
-        made = files.read_facts(facts_file(self.output)).get("columns", {}).get(self.column)
+        facts = read_noted(facts_file(self.output), AnswerFacts)
+        made = facts.get("columns", {}).get(self.column)
+        self._check_base(facts)
         # Earlier versions did not note the dtype.
         made = made and {"dtype": self.settings.get("dtype")} | made
         complete = self.column in found.columns and bool(made) and self.settings.items() <= made.items()
         complete = complete and all(made.get(key) == self.settings.get(key) for key in ("preset", "engine"))
-        return complete and (not self.with_first_tokens or first_token_file(self.output, self.column).exists())
+        if complete:
+            check_answers(self.output, facts, {self.column: column_digest(found, self.column)}, len(found))
+        first_tokens = first_token_file(self.output, self.column)
+        return complete and (not self.with_first_tokens or read_first_tokens(first_tokens, len(found)) is not None)
+
+    @cached_property
+    def _steered_as(self) -> dict:
+        """How the model was steered; nothing for one that was not, or whose weights are not those that were written."""
+        if self.steered:
+            return self.steered
+        found = read_noted(Path(self.model) / FACTS, SteeredNote)
+        if "scaling_factor" not in found:  # a fine-tuned model has facts too
+            return {}
+        return found if found.get("weights") in (None, self._weights) else {}
+
+    @cached_property
+    def _weights(self) -> str:
+        return fingerprint(Checkpoint.open(self.model))
+
+    @property
+    def _made(self) -> dict:
+        """How the column is made, as facts."""
+        steered = {name: _without_path(name, value) for name, value in self._steered_as.items()}
+        made = self.settings | {"model": paths.model_name(self.model), "steered": steered and steered | {"heads": None}}
+        return made | ({"weights": self._weights} if self.column == BASE_ANSWER else {})
+
+    def _check_base(self, facts: dict) -> bool:
+        """Whether the other column's answers are of the same base, as far as that is noted.
+
+        Raises UserError if they are another model's.
+        """
+        others = {column: made for column, made in facts.get("columns", {}).items() if column != self.column}
+        return not others or same_base(self.output, others | {self.column: self._made})
 
     def save(self, answers: list[str], log_probs: Tensor | None, served: dict | None = None) -> None:
         """Write the column to the CSV, beside what other columns it has, and its facts to the JSON.
@@ -135,17 +187,21 @@ class AnswerColumn:
         `log_probs` (questions, vocabulary) are those of each answer's first token, if the column lacks them. `served`:
         the facts of the engine that answered.
         """
-        if log_probs is not None:
-            with files.whole_file(self._files[1]) as sibling:
-                sibling.write_bytes(safetensors.torch.save({"log_probs": log_probs}))  # save_file replaces the sibling
-        if self.with_first_tokens and self.column == BASE_ANSWER:
-            with files.whole_file(first_token_file(self.output, self.column)) as sibling:
-                sibling.write_bytes(self._files[1].read_bytes())
-        with files.held(self.output.parent):  # the other column's process reads and writes the same file
-            self._write(answers, served)
+        with files.held(self.output.parent):  # the other column's process reads and writes the same files
+            noted = read_noted(facts_file(self.output), AnswerFacts)
+            if noted.get("columns", {}).pop(self.column, None):  # else a killed run leaves old facts beside new files
+                files.write_json(facts_file(self.output), noted)
+            if log_probs is not None:
+                with files.whole_file(self._files[1]) as sibling:
+                    sibling.write_bytes(safetensors.torch.save({"log_probs": log_probs}))  # save_file replaces it
+            if self.with_first_tokens and self.column == BASE_ANSWER:
+                with files.whole_file(first_token_file(self.output, self.column)) as sibling:
+                    sibling.write_bytes(self._files[1].read_bytes())
+            self._write(answers, noted.get("columns", {}), served)
         self.forget_journal()
 
-    def _write(self, answers: list[str], served: dict | None) -> None:
+    def _write(self, answers: list[str], others: dict[str, dict], served: dict | None) -> None:
+        """`others`: how the other columns were made."""
         new = not self.output.exists()
         table = pd.DataFrame({"Question": self.questions.questions}) if new else read_table(self.output, ["Question"])
         thinking, table[self.column] = zip(*map(split_thinking, answers), strict=True)
@@ -159,19 +215,19 @@ class AnswerColumn:
                 "%s: %d of %d answers are thinking only, and count as blank; give more --max_new_tokens",
                 *(self.output, unanswered, len(answers)),
             )
+        if not self._check_base({"columns": others}):
+            for other in others:
+                print(f"{self.output}: {other} left out, which the base gave with other weights", file=sys.stderr)
+                table = table.drop(columns=[other, THINKING_COLUMNS[other]], errors="ignore")
+            others = {}
         own = [name for name in ("Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values()) if name in table.columns]
-        others = files.read_facts(facts_file(self.output)).get("columns", {})
-        others = {name: made for name, made in others.items() if name != self.column}
         facts = {"language": self.settings["language"], "dataset": self.questions.name, "rows": len(table)}
         facts["read"] = self.questions.read
         if self.questions.categories:
             facts["categories"] = self.questions.categories
-        # Without this column's: a killed run leaves no old facts beside new rows, and no rows that nobody claims.
+        # A killed run leaves no rows that nobody claims.
         files.write_json(facts_file(self.output), facts | {"columns": others})
         write_table(table[[*own, *(name for name in table.columns if name not in own)]], self.output)
-        found = files.read_facts(Path(self.model) / FACTS)
-        steered = self.steered or (found if "scaling_factor" in found else {})  # a fine-tuned model has facts too
-        steered = {name: _without_path(name, value) for name, value in steered.items()}
-        made = self.settings | {"model": paths.model_name(self.model), "steered": steered and steered | {"heads": None}}
+        made = self._made | {"answers_sha256": column_digest(table, self.column)}
         made |= {"served": served} if served else {}
         files.write_json(facts_file(self.output), facts | {"columns": others | {self.column: made}})

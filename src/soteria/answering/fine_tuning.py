@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import warnings
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
+from typing_extensions import TypedDict
 
 from soteria.answering.decoding import pad_token
 from soteria.answering.training_rows import FineTuning, Pairs, collate, training_rows
@@ -35,8 +37,28 @@ from soteria.models.processes import Processes
 from soteria.models.tensors import UNQUANTIZED, all_finite, read_tensor, replace_tensor
 from soteria.steering.checkpoint import describe, made_before, progress, versions
 from soteria.storage import files, paths
+from soteria.storage.side_files import read_noted, side_file
 
 SAVED, SETTINGS = "saved.json", paths.PARTIAL_FACTS  # in a complete checkpoint; in the folder of an unfinished run
+
+
+@side_file
+class Logged(TypedDict, total=False):
+    loss: float
+
+
+@side_file
+class TrainerState(TypedDict):
+    """What is used of the notes that transformers' trainer leaves in a checkpoint."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[Logged]
+
+
+@side_file
+class Saved(TypedDict):
+    seconds: float
 
 
 def fine_tune(
@@ -240,8 +262,22 @@ class _Watch(TrainerCallback):
 
 def _complete(partial: Path) -> list[Path]:
     """The complete checkpoints of an unfinished run, in the order of their steps."""
-    found = [marker.parent for marker in partial.glob(f"checkpoint-*/{SAVED}")]
+    found = [marker.parent for marker in partial.glob(f"checkpoint-*/{SAVED}") if _is_sound(marker.parent)]
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint: its notes, weights and states are whole."""
+    states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    if not checkpoint.name.rpartition("-")[2].isdecimal() or not all(map(zipfile.is_zipfile, states)):
+        return False
+    try:
+        Checkpoint.open(str(checkpoint))
+    except UserError:
+        return False
+    state = read_noted(checkpoint / "trainer_state.json", TrainerState)
+    logged = any("loss" in entry for entry in state.get("log_history", ()))
+    return logged and bool(read_noted(checkpoint / SAVED, Saved))
 
 
 def _prepare(partial: Path, inputs: dict) -> Path | None:

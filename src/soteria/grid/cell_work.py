@@ -14,7 +14,7 @@ from soteria.answering.columns import AnswerColumn
 from soteria.answering.engines import Engine
 from soteria.answering.generation import fill
 from soteria.errors import UserError
-from soteria.grid.cells import MATCHED, Cell
+from soteria.grid.cells import MATCHED, Cell, CellFacts
 from soteria.grid.grid_file import ALL_PARAMETERS
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.serving import write_model
@@ -31,6 +31,7 @@ from soteria.steering.formula import Steering, head_list_hash, open_steering, st
 from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, HARMLESS, SAFE_ANSWER
+from soteria.storage.side_files import read_noted
 
 HARMLESS_JUDGE = "refusal"  # whoever judges the attacks: a harmless question is either answered or refused
 
@@ -136,14 +137,21 @@ class CellWork:
 
     def _is_done(self, name: str) -> bool:
         if name == "facts":
-            found = files.read_facts(self.files.facts)
+            found = read_noted(self.files.facts, CellFacts)
             # A hash of the model is among the rest, and earlier versions noted a path as its name.
-            return self.made_from.items() <= (found | {"base_model": self.made_from["base_model"]}).items()
+            known = found | {"base_model": self.made_from["base_model"]}
+            return self.made_from.items() <= known.items() and self._measured <= found.keys()
         column = self.column(name)
         complete = column.is_complete()
         if complete and self.subject.processes.is_first:
             column.forget_journal()
         return complete
+
+    @property
+    def _measured(self) -> set[str]:
+        """What `cell.json` says beside that."""
+        costs_too = {"icl_accuracy"} | ({"kl_first_token"} if self.grid.benign else set())
+        return {"n_heads", "share_of_parameters"} | (costs_too if self.cell.with_cost else set())
 
     def measure(self) -> bool:
         """Steer, answer what is not answered, and note what the cell was made from and what it costs.

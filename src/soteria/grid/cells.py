@@ -5,13 +5,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
+
 from soteria.grid.grid_file import ALL_PARAMETERS, RANDOM, RIVALS, TASK_VECTOR, TIER, UNIVERSAL, Grid, Pair
 from soteria.languages import find_language
 from soteria.storage import paths
 from soteria.storage.paths import CellFiles
+from soteria.storage.side_files import Text, side_file
 
 DRAW, MATCHED = "draw", "matched"  # a random draw on few questions, and one with the method's norm of the change
 DRAWN = (RANDOM, DRAW, MATCHED)
+
+
+@side_file
+class Accuracy(TypedDict):
+    count: NonNegativeInt
+    n: PositiveInt
+
+
+@side_file
+class CellFacts(TypedDict, total=False):
+    """`cell.json`: what a cell was made from, and what steering costs in it."""
+
+    base_model: Text
+    cost_measured_on_sha256: str
+    n_heads: NonNegativeInt
+    parameters_changed: NonNegativeInt
+    share_of_parameters: NonNegativeFloat
+    icl_accuracy: Accuracy
+    kl_first_token: list[float]
 
 
 @dataclass(frozen=True)

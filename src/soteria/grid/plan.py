@@ -15,9 +15,10 @@ import pandas as pd
 
 from soteria.answering.question_files import find_local
 from soteria.errors import UserError
+from soteria.grid import durations
 from soteria.grid.cells import Shard, grid_cells, language_cells
 from soteria.grid.grid_file import Grid, Pair, Shape
-from soteria.storage import files, paths
+from soteria.storage import paths
 from soteria.storage.table_formats import to_markdown
 from soteria.storage.yaml_files import read_yaml
 
@@ -69,8 +70,8 @@ class Plan:
 
     def _measured_here(self, pair: Pair) -> dict[str, tuple[float, str, int]]:
         """Per step that ran on this machine: median seconds per unit, the latest device, the number of units."""
-        path, seen = paths.durations_file(self.results, pair.slug), defaultdict(list)
-        for cost in files.read_json_lines(path):
+        seen = defaultdict(list)
+        for cost in durations.noted(self.results, pair.slug):
             seen[cost["step"]].append((cost["seconds"] / cost["units"], cost["device"], cost["units"]))
         return {
             step: (statistics.median(seconds), devices[-1], sum(units))

@@ -1,6 +1,5 @@
 """A base model of a grid, with everything its cells are made from, each read when it is first needed."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,12 +13,14 @@ from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs
 from soteria.answering.questions import QuestionSet, spread_rows
 from soteria.errors import UserError
+from soteria.grid import durations
 from soteria.grid.cells import DRAWN, MATCHED, Treatment, method_of
 from soteria.grid.grid_file import ABSOLUTE, RIVALS, SAFETY, TASK_VECTOR, Grid, Pair, Questions
 from soteria.grid.serving import Serving
 from soteria.judging.costs import read_tasks
 from soteria.languages import Language, find_language
 from soteria.models.loading import (
+    DTYPES,
     LoadedModel,
     check_chat_template,
     default_device,
@@ -43,7 +44,6 @@ from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.scoring.safety import SafetyRun, mean_divergence
 from soteria.steering.formula import is_steered
 from soteria.storage import files, paths
-from soteria.storage.journal import open_to_append
 from soteria.storage.paths import BASE_ANSWER, BENIGN
 
 
@@ -116,7 +116,9 @@ class Subject:
         if not noted.exists() and self.processes.is_first:
             files.write_text(noted, f"{dtype}\n")
         self.processes.wait()
-        begun = noted.read_text(encoding="utf-8").strip()
+        begun = noted.read_text(encoding="utf-8", errors="replace").strip()
+        if begun not in DTYPES:
+            raise UserError(f"{noted} does not name the dtype of its cells; write {' or '.join(DTYPES)} into it")
         if begun != dtype:
             raise UserError(
                 f"{self.pair.slug}'s cells in {self.results} were begun in {begun}, and this run would use {dtype}; "
@@ -286,12 +288,8 @@ class Subject:
         return self.first_tokens(language)
 
     def note_duration(self, step: str, units: int, seconds: float) -> None:
-        """Write down how long a step took, for `--plan`. A line is one write, so processes may share the file."""
-        if not self.processes.is_first or units == 0:
-            return
-        device = (step == "answers" and self.grid.answers.engine) or self.device
-        duration = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
-        path = paths.durations_file(self.results, self.pair.slug)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_to_append(path) as file:
-            file.write((json.dumps(duration) + "\n").encode())
+        """Write down how long a step took, for `--plan`."""
+        if self.processes.is_first and units > 0:
+            device = (step == "answers" and self.grid.answers.engine) or self.device
+            taken = {"step": step, "units": units, "seconds": round(seconds, 3), "device": device}
+            durations.note(self.results, self.pair.slug, taken)

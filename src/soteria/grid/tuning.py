@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs, answer_questions
@@ -33,6 +36,7 @@ from soteria.scoring.prompts import Split
 from soteria.steering.formula import check_scaling_factor, open_steering, steered_in_place
 from soteria.storage import files
 from soteria.storage.journal import Journal
+from soteria.storage.side_files import Text, fits, read_noted, side_file
 
 RATES = ("asr", "benign_refusals", "benign_changes", "icl_accuracy")
 OBJECTIVES = ("asr", "kl_first_token")
@@ -109,7 +113,43 @@ class SteeredBench:
         )
 
 
-Trial = dict  # number, scaling_factor, share, n_heads, the RATES and kl_first_token (nats)
+@side_file
+class Trial(TypedDict):
+    number: NonNegativeInt
+    scaling_factor: NonNegativeFloat
+    share: float
+    n_heads: PositiveInt
+    asr: float
+    kl_first_token: float  # nats
+    benign_refusals: float
+    benign_changes: float
+    icl_accuracy: float
+
+
+@side_file
+class Measured(TypedDict):
+    value: float | None  # None where there is nothing to divide by
+
+
+@side_file
+class Base(TypedDict):
+    asr: Measured
+    benign_refusals: Measured
+    benign_changes: Measured
+    icl_accuracy: Measured
+    kl_first_token: Measured
+
+
+@side_file
+class TuningFacts(TypedDict):
+    """The file of a tuning: what `Tuning.run` concludes, beside what it was made from."""
+
+    note: Text
+    base: Base
+    trials: list[Trial]
+    front: list[NonNegativeInt]
+    chosen: Trial | None
+    why_none: Text | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +170,12 @@ class Space:
             raise UserError(f"--shares {low:g} {high:g} must be two shares above 0 and up to 1, the lower first")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} must be >= 0")
+
+    def holds(self, number: int, trial: object) -> bool:
+        """Whether this is a trial of that number with a point of the space."""
+        if not fits(trial, Trial) or trial["number"] != number:
+            return False
+        return all(each.low <= trial[name] <= each.high for name, each in self._distributions.items())
 
     def study(self, trials: list[Trial]) -> optuna.Study:
         """A study in memory that holds the trials and draws the next one. It has a sampler seed for each trial."""
@@ -196,8 +242,9 @@ class Tuning:
 
     def finished(self) -> dict | None:
         """What the file holds where it came from the same inputs, None otherwise."""
-        found = files.read_facts(self.path)
-        return found if self._made_from.items() <= found.items() else None
+        found = read_noted(self.path, TuningFacts)
+        is_whole = len(found.get("trials", ())) == self.n_trials > max(found.get("front", [0]), default=0)
+        return found if is_whole and self._made_from.items() <= found.items() else None
 
     def run(self, measure: Callable[[list[Head], float], dict], done: Callable[[int], object] = lambda _: None) -> dict:
         """Measure the trials that the journal lacks, and write the file. `done` receives how many more are finished.
@@ -205,9 +252,11 @@ class Tuning:
         Raises UserError where a steered model gives numbers that are not finite.
         """
         with self.journal() as journal:
-            if BASE not in journal.done:
+            if not fits(journal.done.get(BASE), Base):
                 journal.add({BASE: measure([], 0.0)})
-            trials = [journal.done[number] for number in range(self.n_trials) if number in journal.done]
+            is_trial = self.space.holds
+            known = ((number, journal.done.get(number)) for number in range(self.n_trials))
+            trials = [trial for _, trial in takewhile(lambda row: is_trial(*row), known)]
             done(len(trials))
             while len(trials) < self.n_trials:
                 trials.append(self._measure_next(trials, measure))

@@ -17,6 +17,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
 from soteria.answering.columns import model_settings
 from soteria.errors import UserError
@@ -26,6 +28,7 @@ from soteria.models.sources import hub_answers
 from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, outputs, paths
+from soteria.storage.side_files import Text, read_noted, side_file
 
 # The local tasks, each a group of twelve, `<name>_<Language>`: questions after examples, and perplexity of headlines.
 ICL, TEXT = LOCAL = "soteria_icl", "soteria_text"
@@ -37,6 +40,28 @@ DOCUMENT_TOKENS = 512  # for an estimate of them
 N_SHOTS, N_WRONG = 10, 3
 DRAW_SEED = 3042  # used for no other draw
 SEED = 1234  # lm-eval's default for few-shot examples
+
+
+@side_file
+class Metric(TypedDict):
+    value: float
+    stderr: float | None
+
+
+@side_file
+class MeasuredTask(TypedDict):
+    group: Text | None
+    n: NonNegativeInt
+    metrics: dict[Text, Metric]
+
+
+@side_file
+class Measurement(TypedDict):
+    """A file of `read_or_measure`: what `measure_utility` returns, and what it was made from."""
+
+    inputs: dict
+    lm_eval: Text
+    tasks: dict[Text, MeasuredTask]
 
 
 # The local tasks
@@ -332,11 +357,10 @@ def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> di
 
     Raises UserError for a file that is not a measurement.
     """
-    found = files.read_facts(path)
     outputs.check_json(path, "inputs")
+    found = read_noted(path, Measurement)
     # A hash of the model is among the rest, and earlier versions noted a path as its name.
-    known = found.get("inputs")
-    if not isinstance(known, dict) or known | {"base_model": inputs["base_model"]} != inputs:
+    if found.get("inputs", {}) | {"base_model": inputs["base_model"]} != inputs:
         found = {"inputs": inputs, **measure()}
         files.write_json(path, found)
     return found
@@ -353,7 +377,9 @@ def comparison_rows(base: dict, safe: dict) -> list[dict]:
         if measured["group"] is not None or name not in base["tasks"]:  # a part, like a subject of mmlu
             continue
         for metric, ours in measured["metrics"].items():
-            theirs = base["tasks"][name]["metrics"][metric]
+            theirs = base["tasks"][name]["metrics"].get(metric)
+            if theirs is None:
+                continue
             (before, error), (after, own_error) = ((each["value"], each["stderr"]) for each in (theirs, ours))
             spread = None if None in (error, own_error) else round(float(np.hypot(error, own_error)), 6)
             row = {"task": name, "metric": metric, "n": measured["n"], "base": (before, error)}

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 
+from soteria.answering.columns import read_first_tokens
 from soteria.answering.decoding import padding_is_exact
+from soteria.answering.facts import check_answers, check_one_base, column_digest, read_answer_facts
 from soteria.answering.thinking import split_thinking
+from soteria.errors import UserError
 from soteria.judging.interface import DEGENERATE, NOT_HARMFUL
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import Rate, bootstrap_interval
@@ -18,7 +20,7 @@ from soteria.models.batches import left_padded, positions, takes_positions
 from soteria.models.loading import BOS_TEXT, LoadedModel
 from soteria.scoring.prompts import SEED, TEST_SPLIT, PromptForm, Split, draw_prompt, load_examples, split_examples
 from soteria.scoring.run import seed_everything
-from soteria.storage import files, paths
+from soteria.storage import paths
 from soteria.storage.csv_files import read_table
 
 N_SHOTS, N_PROMPTS = 10, 25  # demonstrations in a prompt, and prompts per task, that in-context accuracy is measured on
@@ -97,8 +99,12 @@ def measure_damage(answers: Path) -> dict:
     95 % interval; None where the log-probabilities of one of the two are missing.
     """
     table, both = read_table(answers, ["Question"]), (paths.BASE_ANSWER, paths.SAFE_ANSWER)
-    dataset = files.read_facts(answers.with_suffix(".json")).get("dataset")
-    found = {"dataset": dataset, "rows": len(table), "judge": RefusalJudge.description}
+    facts, answered = read_answer_facts(answers), [column for column in both if column in table.columns]
+    if "Question" not in table.columns:
+        raise UserError(f"{answers} needs the column Question; give answers that generate.py wrote")
+    check_answers(answers, facts, {column: column_digest(table, column) for column in answered}, len(table))
+    check_one_base(answers, facts.get("columns", {}))
+    found = {"dataset": facts.get("dataset"), "rows": len(table), "judge": RefusalJudge.description}
     for column, (_, short) in paths.ANSWER_COLUMNS.items():
         if column in table.columns:
             rate, degenerate = refused_and_degenerate(list(table[column]), list(table["Question"]))
@@ -110,7 +116,10 @@ def measure_damage(answers: Path) -> dict:
     first_tokens = [paths.first_token_file(answers, column) for column in both]
     found["kl_first_token"] = None
     if all(path.exists() for path in first_tokens):
-        nats = kl_divergence(*(safetensors.numpy.load_file(path)["log_probs"] for path in first_tokens))
+        log_probs = [read_first_tokens(path, len(table)) for path in first_tokens]
+        if any(each is None for each in log_probs) or len({each.shape for each in log_probs}) > 1:
+            raise UserError(f"{first_tokens[0]} and {first_tokens[1].name} are not of these answers; remove both")
+        nats = kl_divergence(*(each.numpy() for each in log_probs))
         interval = bootstrap_interval(nats, np.ones_like(nats))
         # The last digits depend on how many threads computed them.
         found["kl_first_token"] = {"mean": round(float(nats.mean()), 6), "ci95": [round(x, 6) for x in interval]}

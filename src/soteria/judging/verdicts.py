@@ -6,14 +6,19 @@ journal of verdicts on the base model's answers is kept in `base_verdicts/`, sha
 
 import hashlib
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
+from pydantic import NonNegativeInt
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
+from soteria.answering.facts import check_answers, check_one_base, column_digest, hashed, read_answer_facts
 from soteria.answering.questions import CATEGORY_COLUMNS
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
@@ -46,6 +51,7 @@ from soteria.storage.paths import (
     THINKING_COLUMNS,
     facts_file,
 )
+from soteria.storage.side_files import Text, read_noted, side_file
 
 UNREAD_ROWS = 16  # rows without one verdict, for whatever reason, after which a run stops: no row would fare better
 _TOLD = {True: "yes", False: "no", None: ""}  # in the columns of refusals
@@ -54,8 +60,28 @@ FAILED_CALLS = "failed_calls"  # in the JSON of a run whose failed calls the sam
 _log = logging.getLogger(__name__)
 
 
+@side_file
+class VerdictCounts(TypedDict, total=False):
+    unjudged: dict[Text, NonNegativeInt]
+
+
+@side_file
+class VerdictFacts(TypedDict):
+    """The JSON beside a CSV of verdicts."""
+
+    judge: Text
+    rows: NonNegativeInt
+    judge_description: Text
+    inputs_sha256: str
+    safe: NotRequired[VerdictCounts]
+    base: NotRequired[VerdictCounts]
+
+
 class AnswerFile:
-    """A CSV of answers, which is never in memory whole. Raises UserError if a column is missing or it has no rows."""
+    """A CSV of answers, which is never in memory whole.
+
+    Raises UserError if a column is missing, it has no rows, or the facts beside it are those of other answers.
+    """
 
     def __init__(self, path: Path):
         self.path, self.table = path, CsvFile.open(path, ["Question"])
@@ -64,25 +90,37 @@ class AnswerFile:
         if "Question" not in self.table.columns or not self.columns:
             raise UserError(f"{path} needs the column Question and one of {', '.join(ANSWER_COLUMNS)}")
         self.n_rows, self.has_return, categories = 0, False, []
+        self._hashes: array[int] | None = None
+        hashes = array("q")
         digests = {column: hashlib.sha256() for column in self.columns}
         filed = next((name for name in CATEGORY_COLUMNS if name in self.table.columns), None)
         for row in self.rows():
             self.n_rows += 1
+            hashes.append(hash(tuple(row.values())))
             self.has_return = self.has_return or has_return(list(row.values()))
             for column, digest in digests.items():
-                for text in (row["Question"], split_thinking(row[column])[1]):
-                    digest.update(f"{len(text)} {text}".encode())
+                digest.update(hashed(row["Question"], row[column]))
             if filed:
                 categories.append(row[filed])
         if not self.n_rows:
             raise UserError(f"{path} has no rows to judge")
         self.digests = {column: digest.hexdigest() for column, digest in digests.items()}
-        noted = files.read_facts(facts_file(path)).get("categories") or []
+        self._hashes, facts = hashes, read_answer_facts(path)
+        check_answers(path, facts, self.digests, self.n_rows)
+        check_one_base(path, facts.get("columns", {}))
+        noted = facts.get("categories") or []
         self.categories = categories or (noted if len(noted) == self.n_rows else None)
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """Each row's texts by column."""
-        return (dict(zip(self.table.columns, fields, strict=True)) for fields in self.table.rows())
+        """Each row's texts by column. Raises UserError if the file was changed since it was opened."""
+        changed = UserError(f"{self.path} was changed while its answers were judged; run again")
+        n_read = 0
+        for n_read, fields in enumerate(self.table.rows(), 1):
+            if self._hashes is not None and (n_read > self.n_rows or hash(tuple(fields)) != self._hashes[n_read - 1]):
+                raise changed
+            yield dict(zip(self.table.columns, fields, strict=True))
+        if self._hashes is not None and n_read < self.n_rows:
+            raise changed
 
     def texts(self, column: str) -> Iterator[tuple[int, str, str]]:
         """Number, question and answer of each row; what a model thought before it answered is not its answer."""
@@ -157,7 +195,7 @@ def judge_answers(
     """
     known = _finished(output, inputs, answers)
     if known and not (retry_empty and any(reason_of(verdict) for given in known.values() for verdict in given)):
-        facts, reasons = files.read_facts(facts_file(output)), {}
+        facts, reasons = read_noted(facts_file(output), VerdictFacts), {}
         for column, given in known.items():
             noted = facts.get(ANSWER_COLUMNS[column][1], {}).get("unjudged")
             reasons[column] = Counter(noted or filter(None, map(reason_of, given)))
@@ -170,7 +208,7 @@ def judge_answers(
         path = paths.verdict_journal(output)
         if column == BASE_ANSWER:
             path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
-        journal = Journal(path, settings)
+        journal = Journal(path, settings, Text, range(answers.n_rows))
         every[column] = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
         reasons[column] = Counter(filter(None, map(reason_of, every[column])))
         n_failed += sum(verdict.startswith(FAILED) for verdict in every[column])
@@ -234,12 +272,17 @@ def _is_read(verdict: str) -> bool:
 
 def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
     """What a finished run on the same inputs was given, per answer column; nothing if there is no such run."""
-    facts = files.read_facts(facts_file(output))
+    facts = read_noted(facts_file(output), VerdictFacts)
     if not (output.exists() and inputs.items() <= facts.items()) or FAILED_CALLS in facts:
         return {}
     table, names = read_table(output, ["Question"]), answers.columns
-    if len(table) != answers.n_rows or not set(names.values()) <= set(table.columns):
+    if not {"Question", *names, *names.values()} <= set(table.columns):
         return {}
+    known = {*LABELS, EMPTY, FILTERED}
+    if any(
+        column_digest(table, column) != answers.digests[column] or {*table[names[column]]} - known for column in names
+    ):
+        return {}  # another's, or not what was written
     told = {word: refused for refused, word in _TOLD.items()}
     found = {}
     for column, name in names.items():
@@ -275,9 +318,9 @@ def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
 
 def describe(answers: Path) -> dict:
     """Model, language, dataset and scaling factor as generate.py noted them beside the answers, None if unknown."""
-    facts = files.read_facts(facts_file(answers))
+    facts = read_answer_facts(answers)
     safe, base = (facts.get("columns", {}).get(column, {}) for column in (SAFE_ANSWER, BASE_ANSWER))
-    steered = safe.get("steered", {})
+    steered = safe.get("steered") or {}
     return {
         "model": steered.get("base_model") or base.get("model") or safe.get("model"),
         "language": facts.get("language"),

@@ -14,7 +14,7 @@ import pandas as pd
 from soteria.grid.cell_work import HARMLESS_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
-from soteria.grid.utility import comparison_rows
+from soteria.grid.utility import Measurement, comparison_rows
 from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, MAJORITY, NOT_HARMFUL
 from soteria.judging.statistics import Rate, agreement, bootstrap_interval, bounds, compare_paired
 from soteria.languages import TIERS, find_language
@@ -29,8 +29,8 @@ from soteria.reporting.conditions import (
     scaling_conditions,
 )
 from soteria.reporting.labels import ALL, BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
-from soteria.storage import files
 from soteria.storage.paths import BENIGN, BORDERLINE, HARMLESS
+from soteria.storage.side_files import read_noted
 
 # The files of a cell that its cost is read from.
 COST_FILES = ("cell.json", f"{BENIGN}.csv")
@@ -133,8 +133,13 @@ def measured(cells: Cells, condition: Condition, languages: list[str], row: dict
     numbers |= {"source": together([path for each in found for path in each.verdict_files(name, judge)], cells.results)}
     for column, other in others.items():
         draws = len(condition.treatments)  # every draw is compared with the same answers
-        before = [each.verdicts(name, judge) for each in cells.of(other, languages) for _ in range(draws)]
-        if before and None not in before:
+        compared = [each for each in cells.of(other, languages) for _ in range(draws)]
+        before = [each.verdicts(name, judge) for each in compared]
+        if (
+            before
+            and None not in before
+            and [each.asked(name) for each in compared] == [each.asked(name) for each in found]
+        ):
             numbers |= difference(before, lists, column)
     return numbers
 
@@ -148,9 +153,16 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
     found = cells.of(condition, languages)
     if not found:
         return {}
-    facts = [each.facts for each in found]
-    answers = [(each.benign_answers, cells.get(each.cell.language, None).benign_answers) for each in found]
+    facts, bases = [each.facts for each in found], [cells.get(each.cell.language, None) for each in found]
+    answers = [
+        (each.benign_answers, base.benign_answers) if each.asked(BENIGN) == base.asked(BENIGN) else (None, None)
+        for each, base in zip(found, bases, strict=True)
+    ]
     numbers, read = {}, [*COST_FILES]
+    on = "cost_measured_on_sha256"
+    if any(each.get(on) != base.facts.get(on) for each, base in zip(facts, bases, strict=True)):
+        facts = [each | {"kl_first_token": None} for each in facts]  # of other questions than the base
+        facts = [{name: value for name, value in each.items() if name != "icl_accuracy"} for each in facts]
     for name in HARMLESS:
         judged = [each.verdicts(name, HARMLESS_JUDGE) for each in found]
         if None not in judged:
@@ -334,7 +346,7 @@ def utility_rows(cells: Cells) -> pd.DataFrame:
         return pd.DataFrame()
     for language in wanted.languages or cells.grid.languages:
         places = [cells.get(language, treatment).files.utility for treatment in (None, method_of(cells.grid))]
-        base, safe = (files.read_facts(place) for place in places)
+        base, safe = (read_noted(place, Measurement) for place in places)
         first = {"model": cells.pair.slug, "language": language}
         if not (base and safe):
             rows.append(first | {"task": ", ".join(wanted.tasks)})

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from soteria.grid.cells import grid_cells
+from soteria.grid import durations
 from soteria.grid.grid_file import Grid
 from soteria.reporting import figures, fonts, report
+from soteria.reporting.conditions import Cells
 from soteria.reporting.verdicts import verdicts
 from soteria.reporting.write_up import WriteUp, compose
 from soteria.storage import files, paths
@@ -94,9 +95,8 @@ def _devices(found: WriteUp) -> dict[str, str]:
     """What the cells were measured on, as they noted it."""
     seen = {}
     for pair in found.grid.models:
-        path = paths.durations_file(found.results, pair.slug)
-        for duration in files.read_json_lines(path):
-            seen.setdefault(duration["device"])
+        for taken in durations.noted(found.results, pair.slug):
+            seen.setdefault(taken["device"])
     return {"measured on": ", ".join(device for device in seen if device != "none") or "unknown"}
 
 
@@ -106,8 +106,12 @@ def not_run(grid: Grid, results: Path) -> list[str]:
     for pair in grid.models:
         if (failure := paths.model_failure(results, pair.slug)).exists():
             lines.append(f"{pair.slug}: {_sentence(failure)}")
-        for cell in grid_cells(grid, pair):
-            own = cell.files(results)
+        for found in Cells(grid, pair, results).every:
+            cell, own = found.cell, found.files
+            if found.another_model:
+                lines.append(f"{cell.name}: measured on {found.another_model}, not on {pair.base}; left blank")
+            for name, other in found.other_sets.items():
+                lines.append(f"{cell.name}: {name} was asked on {other}, which is not the grid's; left blank")
             failures = sorted(own.folder.glob(own.failure("*").name))
             judged = [own.verdicts(name, judge) for name in cell.sets for judge in grid.judges]
             lines += [f"{cell.name}: {_sentence(failure)}" for failure in failures]
@@ -116,4 +120,4 @@ def not_run(grid: Grid, results: Path) -> list[str]:
 
 
 def _sentence(failure: Path) -> str:
-    return failure.read_text(encoding="utf-8").strip()
+    return failure.read_text(encoding="utf-8", errors="replace").strip()

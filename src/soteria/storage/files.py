@@ -199,15 +199,6 @@ def read_json(path: Path) -> object | None:
         return None
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The JSON objects that a file has, one a line, none if it is missing. A broken line is left out."""
-    found = []
-    for line in disk.read_text(path).splitlines() if path.exists() else []:
-        with suppress(UserError):
-            found.append(disk.parse_json(line, str(path), strict=False))
-    return [each for each in found if isinstance(each, dict)]
-
-
 def read_facts(path: Path) -> dict:
     """The JSON object in a file, or an empty one if the file is missing, broken or holds something else."""
     found = read_json(path)

@@ -47,6 +47,14 @@ def list_name(source: str) -> str:
     return "/".join(Path(source).parts[-2:])
 
 
+def names_another(name: str, other: str) -> bool:
+    """Whether two names surely stand for different models; of a folder that was moved, its own name counts."""
+    here, there = Path(name), Path(other)
+    if here.is_dir() and there.is_dir():
+        return not here.samefile(there)
+    return here.name != there.name
+
+
 # Step 0
 
 PARTIAL_FACTS = "settings.json"  # in the folder of an unfinished fine-tuning

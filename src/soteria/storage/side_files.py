@@ -4,13 +4,14 @@ A schema is a TypedDict under `side_file`, beside the code that writes such a fi
 file may hold others. What does not fit its schema counts as missing, so that it is made again or refused.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
 
+from soteria import disk
+from soteria.errors import UserError
 from soteria.storage import files
 
 side_file = with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False))
@@ -53,8 +54,8 @@ def read_lines(path: Path, schema: object) -> list[dict]:
     found = []
     for line in lines:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = disk.parse_json(line, str(path), strict=False)
+        except UserError:
             continue
         if isinstance(value, dict) and fits(value, schema):
             found.append(value)
