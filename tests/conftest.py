@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from fake_endpoint import KEY, FakeEndpoint
 from nbclient import NotebookClient
 from tiny_models import save_tiny_model
 from tqdm import tqdm
@@ -86,6 +87,24 @@ def shown_by(notebook: Path) -> list[dict]:
     cells = nbformat.read(notebook, as_version=4)
     NotebookClient(cells, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
     return [output.get("data", {}) for cell in cells.cells for output in cell.get("outputs", [])]
+
+
+@pytest.fixture
+def endpoint(monkeypatch) -> Callable[..., FakeEndpoint]:
+    """`endpoint(reply, **options)` starts a fake endpoint that the openai client's own variables lead to."""
+    started = []
+    monkeypatch.delenv("AZURE_OPENAI_ENDPOINT", raising=False)
+
+    def start(reply, **options) -> FakeEndpoint:
+        started.append(FakeEndpoint(reply, **options))
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{started[-1].address}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ class FakeEndpoint(ThreadingHTTPServer):
     """`reply(prompt, n)` says what the nth call for a prompt gets: (status, text), DROPPED or TRUNCATED.
 
     In place of the text, a dict has more of the reply's choice, or of its error, and bytes are the whole reply, of the
-    type that `headers` names.
+    type that `headers` names. Completions are told apart by their prompt, a text or token ids. `usage` says what was
+    counted of a body.
 
     `refuses` is an option that calls may not have. `bodies` are the last call's, by the prompt.
     """
@@ -28,10 +29,11 @@ class FakeEndpoint(ThreadingHTTPServer):
         refuses: str | None = None,
         refusal: dict | None = None,
         headers: dict[str, str] | None = None,
+        usage: Callable[[dict], dict] = lambda body: {},
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.retry_after_ms, self.refuses = reply, retry_after_ms, refuses
-        self.refusal, self.headers = refusal or refuses, headers or {}
+        self.refusal, self.headers, self.usage = refusal or refuses, headers or {}, usage
         self.asked: list[str] = []
         self.bodies: dict[str, dict] = {}
         self.keys: set[str] = set()
@@ -41,7 +43,7 @@ class FakeEndpoint(ThreadingHTTPServer):
 
     def told(self, body: dict) -> tuple[int, str | dict | None] | str:
         """Note a call, and give what it gets."""
-        prompt = "\n".join(each["content"] for each in body["messages"])
+        prompt = str(body["prompt"]) if "prompt" in body else "\n".join(each["content"] for each in body["messages"])
         with self.lock:
             self.bodies[prompt] = body
             self.asked.append(prompt)
@@ -70,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status, text = (200, "Harmful") if told == TRUNCATED else told
-        data = text if isinstance(text, bytes) else self._reply(body["model"], status, text)
+        data = text if isinstance(text, bytes) else self._reply(body, status, text)
         data = data[: len(data) // 2] if told == TRUNCATED else data
         self.send_response(status)
         headers = {"Content-Type": "application/json", "Content-Length": len(data)}
@@ -82,13 +84,22 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.wfile.flush()
 
-    def _reply(self, model: str, status: int, text: str | dict | None) -> bytes:
-        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": model}
+    def _reply(self, body: dict, status: int, text: str | dict | None) -> bytes:
+        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
         more, text = (text, None) if isinstance(text, dict) else ({}, text)
-        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}} | more]
+        answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"content": text}, "text": text} | more]
+        answer["usage"] = self.server.usage(body)
         if status != 200:
             answer = {"error": {"message": f"refused {KEY}", "type": "error", "param": text} | more}
         return json.dumps(answer).encode()
+
+    def do_GET(self):
+        data = b'{"version": "1.2.3"}' if self.path == "/version" else b"{}"
+        self.send_response(200)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(data)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *_):
         pass

@@ -13,7 +13,7 @@ import tracemalloc
 import pandas as pd
 import pytest
 from conftest import run_in_child
-from fake_endpoint import DROPPED, KEY, TRUNCATED, FakeEndpoint
+from fake_endpoint import DROPPED, KEY, TRUNCATED
 from kills import Writes
 
 import judge as script
@@ -33,21 +33,8 @@ def by_answer(prompt: str, n: int) -> tuple[int, str]:
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    """`endpoint(reply)` starts a fake endpoint that the openai client's own variables lead to."""
-    started = []
-    monkeypatch.delenv("AZURE_OPENAI_ENDPOINT", raising=False)
-
-    def start(reply=by_answer, **options) -> FakeEndpoint:
-        started.append(FakeEndpoint(reply, **options))
-        monkeypatch.setenv("OPENAI_BASE_URL", f"{started[-1].address}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.shutdown()
-        one.server_close()
+def endpoint(endpoint):
+    return lambda reply=by_answer, **options: endpoint(reply, **options)
 
 
 def verdicts(answers: list[str], reason: bool = False, **options) -> list[str]:
