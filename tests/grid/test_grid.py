@@ -10,7 +10,7 @@ from soteria.errors import UserError
 from soteria.grid.cells import Shard, Treatment, grid_cells
 from soteria.grid.grid_file import read_grid
 from soteria.grid.limits import Limits
-from soteria.grid.plan import Plan
+from soteria.grid.plan import Plan, bill
 from soteria.judging.presets import JudgeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,13 +270,14 @@ def test_a_grid_asks_the_part_of_a_set_that_it_names_and_counts_that_part_for_th
     grid = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful], benign=benign))
     assert grid.questions("mixed").read("Hindi").questions == [f"गर्म {row}?" for row in (1, 2, 4, 5)]
     assert grid.benign.read("Hindi").questions == ["गर्म 3?"]
-    assert Plan(grid, tmp_path).rows("mixed", "Hindi") == (4, True)
+    assert Plan(grid, tmp_path).rows("mixed", "Hindi") == (4, "")
     strict = read_grid(grid_file(languages=["hi"], prompt_sets=[harmful | {"strict": True}]))
     with pytest.raises(UserError, match="row 6"):
         strict.questions("mixed").read("Hindi")
     whole = read_grid(grid_file(languages=["hi"], prompt_sets=[{"name": "mixed", "dataset": dataset}]))
     with pytest.raises(UserError, match="label=unsafe"):
         whole.questions("mixed").read("Hindi")
+    assert "1 of 1 languages could not be read" in bill(whole, tmp_path) and "label=unsafe" in bill(whole, tmp_path)
 
 
 def test_a_language_that_the_refusal_judge_cannot_read_needs_another_judge(grid_file):

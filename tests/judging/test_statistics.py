@@ -95,6 +95,7 @@ def test_categories_have_their_own_counts_and_pairs():
     assert (found["b"]["rows"], found["b"]["base"]["asr"], found["b"]["safe"]["asr"]) == (3, 2 / 3, 1 / 3)
     assert found["b"]["paired"] == compare_paired([H, H, E], [N, H, N])
     assert "paired" not in by_category(categories, {"safe": [N, N, H, N]})["a"]
+    assert list(by_category(["", "b", None, "None"], {"safe": [N, N, H, N]})) == ["None", "b", "no category"]
 
 
 def test_agreement_and_kappa_are_scikit_learns():

@@ -357,6 +357,17 @@ def test_numbers_are_aligned_right_blank_cells_are_hatched_and_others_are_not(sh
     assert (plain, named) == ("none", "none") and "gradient" in blank
 
 
+def test_on_a_narrow_screen_intervals_go_below_their_numbers_and_no_column_is_hidden(show):
+    names = ["base", "language-specific", "tier-shared", "universal", "language-specific − base", "universal − base"]
+    row = (
+        {"language": "English", "tier": "High"}
+        | dict.fromkeys(names[:4], CHANGE)
+        | dict.fromkeys(names[4:], f"-1{CHANGE}")
+    )
+    page = show(render_report("t", [], [Section("s", table=pd.DataFrame([row]))], {}, "", [], []), width=1000)
+    assert page.locator(".scroll").evaluate("box => box.scrollWidth <= box.clientWidth")
+
+
 CONTRAST = """() => {
   const rgb = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255)

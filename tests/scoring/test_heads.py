@@ -113,6 +113,16 @@ def test_effect_files_that_are_misshapen_not_finite_or_of_two_models_are_refused
         heads.mean_effect(tmp_path, "Hindi", ["antonym", "sentiment"])
 
 
+def test_the_tasks_that_were_scored_come_with_the_languages_that_have_all_of_them(tmp_path):
+    with pytest.raises(UserError, match="no scores; run"):
+        heads.scored_tasks(tmp_path)
+    write_effect(tmp_path, "sentiment_Hindi", torch.zeros(2, 2, 2))
+    assert heads.scored_tasks(tmp_path) == (["sentiment"], ["Hindi"])
+    write_effect(tmp_path, "antonym_Thai", torch.zeros(2, 2, 2))
+    with pytest.raises(UserError, match="all of antonym, sentiment"):
+        heads.scored_tasks(tmp_path)
+
+
 def test_a_group_holds_the_heads_of_more_than_half_of_its_lists_by_frequency_then_appearance():
     in_two_of_four, in_three_of_four = (0, 0), (5, 1)
     lists = [[in_two_of_four, in_three_of_four], [in_two_of_four, in_three_of_four], [in_three_of_four], [(9, 9)]]

@@ -45,6 +45,9 @@ def test_a_broken_file_is_refused_by_name_and_row(tmp_path):
         (tmp_path / "broken.csv").write_bytes(content)
         with pytest.raises(UserError, match=rf"broken\.csv.*{named}"):
             read_table(tmp_path / "broken.csv")
+    pd.DataFrame({"question": ["Why?"]}).to_parquet(tmp_path / "broken.csv")
+    with pytest.raises(UserError, match=r"broken\.csv is not a text file; save it as CSV"):
+        read_table(tmp_path / "broken.csv")
     for place in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(UserError, match=place.name):
             read_table(place)

@@ -4,6 +4,7 @@ In: rows as dicts. Out: whether a row is kept, or a UserError.
 """
 
 import ast
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def items(value: object) -> list[str]:
             value = ast.literal_eval(value.strip())
     if isinstance(value, list | tuple):
         return [text for each in value for text in items(each)]
-    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps
-        value = int(value)
+    if isinstance(value, float):  # a column of whole numbers with gaps
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
     return ["" if value is None else str(value).strip()]
 
 

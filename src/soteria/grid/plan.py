@@ -6,8 +6,7 @@ long they took elsewhere, and figures for estimating the rest, marked as measure
 
 import math
 import statistics
-from collections import defaultdict
-from contextlib import suppress
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +26,7 @@ COSTS = paths.ROOT / "configs" / "costs.yaml"
 STEPS = ("load", "score", "answers", "cost", "utility", "judge")
 PROMPTS_PER_TASK = 25  # in-context prompts that the accuracy of a cell is measured on
 HARMLESS_ROWS = 64
+NOT_HERE = "not here"
 
 
 class Plan:
@@ -41,15 +41,16 @@ class Plan:
         self.n_harmless = min(HARMLESS_ROWS, grid.answers.questions or HARMLESS_ROWS)
         self.answer_tokens = min(self.assumed["answer_tokens"], grid.answers.max_new_tokens)
 
-    def _rows(self, prompt_set: str, language: str) -> tuple[int, bool]:
-        """The number of questions in a set, and whether they were counted rather than declared or assumed."""
+    def _rows(self, prompt_set: str, language: str) -> tuple[int, str]:
+        """The number of questions in a set, and why it is declared or assumed; empty where they were counted."""
         asked = self.grid.questions(prompt_set)
-        n, counted = asked.rows or self.assumed["questions"], False
+        n, why = asked.rows or self.assumed["questions"], NOT_HERE
         if find_local(asked.dataset_in(language)):
-            with suppress(UserError):
-                n = len(asked.read(language).questions)
-                counted = True
-        return min(n, self.grid.answers.questions or n), counted
+            try:
+                n, why = len(asked.read(language).questions), ""
+            except UserError as error:
+                why = str(error)
+        return min(n, self.grid.answers.questions or n), why
 
     def _shape(self, pair: Pair) -> Shape | None:
         """A model's shape: from its files if they are on this machine, else what the grid declares."""
@@ -264,10 +265,11 @@ def _missing(plan: Plan) -> list[str]:
         lines += [f"  {model}: no such folder here; taken as a hub id" for model in absent]
     for asked in grid.prompt_sets:
         rows = [plan.rows(asked.name, language) for language in grid.languages if asked.has(language)]
-        missing = sum(not counted for _, counted in rows)
-        if missing:
+        reasons = Counter(why for _, why in rows if why)
+        for why, missing in reasons.items():
+            what = "are not here" if why == NOT_HERE else f"could not be read ({why})"
             lines.append(
-                f"  prompts {asked.name} ({asked.dataset}): {missing} of {len(rows)} languages are not here; assumed "
+                f"  prompts {asked.name} ({asked.dataset}): {missing} of {len(rows)} languages {what}; assumed "
                 f"to have {rows[0][0]} questions each"
             )
     return lines

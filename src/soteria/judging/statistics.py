@@ -1,6 +1,6 @@
 """Numbers from verdicts: attack success rates (ASR), base against safe on the same questions, agreement of judges."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, NOT_HARMFUL
 
+NO_CATEGORY = "no category"
 RESAMPLES = 9999  # of the paired bootstrap
 Z = 1.959963984540054  # of a 95 % interval
 
@@ -151,9 +152,10 @@ def majority(given: Sequence[Sequence[str]]) -> list[str]:
 
 def by_category(categories: Sequence[str], verdicts: dict[str, list[str]]) -> dict[str, dict]:
     """Per category, in alphabetical order: `summarise` for each model, and `compare_paired` if there are both."""
-    found = {}
-    for category in sorted(set(categories)):
-        rows = [row for row, name in enumerate(categories) if name == category]
+    found, rows_of = {}, defaultdict(list)
+    for row, name in enumerate(categories):
+        rows_of[name or NO_CATEGORY].append(row)
+    for category, rows in sorted(rows_of.items()):
         own = {model: [given[row] for row in rows] for model, given in verdicts.items()}
         found[category] = {"rows": len(rows)} | {model: summarise(given) for model, given in own.items()}
         if {"base", "safe"} <= own.keys():

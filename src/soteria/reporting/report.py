@@ -28,6 +28,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "statsmodels", 
 UNKNOWN = "unknown"
 # Text in columns of numbers: 96, 0.024, 28.1% [20%, 38%], +1.2 ± 0.3, < 0.001, 1.5e-08; a dash where none applies.
 NUMBER = re.compile(r"(?:[\s\d.,:;%+\-−–—±×→/<>=≤≥~≈\[\]()*†‡]|(?<=\d)e(?=[+-]?\d))+")
+INTERVAL = re.compile(r"\[[^\]]*\]")  # stays on one line
 # Models' answers can hold any character. HTML has no place for these, and UTF-8 none for the last of them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 
@@ -97,6 +98,10 @@ def _lay_out(table: pd.DataFrame) -> dict:
     texts = table.astype(object).map(lambda value: f"{value:.4f}" if pd.api.types.is_float(value) else str(value))
     texts = texts.mask(table.isna(), "")
     numeric = [column for column in texts if all(map(NUMBER.fullmatch, filter(None, texts[column])))]
+    for column in numeric:
+        texts[column] = texts[column].map(
+            lambda text: INTERVAL.sub(lambda found: found[0].replace(" ", "\u00a0"), text)
+        )
     blank = table.isna() | texts.eq("") & texts.columns.isin(numeric)
     rows = texts.where(blank | texts.ne(""), "\u00a0").to_numpy().tolist()
     return {"names": names, "rows": rows, "numeric": numeric, "missing": int(blank.to_numpy().sum())}

@@ -18,7 +18,7 @@ from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import load_tensor
 from soteria.scoring.notes import scored_with
-from soteria.scoring.prompts import TOKEN_CLASSES
+from soteria.scoring.prompts import TASKS, TOKEN_CLASSES
 from soteria.storage import files, outputs
 from soteria.storage.paths import FACTS, effect_path, group_file, language_file
 
@@ -96,6 +96,21 @@ def scored_languages(results: Path, tasks: list[str]) -> list[str]:
     """The paper's languages in which every task has been scored, in the order of the group rule."""
     names = [language.name for language in PAPER_LANGUAGES]
     return [name for name in names if all(effect_path(results, f"{task}_{name}").exists() for task in tasks)]
+
+
+def scored_tasks(results: Path) -> tuple[list[str], list[str]]:
+    """The tasks that have been scored in a language of the paper, and those of its languages in which all of them were.
+
+    Raises UserError where there are no scores, or no language has all of these tasks.
+    """
+    tasks = [
+        task for task in TASKS if any(effect_path(results, f"{task}_{each.name}").exists() for each in PAPER_LANGUAGES)
+    ]
+    if not tasks:
+        raise UserError(f"{results} has no scores; run scripts/demo.sh, or step 1 for your own model")
+    if not (languages := scored_languages(results, tasks)):
+        raise UserError(f"{results} has no language in which all of {', '.join(tasks)} are scored; score one in all")
+    return tasks, languages
 
 
 def rank_heads(effect: Tensor) -> list[Head]:

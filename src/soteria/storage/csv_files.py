@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class CsvFile:
 
         Raises UserError if the file is missing, empty, not UTF-8, or names a column twice.
         """
+        _check_text(path)
         found = [(next(_records(path, delimiter, strict=False), (0, []))[1], delimiter) for delimiter in DELIMITERS]
         columns, delimiter = next((each for each in found if set(each[0]) & set(wanted)), found[0])
         if not columns:
@@ -59,6 +61,13 @@ class CsvFile:
             if not all(map(is_text, fields)):
                 raise UserError(f"{where} is not UTF-8 text; save the file as UTF-8")
             yield fields
+
+
+def _check_text(path: Path) -> None:
+    """Raise UserError for a file with NUL among its first bytes: a spreadsheet, an archive, or text in UTF-16."""
+    with suppress(OSError), path.open("rb") as file:
+        if b"\0" in file.read(4096):
+            raise UserError(f"{path} is not a text file; save it as CSV in UTF-8")
 
 
 def _records(path: Path, delimiter: str, *, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
