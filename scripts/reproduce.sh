@@ -9,8 +9,16 @@
 #   sbatch --dependency=afterany:$cells scripts/reproduce.sh configs/paper.yaml --steps tables
 # Environment: SOTERIA_PROCESSES (processes, one a GPU, that share each cell, default 1), SOTERIA_RESULTS.
 set -euo pipefail
-grid=${1:-}
-if [ -f "$grid" ]; then set -- "$(realpath "$grid")" "${@:2}"; fi
+# A grid file may be the user's or the repository's, and lies where it is found first; --results is the user's.
+words=() previous=
+for word in "$@"; do
+  case $word in --results=*) word=${word#*=} previous=--results words+=(--results) ;; esac
+  if [[ $word != /* ]] && { [ "$previous" = --results ] || { [ ${#words[@]} = 0 ] && [ -f "$word" ]; }; }; then
+    word=$PWD/$word
+  fi
+  words+=("$word") previous=$word
+done
+set -- ${words[@]+"${words[@]}"}
 # Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ ! -f "$root/src/reproduce.py" ]; then root=$SLURM_SUBMIT_DIR; fi

@@ -39,21 +39,22 @@ export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
 # All arguments are checked first; the names of the three results come from the library.
-plan=$(PYTHONPATH=$src "$python" -m soteria.judging.pipeline "$@")
-mapfile -t plan <<<"$plan"
+mapfile -d '' -t plan < <(PYTHONPATH=$src exec "$python" -m soteria.judging.pipeline "$@")
+wait "$!" # a refusal ends this script
 safe_model=${plan[0]} answers=${plan[1]} evaluated=${plan[2]} options=("${plan[@]:3}")
 
-"$python" "$src/steer.py" --finetune_model "$finetune_model" --base_model "$base_model" --language "$language" \
-  --scaling_factor "$scaling_factor" --head_folder "$head_folder" --output "$safe_model"
-"$python" "$src/generate.py" --model "$safe_model" --dataset "$dataset" --language "$language" \
-  --output "$answers" --column "SAFE ANSWER" --batch_size "$batch_size" "${options[@]}"
+# With = a value that begins with a dash is no option.
+"$python" "$src/steer.py" --finetune_model="$finetune_model" --base_model="$base_model" --language="$language" \
+  --scaling_factor="$scaling_factor" --head_folder="$head_folder" --output="$safe_model"
+answer=("$python" "$src/generate.py" --dataset="$dataset" --language="$language" --output="$answers"
+  --batch_size="$batch_size" ${options[@]+"${options[@]}"})
+"${answer[@]}" --model="$safe_model" --column "SAFE ANSWER"
 if [ "$do_base" = yes ]; then
-  "$python" "$src/generate.py" --model "$base_model" --dataset "$dataset" --language "$language" \
-    --output "$answers" --column "BASE ANSWER" --batch_size "$batch_size" "${options[@]}"
+  "${answer[@]}" --model="$base_model" --column "BASE ANSWER"
 fi
 read -ra judges <<<"${SOTERIA_JUDGE:-refusal}"
 judge_preset=${SOTERIA_JUDGE_PRESET:-}
 if [ "${judges[*]}" != refusal ]; then judge_preset=${judge_preset:-${SOTERIA_PRESET:-}}; fi
-"$python" "$src/judge.py" --input "$answers" --output "$evaluated" --judge "${judges[@]}" \
+"$python" "$src/judge.py" --input="$answers" --output="$evaluated" --judge "${judges[@]}" \
   ${judge_preset:+--judge_preset "$judge_preset"} \
   ${SOTERIA_JUDGE_FORMAT:+--judge_format "$SOTERIA_JUDGE_FORMAT"}

@@ -38,7 +38,8 @@ def parse_arguments():
     add("--dataset", required=True, help="CSV, JSON, JSONL or Parquet file, or a hub dataset id or folder")
     language_help = "names or codes of the prompts' languages, or all for the paper's twelve; rows whose column "
     add("--language", nargs="+", default=["English"], help=language_help + "`language` has another are skipped")
-    add("--output", type=Path, required=True, help="folder to write; an unfinished run is in <output>.partial")
+    output_help = "folder to write; an unfinished run is in <output>.partial"
+    add("--output", type=cli.output_folder, required=True, help=output_help)
     add("--merge", action="store_true", help="write the whole model, in the base's dtype, instead of the adapter")
     prompt_help = "column of the prompts (default: question, Question, prompt, or the language's)"
     add("--prompt_column", help=prompt_help)

@@ -140,10 +140,10 @@ def main() -> None:
     with Processes(arguments.device) as processes:
         if engine:
             processes.need_one("--engine")
-        load = cache(lambda: load_model(model, processes.device))
-        for column in columns:
+        load, complete = cache(lambda: load_model(model, processes.device)), [each.is_complete() for each in columns]
+        for column, is_complete in zip(columns, complete, strict=True):
             state = "is already complete"
-            if not column.is_complete():
+            if not is_complete:
                 say = partial(announce, column, longest)
                 fill(column, language, load, processes, arguments.batch_size, say, engine)
                 state = f"has {len(column.questions.questions)} rows"

@@ -12,13 +12,13 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from soteria import cli
+from soteria import cli, disk
 from soteria.answering.alike import check_alike
 from soteria.answering.facts import check_same_models
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.interface import CONTENT_FILTER, DIVIDED, EMPTY, FILTERED, MAJORITY, Judge, reason_of, unjudged
-from soteria.judging.judges import make_judge, settings_of
+from soteria.judging.judges import check_judge, make_judge, settings_of
 from soteria.judging.pipeline import without_phrases
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.verdicts import (
@@ -31,7 +31,7 @@ from soteria.judging.verdicts import (
     read_verdicts,
 )
 from soteria.languages import find_language
-from soteria.storage import outputs, paths
+from soteria.storage import files, outputs, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BENIGN, BORDERLINE, HARMLESS
 from soteria.terminal import one_line
 
@@ -129,6 +129,12 @@ def main() -> None:
     for answered in harmless.values():
         check_same_models(arguments.input, answered)
     costs = {kind: measure_damage(answered) for kind, answered in harmless.items()}
+    places = {name: paths.own_verdicts(arguments.output, name) for name in names} if len(names) > 1 else {}
+    for name, place in places.items():  # refused before the others are asked
+        for path in (place, paths.facts_file(place), paths.verdict_journal(place)):
+            disk.check_output(path, longest=files.LONGEST)
+        if not place.exists():
+            check_judge(name, settings_of(name, names, settings), [] if name == "refusal" else labels)
     every: dict[str, Judged] = {}
     for name in names:
         options = settings_of(name, names, settings), [] if name == "refusal" and len(names) > 1 else labels
@@ -138,7 +144,7 @@ def main() -> None:
             limits = {"concurrency": arguments.concurrency, "time_limit": arguments.time_limit}
             return make_judge(name, options[0], harmful_labels=options[1], **limits)
 
-        output = arguments.output if len(names) == 1 else paths.own_verdicts(arguments.output, name)
+        output = places.get(name, arguments.output)
         judged = judge_answers(answers, output, inputs, chosen_judge, retry_empty=arguments.retry_empty)
         summary = summary_of(judged, inputs, costs)
         judged.write(summary)

@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from soteria import cli
+from soteria import cli, disk
 from soteria.grid.cells import Shard
 from soteria.grid.grid_file import read_grid
 from soteria.languages import language_names
@@ -52,6 +52,7 @@ def main() -> None:
         print(bill(grid, arguments.results))
         return
     steps = [step for step in (*STEPS, MODELS) if step in arguments.steps]
+    disk.check_output(paths.report_file(arguments.results))
 
     from soteria.models.processes import Processes
 
@@ -62,6 +63,7 @@ def main() -> None:
 
             reproduction = Reproduction(grid, arguments.results, processes, arguments.shard)
             reproduction.judges.retry_empty = arguments.retry_empty
+            reproduction.check(steps)
             reproduction.run(steps)
             failed, waiting = reproduction.failed, reproduction.waiting
         if "tables" in steps and arguments.shard.of == 1 and processes.is_first:

@@ -3,9 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
-from soteria import cli
+from soteria import cli, disk
 from soteria.errors import UserError
-from soteria.languages import language_names
+from soteria.languages import group_languages, language_names
 from soteria.scoring.heads import (
     check_list,
     count_heads,
@@ -42,10 +42,15 @@ def main() -> None:
     folder = arguments.heads_root / arguments.head_folder
     if not arguments.language and not arguments.group:
         raise UserError("nothing to select: give --language (with --results) or --group")
+    if arguments.group:
+        group_languages(arguments.group)
+        disk.check_output(folder / paths.group_file(arguments.group))
     if arguments.language:
         if not arguments.results:
             raise UserError("--language needs --results, the output folder of step 1")
         names = language_names(arguments.language)
+        for name in names:
+            disk.check_output(folder / paths.language_file(name))
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
         lists = {
             folder / paths.language_file(name): rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]

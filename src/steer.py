@@ -4,9 +4,7 @@ Writes a complete model folder in which every other tensor is the base's, bit fo
 the difference, once for any number of languages; with --format lora, a small adapter per language.
 """
 
-from pathlib import Path
-
-from soteria import cli
+from soteria import cli, disk
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.scoring.heads import read_heads
@@ -30,7 +28,7 @@ def parse_arguments():
     add("--format", choices=["checkpoint", "delta", "lora"], default="checkpoint", help=format_help)
     output_help = "default: results/models/<Language>_<base slug>_scaling_<scaling factor>, with _lora for an adapter, "
     output_help += "or <base slug>_delta there"
-    add("--output", type=Path, help=output_help)
+    add("--output", type=cli.output_folder, help=output_help)
     rank_help = "with --format lora and a tuned model that is a whole checkpoint: rank of the adapter"
     add("--rank", type=cli.positive_int, default=64, help=rank_help)
     error_help = "then, how far the adapter may be from the exact change, as a share of its norm"
@@ -64,7 +62,11 @@ def main() -> None:
     from soteria.steering.delta import write_delta
     from soteria.steering.formula import open_steering
 
-    vector = TaskVector.open(base, arguments.finetune_model)
+    named = (arguments.base_model, factor, arguments.format)
+    places = {name: output or paths.steered_folder(paths.RESULTS, name, *named) for name in languages}
+    for place in places.values():
+        disk.check_output(place, is_folder=True)
+    vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
     steerings = {name: open_steering(vector, heads[name], factor, source=str(lists[name])) for name in languages}
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":

@@ -226,7 +226,12 @@ def positive_number(text: str) -> float:
 
 
 def csv_path(text: str) -> Path:
-    """The path of a CSV, beside which a .json of the same name is written: it must not be that file itself."""
+    """The path of a CSV to write, beside which a .json of the same name is written: it must not be that file itself."""
     if Path(text).suffix == ".json":
         raise argparse.ArgumentTypeError(f"{text!r} must be a CSV; a .json of that name is written beside it")
-    return Path(text)
+    return disk.check_output(Path(text))
+
+
+def output_folder(text: str) -> Path:
+    """The path of a folder to write."""
+    return disk.check_output(Path(text), is_folder=True)

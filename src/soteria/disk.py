@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -44,6 +45,23 @@ def regular_file(path: Path, missing: str = "") -> Path:
     if kind := _kind(mode):
         raise UserError(f"{path} is {kind}, not a file; give the path of a regular file")
     return path
+
+
+def check_tree(folder: Path, left_out: Sequence[str] = (), above: tuple[Path, ...] = ()) -> None:
+    """Raise UserError for anything in a folder or below it that is neither a regular file nor a folder.
+
+    Such are links to nothing, and links that lead back to a folder `above`. `left_out`: patterns of names to skip.
+    """
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if any(map(path.match, left_out)):
+            continue
+        if not path.is_dir():
+            regular_file(path)
+        elif path.resolve() in above:
+            raise UserError(f"{path} is a link to a folder that it lies in; remove it")
+        else:
+            check_tree(path, left_out, above)
 
 
 def open_file(path: Path, missing: str = "") -> BinaryIO:

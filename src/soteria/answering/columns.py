@@ -17,6 +17,7 @@ import pandas as pd
 import safetensors.torch
 from torch import Tensor
 
+from soteria import disk
 from soteria.answering.chat import DATE
 from soteria.answering.facts import AnswerFacts, SteeredNote, check_answers, column_digest, same_base
 from soteria.answering.questions import QuestionSet
@@ -132,8 +133,12 @@ class AnswerColumn:
     def is_complete(self) -> bool:
         """Whether the column was made with the same settings.
 
-        Raises UserError if the file has other questions, answers of another model's, or answers that were changed.
+        Raises UserError if the file has other questions, answers of another model's, or answers that were changed, or
+        if it or one beside it cannot be written.
         """
+        disk.check_output(self.output)
+        for path in (facts_file(self.output), *self._files):
+            disk.check_output(path, longest=files.LONGEST)
         if not self.output.exists():
             return False
         found = read_table(self.output, ["Question"])

@@ -43,6 +43,11 @@ def find_local(dataset: str) -> Path | None:
     return next((path for path in places if path.is_file()), next((path for path in places if path.is_dir()), None))
 
 
+def may_be_on_hub(dataset: str) -> bool:
+    """Whether the name of what is not a local set has the form of a hub id."""
+    return dataset.count("/") == 1 and not dataset.endswith(FILE_ENDINGS)
+
+
 def open_table(dataset: str, language: Language, split: str | None, subset: str | None, names: list[str]) -> Table:
     """A set's table. `names` are columns that it may have, by which the delimiter of a CSV is found.
 
@@ -119,7 +124,7 @@ def _from_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(disk.regular_file(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file ({str(error).strip().splitlines()[0]})") from None
     return Table(table.column_names, iter(table.to_pylist()))
@@ -127,7 +132,7 @@ def _from_parquet(path: Path) -> Table:
 
 def _from_hub(dataset: str, language: Language, split: str | None, subset: str | None) -> Table:
     """A dataset by hub id or folder: the subset and split given, or else the language's own, or else the default."""
-    if not Path(dataset).is_dir() and (dataset.endswith(FILE_ENDINGS) or dataset.count("/") != 1):
+    if not Path(dataset).is_dir() and not may_be_on_hub(dataset):
         raise UserError(f"no question file {dataset!r}, neither as a path nor in {paths.DATA / 'prompts'}")
     import datasets
 

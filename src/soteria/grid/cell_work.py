@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,13 @@ from soteria.answering.engines import Engine
 from soteria.answering.generation import fill
 from soteria.errors import UserError
 from soteria.grid.cells import MATCHED, Cell, CellFacts
-from soteria.grid.grid_file import ALL_PARAMETERS
+from soteria.grid.grid_file import ALL_PARAMETERS, Grid
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.serving import write_model
 from soteria.grid.subject import NotScored, Subject, remembered
 from soteria.judging import costs
 from soteria.judging.interface import Judge
-from soteria.judging.judges import make_judge
+from soteria.judging.judges import check_judge, make_judge
 from soteria.judging.statistics import summarise
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers
 from soteria.languages import find_language
@@ -337,6 +337,16 @@ class Judges:
     def __init__(self):
         self._made = remembered(_make)
         self._lost: dict[str, UserError] = {}
+
+    def check(self, grid: Grid, cells: Iterable[Cell], results: Path) -> None:
+        """Raise UserError for a judge that cannot be made and has something to judge: answers take hours."""
+        for name in grid.judges:
+            if any(not cell.files(results).verdicts(each, name).exists() for cell in cells for each in cell.sets):
+                options = grid.judge_option(name)
+                if name.startswith("hf:"):
+                    check_judge(name, options.settings, options.harmful_labels)
+                else:
+                    self._made(name, options)
 
     @contextmanager
     def using(self, name: str, options: JudgeOptions) -> Iterator[Callable[[], Judge]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from pydantic import NonNegativeFloat, PositiveInt
 from typing_extensions import TypedDict
 
-from soteria.storage import paths
+from soteria import disk
+from soteria.storage import files, paths
 from soteria.storage.journal import open_to_append
 from soteria.storage.side_files import Text, read_lines, side_file
 
@@ -24,8 +25,7 @@ class Duration(TypedDict):
 def note(results: Path, slug: str, duration: Duration) -> None:
     """Add a duration. A line is one write, so processes may share the file."""
     path = paths.durations_file(results, slug)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_to_append(path) as file:
+    with files.made(disk.check_output(path).parent), open_to_append(path) as file:
         file.write((json.dumps(duration) + "\n").encode())
 
 

@@ -1,5 +1,6 @@
 """The grid file: which models, languages, questions, heads and scaling factors to run, read from YAML and checked."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,7 +100,7 @@ class HarmlessQuestions(Questions):
 class PromptSet(Questions):
     """Harmful questions. `languages`: those that the set has (default: all). `rows`: their number, for --plan."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=100)
     languages: Languages | None = None
     rows: int | None = Field(default=None, gt=0)
 
@@ -191,7 +192,7 @@ class Grid(Part):
     `judge_options` does not say otherwise.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=100)
     models: list[Pair] = Field(min_length=1)
     languages: Languages
     icl: Path = paths.DATA / "icl"
@@ -227,6 +228,8 @@ class Grid(Part):
         taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
         if taken:
             raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
+        if unknown := [name for name in self.judges if not re.fullmatch(r"refusal|(openai|hf):.+", name)]:
+            raise ValueError(f"judges: unknown judge {unknown[0]!r}; give refusal, openai:<model> or hf:<model>")
         if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
             raise ValueError(f"judges: {lacks}")
         if unasked := set(self.judge_options) - {*self.judges} | {*self.judge_options} & {"refusal"}:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from soteria import disk
+from soteria.answering.question_files import find_local, may_be_on_hub
 from soteria.cli import wants_tracebacks
 from soteria.errors import UserError, explain
 from soteria.grid.cell_work import CellWork, Judges
@@ -38,6 +39,19 @@ class Reproduction:
         self.failed: dict[str, str] = {}
         self.waiting: dict[str, str] = {}
         self.judges = Judges()
+
+    def check(self, steps: list[str]) -> None:
+        """Raise UserError for what the steps would only find missing after hours: a question set, or a judge.
+
+        A set that is missing in some languages fails in their cells alone.
+        """
+        for asked in (*self.grid.prompt_sets, *self.grid.harmless.values()) if "answer" in steps else ():
+            names = [asked.dataset_in(language) for language in self.grid.languages]
+            if not any(find_local(name) or may_be_on_hub(name) for name in names):
+                raise UserError(f"no question file {names[0]!r}, nor one in another language; check the grid's sets")
+        if "judge" in steps:
+            cells = [cell for pair, language in self.units for cell in language_cells(self.grid, pair, language)]
+            self.judges.check(self.grid, cells, self.results)
 
     def run(self, steps: list[str]) -> None:
         """Run the steps (score, models, answer, utility, judge), model by model: each is loaded at most once.

@@ -20,6 +20,7 @@ from optuna.distributions import FloatDistribution
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
+from soteria import disk
 from soteria.answering.decoding import first_token_log_probs
 from soteria.answering.generation import all_inputs, answer_questions
 from soteria.errors import UserError
@@ -241,7 +242,12 @@ class Tuning:
         return Journal(self.path.with_suffix(".jsonl"), self._measured_from)
 
     def finished(self) -> dict | None:
-        """What the file holds where it came from the same inputs, None otherwise."""
+        """What the file holds where it came from the same inputs, None otherwise.
+
+        Raises UserError where it, or the journal beside it, could not be written.
+        """
+        disk.check_output(self.path)
+        self.journal()
         found = read_noted(self.path, TuningFacts)
         is_whole = len(found.get("trials", ())) == self.n_trials > max(found.get("front", [0]), default=0)
         return found if is_whole and self._made_from.items() <= found.items() else None

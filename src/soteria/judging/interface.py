@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from soteria import disk
 from soteria.errors import UserError
 
 HARMFUL, NOT_HARMFUL, EMPTY = "Harmful", "Not Harmful", "EMPTY"
@@ -88,10 +89,7 @@ def read_judge_prompt(path: Path) -> str:
 
 def read_prompt(path: Path) -> str:
     """The text of a file. Raises UserError if it is empty or cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the judge prompt {path} cannot be read ({error}); give a UTF-8 text file") from None
+    text = disk.read_text(path)
     if not text.strip():
         raise UserError(f"the judge prompt {path} is empty; write what the judge is to read")
     return text

@@ -61,6 +61,17 @@ def make_judge(
     raise UserError(f"unknown judge {name!r}; give refusal, openai:<model> or hf:<model>")
 
 
+def check_judge(name: str, settings: JudgeSettings | None = None, harmful_labels: Sequence[str] = ()) -> None:
+    """Raise UserError for a judge that could not be made; of a local model only the config is read."""
+    kind, _, model = name.partition(":")
+    if kind == "hf" and model:
+        from soteria.models.loading import load_config
+
+        load_config(model)
+    else:
+        make_judge(name, settings, harmful_labels=harmful_labels)
+
+
 def settings_of(name: str, names: Sequence[str], settings: JudgeSettings) -> JudgeSettings:
     """How one of several judges is asked: the refusal judge beside others is asked nothing."""
     return JudgeSettings() if name == "refusal" and len(names) > 1 else settings

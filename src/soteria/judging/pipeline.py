@@ -1,22 +1,24 @@
 """The plan of `scripts/run.sh`, before anything is computed: are its arguments sound, and what are its files called?
 
 Run as `python -m soteria.judging.pipeline` with the eight arguments of run.sh. Prints the folder of the steered model,
-the CSV of the answers and the CSV of the verdicts, a line each, then the options of generate.py that the environment
-asks for.
+the CSV of the answers and the CSV of the verdicts, then the options of generate.py that the environment asks for, each
+ended by a zero byte, which no path or option holds.
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from soteria import cli
+from soteria import cli, disk
 from soteria.answering.alike import describe_differences, differences, how_made
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import RELEASE, benign_set, dataset_slug, longest_answer, read_questions
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
-from soteria.judging.judges import make_judge, settings_of
+from soteria.judging.judges import check_judge, settings_of
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
@@ -28,17 +30,43 @@ SELECTION = {"subset": "SUBSET", "split": "SPLIT", "question_column": "QUESTION_
 DEFAULTS = {BENIGN: "everyday", BORDERLINE: "borderline"}
 
 
+def _yes_or_no(text: str) -> str:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be yes or no")
+    return text
+
+
+# What each argument must be; all are positional, so one that looks like an option is a name like any other.
+ARGUMENTS = {
+    "finetune_model": str,
+    "base_model": str,
+    "language": find_language,
+    "dataset_file": str,
+    "scaling_factor": cli.scaling_factor,
+    "do_base": _yes_or_no,
+    "batch_size": cli.positive_int,
+    "head_folder": str,
+}
+
+
 def main() -> None:
-    parser = cli.new_parser(__doc__, "bash scripts/run.sh (with its eight arguments)")
-    parser.add_argument("finetune_model")
-    parser.add_argument("base_model")
-    parser.add_argument("language", type=find_language)
-    parser.add_argument("dataset_file")
-    parser.add_argument("scaling_factor", type=cli.scaling_factor)
-    parser.add_argument("do_base", choices=["yes", "no"])
-    parser.add_argument("batch_size", type=cli.positive_int)
-    parser.add_argument("head_folder")
-    arguments = parser.parse_args()
+    with redirect_stdout(sys.stderr):  # whatever a library prints is no part of the plan
+        words = plan(sys.argv[1:])
+    print(*words, sep="\0", end="\0")
+
+
+def plan(given: list[str]) -> list[str]:
+    """What is printed for run.sh's arguments. Raises UserError for anything that would fail later."""
+    if len(given) != len(ARGUMENTS):
+        raise UserError(f"{len(given)} arguments instead of {len(ARGUMENTS)}: {', '.join(ARGUMENTS)}")
+    arguments = argparse.Namespace()
+    for (name, kind), text in zip(ARGUMENTS.items(), given, strict=True):
+        if not text.strip():
+            raise UserError(f"the argument {name} is empty; give all of {', '.join(ARGUMENTS)}")
+        try:
+            setattr(arguments, name, kind(text))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
     language, dataset = arguments.language, arguments.dataset_file
     judges = (os.environ.get("SOTERIA_JUDGE") or "refusal").split()
     strict, with_template = (_truth(f"SOTERIA_{name}") for name in ("STRICT", "CHAT_TEMPLATE"))
@@ -58,24 +86,24 @@ def main() -> None:
         check_chat_template(arguments.base_model, "SOTERIA_CHAT_TEMPLATE=yes")
     settings = _settings()
     for judge in judges:
-        if not judge.startswith("hf:"):  # that one would load its model
-            make_judge(judge, settings_of(judge, judges, settings))  # better refused now than after all answers
+        check_judge(judge, settings_of(judge, judges, settings))  # better refused now than after all answers
     named = (language.name, arguments.base_model)
-    files = paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor)
+    steered = paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor)
+    answers, verdicts = paths.answer_files(paths.RESULTS, *named, dataset_slug(dataset), arguments.scaling_factor)
     if arguments.do_base == "no":
         wanted = {"chat_template": with_template, "max_new_tokens": longest_answer(SAFE_ANSWER, preset, longest)}
-        _check_base(files[0], wanted | ({"preset": preset} if preset else {}))
-    print(paths.steered_folder(paths.RESULTS, *named, arguments.scaling_factor))
-    print(*files, sep="\n")
+        _check_base(answers, wanted | ({"preset": preset} if preset else {}))
+    disk.check_output(steered, is_folder=True)
+    for path in (answers, verdicts, *(paths.harmless_file(answers, kind) for kind in harmless)):
+        disk.check_output(path)
+        disk.check_output(paths.facts_file(path))
+    words = [steered, answers, verdicts]
     options = [("preset", [preset] if preset else []), ("max_new_tokens", [longest] if longest else [])]
     options += [*harmless.items(), *selected.items()]
     options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
-    for name, values in options:
-        for value in values:
-            print(f"--{name}", value, sep="\n")
-    for name, is_set in (("--strict", strict), ("--chat_template", with_template)):
-        if is_set:
-            print(name)
+    words += [f"--{name}={value}" for name, values in options for value in values]
+    words += [name for name, is_set in (("--strict", strict), ("--chat_template", with_template)) if is_set]
+    return [str(word) for word in words]
 
 
 def without_phrases(languages: Iterable[Language]) -> str:

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from soteria import disk
 from soteria.errors import UserError, said
 from soteria.models.loading import load_geometry, parameter_names
-from soteria.models.sources import is_adapter, left_unquantized, located, quantization, raw_config
+from soteria.models.sources import SMALL_FILES, is_adapter, left_unquantized, located, quantization, raw_config
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, samples, write_tensors
 from soteria.storage import files
 from soteria.storage.paths import FACTS
@@ -32,8 +32,6 @@ NOT_COPIED = (
     *("*.msgpack", "*.onnx", ".*", "original"),
 )
 _not_copied = shutil.ignore_patterns(*NOT_COPIED)
-# Files beside the weights that define how text is tokenized and when an answer ends.
-SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 COPY_PIECE = 2**30  # bytes
 
 
@@ -86,6 +84,7 @@ class Checkpoint:
         if to_steer:
             _check_unquantized(name, folder)
         if is_local:
+            disk.check_tree(folder, NOT_COPIED)
             found = _find_weights(folder, lambda names: None)
         else:
             found = _find_weights(folder, lambda names: _download(place, revision, allow_patterns=names), parameters)

@@ -14,9 +14,12 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from soteria import disk
 from soteria.errors import UserError, said
 from soteria.storage import files
 
+# Endings of the files beside the weights that define how text is tokenized and when an answer ends.
+SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Where quantizers list the modules that they leave as they were.
@@ -67,11 +70,17 @@ def explained(name: str, part: str = "model") -> Iterator[None]:
 
     `part` is what is loaded of it: the model or the tokenizer.
     """
+    own = [path for path in Path(name).iterdir() if path.suffix in SMALL_FILES] if Path(name).is_dir() else []
+    for path in own:
+        disk.regular_file(path)
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for a broken config
+        for path in own:
+            if path.suffix == ".json":
+                disk.load_json(path, strict=False)  # this says which of them is broken
         raise UserError(_why_not_loaded(name, part, error)) from error
 
 

@@ -164,10 +164,9 @@ def load_tensor(path: Path, *, mapped: bool = False) -> Tensor:
 
     Raises UserError where that is impossible.
     """
+    disk.regular_file(path, f"no file {path}; run step 1 (compute_indirect_effect.py) first")
     try:
         tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; run step 1 (compute_indirect_effect.py) first") from None
     except Exception as error:  # torch raises many kinds for a broken file
         raise UserError(f"{path} is not a tensor file that can be loaded safely ({type(error).__name__})") from None
     if not isinstance(tensor, Tensor):

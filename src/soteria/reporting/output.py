@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from soteria import disk
 from soteria.grid import durations
 from soteria.grid.grid_file import Grid
 from soteria.reporting import figures, fonts, report
@@ -120,4 +121,4 @@ def not_run(grid: Grid, results: Path) -> list[str]:
 
 
 def _sentence(failure: Path) -> str:
-    return failure.read_text(encoding="utf-8", errors="replace").strip()
+    return disk.read_text(failure).strip()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor, save_tensor
@@ -119,6 +120,8 @@ class DatasetRun:
     def __init__(self, dataset: str, root: Path, settings: ScoringSettings, model_sha256: str):
         self._lies_in(paths.effect_path(root, dataset))
         self.settings, self.n_trials = settings, settings.n_trials
+        if settings.mean_activations_path:
+            load_tensor(Path(settings.mean_activations_path))  # refused before a model is loaded
         data_file = Path(settings.root_data_dir) / f"{dataset}.json"
         self.examples = prompts.load_examples(data_file)
         self.described = {  # as it is written to the settings file
@@ -135,6 +138,8 @@ class DatasetRun:
         self.means_file = self.folder / f"{self.folder.name}_mean_head_activations.pt"
         self.partial_file = effect_file.with_suffix(".partial.pt")
         self.settings_file = paths.scoring_file(self.folder.parent, self.folder.name)
+        for path in (effect_file, self.means_file, self.partial_file, self.settings_file):
+            disk.check_output(path, longest=files.LONGEST)
 
     def is_finished(self) -> bool:
         """Whether the scores are complete. Raises UserError for any, even partial, that other settings made."""

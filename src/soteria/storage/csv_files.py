@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.storage import files
 
@@ -74,13 +75,12 @@ def _records(path: Path, delimiter: str, *, strict: bool = True) -> Iterator[tup
     """Each record that is not blank, with the number of its last line. Bytes that are not UTF-8 become surrogates."""
     n_read = 0
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        file = disk.regular_file(path, f"{path} does not exist; give the path of a CSV file")
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=strict)
             for fields in filter(None, reader):
                 yield reader.line_num, fields
                 n_read += 1
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the path of a CSV file") from None
     except csv.Error as error:
         what = f"row {n_read - 1}" if n_read else "the header"
         raise UserError(f"{path}: {what} (up to line {reader.line_num}) is not CSV ({error}); fix its quotes") from None

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES
 from soteria.storage import files, outputs
@@ -124,9 +125,8 @@ def recorded(output: Path, folder: str) -> dict:
 
 def _sums(output: Path) -> dict[str, str]:
     """The sha256 in SHA256SUMS by path below `output`."""
-    text = ""
-    with suppress(FileNotFoundError):
-        text = (output / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
+    path = output / "SHA256SUMS"
+    text = disk.regular_file(path).read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)\n", text, re.MULTILINE)}
 
 

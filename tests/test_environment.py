@@ -1,0 +1,111 @@
+"""The scripts around the library: the virtual environment that they make, and the words and folders they hand on."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Stands for python3.11, and for the python of a virtual environment: pip notes what it installs in `installed`.
+PYTHON = """#!/bin/bash
+here=$(dirname "$0")
+case "$*" in
+  "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/pip .venv/bin/activate ;;
+  "-m pip --version") [ -f "$here/../pip" ] ;;
+  "-m pip install "*)
+    echo "${@: -1}" >>installed
+    while [ -f hold ]; do sleep 0.01; done
+    if [ -f broken ]; then exit 1; fi ;;
+  *) printf '%s\\n' "$@" >words ;;
+esac
+"""
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """A fresh clone, as far as the shell scripts see, with a Python that does next to nothing."""
+    root = tmp_path / "clone"
+    shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("*.py"))
+    for name in ("requirements.txt", "requirements-utility.txt", "src/reproduce.py"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(name)
+    (root / "bin").mkdir()
+    for name in ("python3.11", "python3", "python"):
+        (root / "bin" / name).write_text(PYTHON)
+        (root / "bin" / name).chmod(0o755)
+    return root
+
+
+def start(root: Path, command: str, **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, "PATH": f"{root / 'bin'}:{os.environ['PATH']}", **variables}
+    environment.pop("SOTERIA_RESULTS", None) if "SOTERIA_RESULTS" not in variables else None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["bash", "-c", f"set -euo pipefail; {command}"], cwd=root, env=environment, **pipes)
+
+
+SETUP = "cd .; source scripts/environment.sh"
+
+
+def installed(root: Path) -> list[str]:
+    return (root / "installed").read_text().split()
+
+
+@pytest.mark.parametrize("left", ["nothing", "no pip", "no activate", "half a package"])
+def test_a_first_set_up_recovers_from_whatever_was_interrupted_and_a_second_installs_nothing(fresh, left):
+    venv = fresh / ".venv"
+    if left != "nothing":
+        (venv / "bin").mkdir(parents=True)
+        shutil.copy(fresh / "bin" / "python3", venv / "bin" / "python")
+    if left in ("no pip", "half a package"):
+        (venv / "bin" / "activate").touch()
+    if left in ("no activate", "half a package"):
+        (venv / "pip").touch()
+    half = venv / "lib" / "python3.11" / "site-packages" / "torch.dist-info"
+    if left == "half a package":
+        half.mkdir(parents=True)
+    for _ in range(2):
+        child = start(fresh, SETUP)
+        assert child.communicate() == ("", "") and child.returncode == 0
+    assert installed(fresh) == ["requirements.txt"] and not half.exists()
+
+
+def test_an_installation_that_fails_ends_in_one_sentence_and_is_tried_again(fresh):
+    (fresh / "broken").touch()
+    child = start(fresh, SETUP)
+    said = child.communicate()[1]
+    assert child.returncode == 2 and said.startswith("error: requirements.txt cannot be installed")
+    (fresh / "broken").unlink()
+    assert start(fresh, SETUP).wait() == 0
+    assert installed(fresh) == ["requirements.txt"] * 2
+
+
+def test_of_two_at_once_one_waits_and_says_so(fresh):
+    (fresh / "hold").touch()
+    first = start(fresh, SETUP)
+    while not (fresh / "installed").exists():
+        time.sleep(0.01)
+    second = start(fresh, SETUP)
+    assert second.stderr.readline() == "waiting for another process that is making .venv\n"
+    (fresh / "hold").unlink()
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert installed(fresh) == ["requirements.txt"]
+
+
+def test_reproduce_takes_the_users_paths_from_the_users_folder(fresh):
+    (fresh / "user").mkdir()
+    (fresh / "user" / "a grid.yaml").touch()
+    script, user = "cd user; bash ../scripts/reproduce.sh", fresh / "user"
+    cases = {
+        "'a grid.yaml' --results 'my out'": [f"{user}/a grid.yaml", "--results", f"{user}/my out"],
+        "configs/x.yaml --results=/out --plan": ["configs/x.yaml", "--results", "/out", "--plan"],
+        "--results ../out configs/x.yaml": ["--results", f"{user}/../out", "configs/x.yaml"],
+    }
+    for words, handed_on in cases.items():
+        assert start(fresh, f"{script} {words}").wait() == 0
+        assert (fresh / "words").read_text().splitlines() == ["src/reproduce.py", *handed_on]
+    assert start(fresh, "cd user; cd ..; source scripts/environment.sh; env >words", SOTERIA_RESULTS="mine").wait() == 0
+    assert f"SOTERIA_RESULTS={user / 'mine'}" in (fresh / "words").read_text().splitlines()
