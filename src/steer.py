@@ -4,7 +4,7 @@ Writes a complete model folder in which every other tensor is the base's, bit fo
 the difference, once for any number of languages; with --format lora, a small adapter per language.
 """
 
-from soteria import cli, disk
+from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.scoring.heads import read_heads
@@ -62,11 +62,7 @@ def main() -> None:
     from soteria.steering.delta import write_delta
     from soteria.steering.formula import open_steering
 
-    named = (arguments.base_model, factor, arguments.format)
-    places = {name: output or paths.steered_folder(paths.RESULTS, name, *named) for name in languages}
-    for place in places.values():
-        disk.check_output(place, is_folder=True)
-    vector = TaskVector.open(arguments.base_model, arguments.finetune_model)
+    vector = TaskVector.open(base, arguments.finetune_model)
     steerings = {name: open_steering(vector, heads[name], factor, source=str(lists[name])) for name in languages}
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import soteria
-from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.checkpoints import Checkpoint, fingerprint
@@ -194,7 +193,6 @@ def made_before(
     `key` is in the facts of every such folder. Raises UserError for a folder that lacks it, was made from other inputs
     unless `overwrite`, holds one of the models read, or cannot be written; `kind` and `mend` are words of its sentence.
     """
-    disk.check_output(output, is_folder=True)
     if any(model.folder.resolve().is_relative_to(output.resolve()) for model in models):
         raise UserError(f"{output} holds one of the models to read; give another --output")
     outputs.check_folder(output, key, kind)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.storage import files
 from soteria.storage.paths import FACTS, facts_file
@@ -15,19 +16,20 @@ GIVE_ANOTHER = "give another --output"
 
 
 def check_file(path: Path, is_ours: bool, inputs: Iterable[Path | None] = (), mend: str = GIVE_ANOTHER) -> None:
-    """Raise UserError if there is anything at `path` but a file that `is_ours` and is none of the inputs.
+    """Raise UserError if no file could be written at `path`, or there is one that is not `is_ours` or is an input.
 
     An input is recognized under any spelling and by hard links. `mend` is what the sentence says to do.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a link, which would be replaced by a file; {mend}")
+    disk.check_output(path)
     if not path.exists():
         return
     for given in filter(None, inputs):
         with suppress(OSError):  # an input that is missing is refused where it is read
             if given.samefile(path):
                 raise UserError(f"{path} is a file that this command reads ({given}); {mend}")
-    if not (is_ours and path.is_file()):
+    if not is_ours:
         raise UserError(f"{path} exists and was not written by this command; {mend}")
 
 
@@ -44,12 +46,13 @@ def check_csv(csv: Path, key: str, inputs: Iterable[Path | None] = ()) -> None:
 
 
 def check_folder(folder: Path, key: str, kind: str, facts: str = FACTS) -> None:
-    """Raise UserError if there is anything at `folder` but an empty one, or one whose facts have `key`.
+    """Raise UserError if no folder could be made at `folder`, or there is one with anything but `key` in its facts.
 
     `kind` is what its sentence calls such a folder.
     """
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which would be replaced by a folder; {GIVE_ANOTHER}")
+    disk.check_output(folder, is_folder=True)
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_empty and key not in files.read_facts(folder / facts):
         raise UserError(f"{folder} exists and is not {kind}; remove it or {GIVE_ANOTHER}")
