@@ -4,6 +4,7 @@ The last line printed is JSON:
   ratio       median time of the plain loop (`model.generate` on `batch_size` rows at a time, in the file's order) /
               median time of `soteria.answering.generation.generate`
   identical   whether all answers are the same, token for token
+  tokens_per_second  of answers, each way
   continuous  median time of the plain loop / median time of transformers' `generate_batch` (with --continuous)
 The methods take turns. The default model is the embedded base, which ends its answers itself; with --layers it is a
 random Llama in which every fiftieth token is an end token, so that answers have random lengths.
@@ -14,6 +15,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from soteria.answering.decoding import end_tokens, pad_token  # noqa: E402
 from soteria.answering.generation import all_inputs, generate  # noqa: E402
 from soteria.answering.questions import read_questions  # noqa: E402
 from soteria.languages import PAPER_LANGUAGES  # noqa: E402
-from soteria.models.loading import LoadedModel, load_model, load_tokenizer, read_geometry  # noqa: E402
+from soteria.models.loading import DTYPES, LoadedModel, load_model, load_tokenizer, read_geometry  # noqa: E402
 
 EMBEDDED = str(ROOT / "data" / "models" / "polyglot-base")
 
@@ -45,23 +47,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--continuous", action="store_true", help="also time transformers' continuous batching")
     add("--layers", type=int, help="use a random Llama with this many layers instead of the embedded base")
     add("--width", type=int, default=512)
+    add("--kv_heads", type=int, help="default: as many as heads")
+    add("--head_dim", type=int, default=64)
+    add("--vocabulary", type=int, help="default: the tokenizer's")
+    add("--dtype", choices=list(DTYPES), default="float32")
+    add("--vllm", action="store_true", help="also time vLLM, which has to be installed; with --layers")
     add("--device", default="cpu")
     return parser.parse_args()
 
 
-def random_model(layers: int, width: int, device: str) -> LoadedModel:
-    tokenizer = load_tokenizer(EMBEDDED)
+def random_model(arguments: argparse.Namespace) -> LoadedModel:
+    tokenizer, width, heads = load_tokenizer(EMBEDDED), arguments.width, arguments.width // arguments.head_dim
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        vocab_size=len(tokenizer),
+        intermediate_size=7 * width // 2,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=arguments.kv_heads or heads,
+        vocab_size=arguments.vocabulary or len(tokenizer),
     )
-    model = AutoModelForCausalLM.from_config(config).to(device).eval()
-    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 50))
+    with torch.device(arguments.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[arguments.dtype]).eval()
+    model.generation_config.eos_token_id = list(range(0, config.vocab_size, 50))
     return LoadedModel("random", model, tokenizer, read_geometry(model))
 
 
@@ -135,12 +143,31 @@ def continuously(loaded: LoadedModel, prompts, arguments) -> list[list[int]]:
     return [cut(list(output.generated_tokens), ends) for output in found.values()]
 
 
+def by_vllm(loaded: LoadedModel, prompts, arguments) -> tuple[list[list[int]], float]:
+    """The answers of vLLM's offline engine, and the seconds that the second of two runs took."""
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        loaded.model.to("cpu")
+        torch.cuda.empty_cache()
+        engine = LLM(folder, dtype=arguments.dtype)
+        ends = sorted(end_tokens(loaded))
+        asked = SamplingParams(temperature=0, max_tokens=arguments.max_new_tokens, stop_token_ids=ends)
+        for _ in range(2):
+            started = time.perf_counter()
+            found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked)
+            seconds = time.perf_counter() - started
+    return [cut(list(each.outputs[0].token_ids), {*ends}) for each in found], seconds
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.layers:
-        loaded = random_model(arguments.layers, arguments.width, arguments.device)
+        loaded = random_model(arguments)
     else:
-        loaded = load_model(EMBEDDED, arguments.device, "float32")
+        loaded = load_model(EMBEDDED, arguments.device, arguments.dtype)
     prompts = mixed_prompts(loaded, arguments.prompts)
     ways = {"plain": plainly, "soteria": by_soteria} | ({"continuous": continuously} if arguments.continuous else {})
     seconds = {name: [] for name in ways}
@@ -152,12 +179,15 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     lengths = sorted(map(len, answers["plain"]))
+    if arguments.vllm:
+        answers["vllm"], median["vllm"] = by_vllm(loaded, prompts, arguments)
     result = {
         "ratio": round(median["plain"] / median["soteria"], 2),
         "identical": answers["plain"] == answers["soteria"],
         "prompt_tokens": [min(map(len, prompts)), max(map(len, prompts))],
         "answer_tokens": [lengths[0], round(sum(lengths) / len(lengths)), lengths[-1]],
         "seconds": {name: round(value, 2) for name, value in median.items()},
+        "tokens_per_second": {name: round(sum(map(len, answers[name])) / value, 1) for name, value in median.items()},
         "arguments": vars(arguments),
         "machine": machine(arguments.device),
     }

@@ -38,6 +38,13 @@ from soteria.scoring.heads import random_heads, write_heads  # noqa: E402
 from soteria.storage.files import write_json  # noqa: E402
 
 N_HEADS = 32
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": N_HEADS,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 START_UP = "import soteria.steering.checkpoint, soteria.models.task_vector"
 
 
@@ -48,21 +55,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=5)
     add("--folder", type=Path, help="where to work; takes four times the base's size (default: the system's own)")
     add("--switch", action="store_true", help="also write a delta, load it and time a change of language")
+    add("--width", type=int, default=LLAMA_8B["hidden_size"], help="of the residual stream; all else goes with it")
+    add("--device", default="cpu", help="where a change of language is timed")
     return parser.parse_args()
 
 
-def write_checkpoint(folder: Path, layers: int, seed: int) -> int:
+def write_checkpoint(folder: Path, layers: int, seed: int, width: int = LLAMA_8B["hidden_size"]) -> int:
     """Write a random checkpoint with one shard per layer and return its number of parameters."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=N_HEADS,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
+    shape = LLAMA_8B | {
+        name: LLAMA_8B[name] * width // LLAMA_8B["hidden_size"]
+        for name in ("hidden_size", "intermediate_size", "vocab_size")
+    }
+    config = LlamaConfig(**shape, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
     # One random block, rotated by a different amount for each tensor: fast to make and never constant.
@@ -105,8 +109,8 @@ def main() -> None:
         base, tuned, copy, steered, delta = (folder / name for name in ("base", "tuned", "copy", "steered", "delta"))
         # In a separate process, since a command's peak includes what its parent holds when starting it.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            n_parameters = pool.apply(write_checkpoint, (base, arguments.layers, 0))
-            pool.apply(write_checkpoint, (tuned, arguments.layers, 1))
+            n_parameters = pool.apply(write_checkpoint, (base, arguments.layers, 0, arguments.width))
+            pool.apply(write_checkpoint, (tuned, arguments.layers, 1, arguments.width))
         for seed, language in enumerate(("Hindi", "Thai")):
             every = [divmod(index, N_HEADS) for index in range(arguments.layers * N_HEADS)]
             heads = random_heads(every, len(every) // 2, seed)
@@ -131,27 +135,33 @@ def main() -> None:
             "copy_over_start_up": round(statistics.median(copies) / statistics.median(starts), 2),
             "layers": arguments.layers,
             "parameters": n_parameters,
-            "machine": machine("cpu"),
+            "machine": machine(arguments.device),
             "torch": torch.__version__,
         }
         if arguments.switch:
             timed([*steer, "--language", "th", "--format", "delta", "--output", str(delta)])
             found["delta_bytes"] = (delta / "delta.safetensors").stat().st_size
-            found["switch_over_forward"] = round(switch_over_forward(base, delta), 2)
+            found["switch_over_forward"] = round(switch_over_forward(base, delta, arguments.device), 2)
         print(json.dumps(found))
 
 
 @torch.inference_mode()
-def switch_over_forward(base: Path, delta: Path) -> float:
-    model, switches, forwards = soteria.load_steered(base, delta, device="cpu"), [], []
-    ids = torch.tensor([[1]])
+def switch_over_forward(base: Path, delta: Path, device: str) -> float:
+    model, switches, forwards = soteria.load_steered(base, delta, device=device), [], []
+    ids = torch.tensor([[1]], device=device)
+
+    def now() -> float:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     for language in ("hi", "th") * 3:
-        started = time.perf_counter()
+        started = now()
         model.set_language(language)
-        switched = time.perf_counter()
+        switched = now()
         model(input_ids=ids)
         switches.append(switched - started)
-        forwards.append(time.perf_counter() - switched)
+        forwards.append(now() - switched)
     print(f"one change of language took {statistics.median(switches):.2f} s", file=sys.stderr)
     return statistics.median(switches) / statistics.median(forwards)
 

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from soteria import disk
 from soteria.errors import UserError, said
 from soteria.models.loading import load_geometry, parameter_names
-from soteria.models.sources import SMALL_FILES, is_adapter, left_unquantized, located, quantization, raw_config
+from soteria.models.sources import SMALL_FILES, left_unquantized, located, quantization, raw_config
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, samples, write_tensors
 from soteria.storage import files
 from soteria.storage.paths import FACTS
@@ -77,7 +77,7 @@ class Checkpoint:
             others = [pattern for pattern in NOT_COPIED if not pattern.endswith(".index.json")]
             folder = _download(place, revision, ignore_patterns=others)
             revision = folder.name
-        if whole and is_adapter(str(folder)):
+        if whole and (folder / ADAPTER_CONFIG).exists():
             raise UserError(
                 f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
             )
