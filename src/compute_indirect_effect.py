@@ -38,11 +38,22 @@ def parse_arguments() -> Namespace:
     parser.add_model("--model_name", default=default.model_name, help=cli.MODEL)
     add("--root_data_dir", type=Path, default=default.root_data_dir, help="folder of <task>_<Language>.json")
     add("--save_path_root", type=Path, help="output folder (default: results/indirect_effect/<model slug>[_whole])")
-    add("--seed", type=int, default=default.seed, help="seed of python, numpy and torch, set once the model is loaded")
-    add("--n_shots", type=cli.positive_int, default=default.n_shots, help="demonstrations in a prompt")
-    add("--n_trials", type=cli.positive_int, default=default.n_trials, help="prompts averaged, and prompts scored")
+    add(
+        "--seed",
+        type=cli.seed,
+        default=default.seed,
+        help="seed of python, numpy and torch, set once the model is loaded",
+    )
+    add(
+        "--n_shots",
+        type=cli.positive_int_up_to(cli.MOST_SHOTS),
+        default=default.n_shots,
+        help="demonstrations in a prompt",
+    )
+    trials = cli.positive_int_up_to(cli.MOST_TRIALS)
+    add("--n_trials", type=trials, default=default.n_trials, help="prompts averaged, and prompts scored")
     add("--test_split", type=float, default=default.test_split, help="share of the rows not used as demonstrations")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
+    add("--device", type=cli.device, help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
     add("--mean_activations_path", type=Path, help="a *_mean_head_activations.pt to use instead of computing the means")
     add("--last_token_only", type=cli.truth, default=True, help="True: the last token; False: all ten token classes")
     answer = "the effect is on the probability of the answer's first token, as in the original, or of the whole answer"

@@ -39,10 +39,10 @@ def parse_arguments():
     add("--tasks", nargs="+", default=["soteria_icl"], help=tasks)
     limit = "number of documents per task, from the first; for mmlu, per subject; or all"
     add("--limit", type=document_limit, default=32, help=limit)
-    add("--seed", type=int, default=SEED, help="step 1's, whose unseen rows are asked")
+    add("--seed", type=cli.seed, default=SEED, help="step 1's, whose unseen rows are asked")
     add("--test_split", type=float, default=TEST_SPLIT, help="step 1's fraction of unseen rows, which are asked")
     add("--batch_size", type=cli.positive_int, default=16, help="choices per forward pass")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add("--device", type=cli.device, help="default: cuda if there is one, else cpu")
     add("--output", type=Path, help="folder of one JSON file per model and language (default: results/utility)")
     return parser.parse_args()
 

@@ -66,7 +66,7 @@ def parse_arguments():
     add("--benign", help=benign_help)
     add_selection(parser, "benign_", "the harmless questions")
     add("--borderline", help="harmless questions that look harmful, likewise; the answers go into borderline/")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
+    add("--device", type=cli.device, help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
 

@@ -51,8 +51,18 @@ def parse_arguments():
         "and each one's own verdicts lie beside it; the options of judges are not for refusal then"
     )
     add("--judge", nargs="+", required=True, help=judge_help)
-    add("--concurrency", type=cli.positive_int, default=16, help="simultaneous calls to an endpoint")
-    add("--time_limit", type=cli.positive_int, default=60, help="seconds an endpoint may take for a reply")
+    add(
+        "--concurrency",
+        type=cli.positive_int_up_to(cli.MOST_CALLS),
+        default=16,
+        help="simultaneous calls to an endpoint",
+    )
+    add(
+        "--time_limit",
+        type=cli.positive_int_up_to(cli.MOST_SECONDS),
+        default=60,
+        help="seconds an endpoint may take for a reply",
+    )
     add(
         "--judge_preset",
         "--preset",
@@ -88,8 +98,9 @@ def temperature(text: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature; give a number ≥ 0, or own")
+    if not 0 <= value <= cli.MOST_TEMPERATURE:
+        most = cli.MOST_TEMPERATURE
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature; give a number from 0 to {most}, or own")
     return value
 
 

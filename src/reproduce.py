@@ -38,7 +38,7 @@ def parse_arguments():
     add("--name", help="name of the tables instead of the grid file's")
     add("--results", type=Path, default=paths.RESULTS, help="folder for everything that is written")
     add("--retry_empty", action="store_true", help="judge again the rows that a finished run left without a verdict")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
+    add("--device", type=cli.device, help="cpu, cuda, cuda:1 … (default: cuda if available, else cpu)")
     return parser.parse_args()
 
 

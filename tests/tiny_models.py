@@ -107,6 +107,24 @@ def tiny_tokenizer(*, adds_bos: bool = True, melts_newlines: bool = False) -> Pr
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
+def ending_with(token: str) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer`, which puts a token behind everything, too."""
+    tokenizer = tiny_tokenizer()
+    ids = [(BOS, tokenizer.bos_token_id), (token, tokenizer.convert_tokens_to_ids(token))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {token}", special_tokens=ids
+    )
+    return tokenizer
+
+
+def without_letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of a few English words, to which every other word is the same unknown token."""
+    words = [EOS, BOS, "<unk>", "a", "hot", "?", ":", "Q", "A"]
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token="<unk>")
+
+
 def tiny_config(architecture: str, **overrides):
     """The config of one of ARCHITECTURES, or of any transformers model type."""
     model_type, settings = ARCHITECTURES.get(architecture, (architecture, {}))

@@ -6,6 +6,7 @@ Scripts import this first: from here on, Ctrl-C ends them with one sentence, als
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -195,34 +196,49 @@ def truth(text: str) -> bool:
     return meanings[word]
 
 
-def _number(text: str, kind: type, least: float, what: str) -> float:
+# The most that options and grid files take: with more, a run would not end, or would fit no machine.
+MOST, MOST_SHOTS, MOST_TRIALS, MOST_DRAWS, MOST_CALLS = 1_000_000, 1_000, 10_000, 1_000, 1_000
+MOST_SECONDS, MOST_SCALING, MOST_TEMPERATURE = 86_400, 10**9, 100
+
+
+def _number(text: str, kind: type, least: float, what: str, most: float) -> float:
     with suppress(ValueError):
-        if least <= (number := kind(text)) < math.inf:
+        if least <= (number := kind(text)) <= most:
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} must be a {what}")
+    shown = text if len(text) <= 40 else f"{text[:40]}…"
+    raise argparse.ArgumentTypeError(f"{shown!r} must be a {what}, and at most {most:,}")
 
 
 def scaling_factor(text: str) -> float:
-    return _number(text, float, 0, "number >= 0; below 0, steering would add harm")
+    return _number(text, float, 0, "number >= 0 (below 0, steering would add harm)", MOST_SCALING)
 
 
 def positive_int(text: str) -> int:
-    return _number(text, int, 1, "whole number >= 1")
+    return positive_int_up_to(MOST)(text)
+
+
+def positive_int_up_to(most: int) -> Callable[[str], int]:
+    return lambda text: _number(text, int, 1, "whole number >= 1", most)
 
 
 def whole_number(text: str) -> int:
-    return _number(text, int, 0, "whole number >= 0")
+    return _number(text, int, 0, "whole number >= 0", MOST)
 
 
 def seed(text: str) -> int:
     """What numpy takes as a seed, which is the narrowest."""
-    if (number := whole_number(text)) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} must be below 2**32")
-    return number
+    return _number(text, int, 0, "whole number >= 0", 2**32 - 1)
 
 
 def positive_number(text: str) -> float:
-    return _number(text, float, math.ulp(0.0), "number > 0")
+    return _number(text, float, math.ulp(0.0), "number > 0", MOST)
+
+
+def device(text: str) -> str:
+    """What names a device that holds numbers: `meta` has none, and there is one cpu."""
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu|npu)(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; give cpu, cuda or cuda:1")
+    return text
 
 
 def csv_path(text: str) -> Path:

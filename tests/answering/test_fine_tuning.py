@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_in_child
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import EOS, ending_with, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import safe_globals
 
@@ -72,6 +73,8 @@ def test_only_the_answers_tokens_and_the_end_token_have_a_loss(tiny_loaded, word
         total += F.cross_entropy(logits, torch.tensor(answered), reduction="sum").item()
         n_tokens += len(answered)
     assert counts == {"rows": 16, "rows_left_out": 0, "answers_cut": 0}
+    ended = replace(loaded, tokenizer=ending_with(EOS))
+    assert training_rows(ended, {ENGLISH: PAIRS}, FineTuning())[0] == rows
     assert run_script(finetune, *words(batch_size=4, gradient_accumulation=4, max_steps=1)) == 0
     assert facts_of(tmp_path / "out")["first_loss"] == pytest.approx(total / n_tokens, rel=1e-5)
 

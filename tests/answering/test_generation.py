@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from kills import Writes
+from tiny_models import VOCABULARY, tiny_tokenizer, without_letters
 from transformers import AutoTokenizer
 
 import generate as script
@@ -24,6 +26,7 @@ from soteria.answering.columns import AnswerColumn
 from soteria.answering.generation import all_inputs, answer_questions, generate
 from soteria.answering.progress import AnswerProgress
 from soteria.answering.questions import QuestionSet
+from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.loading import load_model
 from soteria.storage.csv_files import read_table, write_table
@@ -71,6 +74,26 @@ def test_a_models_sampling_is_ignored_and_its_chat_template_is_used_only_when_as
     asked = [tokenizer.decode(all_inputs(loaded, ["hot?"], ENGLISH, use)[0]) for use in (True, False)]
     assert asked[0] == f"<s>[user] {ENGLISH.instruction}\n\nhot? [assistant]"  # the only BOS
     assert asked[1] == f"<s>{ENGLISH.instruction}\nQ: hot?\nA:"
+
+
+def test_padding_is_a_token_that_the_model_has_and_any_other_token_that_it_lacks_is_named(tiny_loaded):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(len(tokenizer), VOCABULARY)])
+    loaded = replace(tiny_loaded("llama"), tokenizer=tokenizer)
+    want = answers(loaded)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert answers(loaded) == want
+    tokenizer.add_tokens("zebra")
+    with pytest.raises(UserError, match=r"'zebra' the number 421, but the model has 420"):
+        answers(loaded, ["zebra?"])
+
+
+def test_questions_in_letters_that_the_tokenizer_lacks_are_refused(tiny_loaded, caplog):
+    loaded = replace(tiny_loaded("llama"), tokenizer=without_letters())
+    with pytest.raises(UserError, match="3 of 4 tokens unknown"):
+        answers(loaded, ["भारत दिल्ली", "नया?"])
+    assert answers(loaded, ["hot? hot? a"]) and not caplog.text
+    assert answers(loaded, ["hot? hot? big"]) and "1 of 5 tokens unknown" in caplog.text
 
 
 def test_an_answer_ends_where_the_models_context_does(tiny_folder, monkeypatch):

@@ -200,6 +200,12 @@ def test_a_grid_file_with_a_mistake_is_refused_by_the_key(grid_file):
         ({"scoring": {"test_split": 1}}, "scoring.test_split"),
         ({"scoring": {"seed": 2**32}}, "scoring.seed"),
         ({"limits": {"max_changes": 5}}, "limits.max_changes"),
+        ({"scaling_factor": 1e300}, "scaling_factor: Input should be less than or equal to 1000000000"),
+        ({"ablations": {"random_draws": 10**9}}, "random_draws: Input should be less than or equal to 1000"),
+        ({"ablations": {"draws": {"number": 10**9}}}, "draws.number: Input should be less"),
+        ({"scoring": {"n_shots": 10**30}}, "n_shots: Input should be less"),
+        ({"answers": {"max_new_tokens": 10**12}}, "max_new_tokens: Input should be less"),
+        ({"judges": ["openai:m"], "judge_options": {"openai:m": {"temperature": 1e9}}}, "temperature"),
     ):
         with pytest.raises(UserError, match=named):
             read_grid(grid_file(**changes))

@@ -181,6 +181,7 @@ def test_variables_that_lead_nowhere_are_refused_at_once_in_a_sentence(endpoint,
     for variables, named in [
         ({"OPENAI_BASE_URL": "127.0.0.1:8000/v1"}, "OPENAI_BASE_URL"),
         ({"OPENAI_BASE_URL": "localhost:8000/v1"}, "http://"),
+        ({"OPENAI_BASE_URL": "http://localhost:8000/v1\n"}, "OPENAI_BASE_URL is not an address"),
         ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY"),
         ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "proxy"),
         (azure, "OPENAI_API_VERSION"),

@@ -12,8 +12,15 @@ from conftest import shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
-from tiny_models import ARCHITECTURES, BOS, EOS, tiny_config, tiny_model, tiny_tokenizer
-from tokenizers import processors
+from tiny_models import (
+    ARCHITECTURES,
+    EOS,
+    ending_with,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    without_letters,
+)
 from transformers import AutoModelForCausalLM
 
 from soteria.errors import UserError
@@ -286,16 +293,40 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_loaded, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_adds_tokens_after_the_prompt_is_refused(tiny_loaded):
+def test_the_end_of_text_that_a_tokenizer_puts_behind_a_prompt_is_left_out_and_another_token_refused(tiny_loaded):
     loaded = tiny_loaded("llama")
-    ending = tiny_tokenizer()
-    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, ending.bos_token_id), (EOS, ending.eos_token_id)]
-    )
-    assert ending("a").input_ids[-1] == ending.eos_token_id
     slots = MeanSlots(1, PromptForm(), loaded.tokenizer)
+    for scored in (FIRST, WHOLE):
+        plain = tokenize(HOT_COLD, loaded, slots, scored)
+        ended = tokenize(HOT_COLD, replace(loaded, tokenizer=ending_with(EOS)), slots, scored)
+        assert torch.equal(ended.ids, plain.ids) and torch.equal(ended.answer, plain.answer)
+        assert (ended.slots, ended.classes) == (plain.slots, plain.classes)
     with pytest.raises(UserError, match="adds tokens"):
-        tokenize(HOT_COLD, replace(loaded, tokenizer=ending), slots)
+        tokenize(HOT_COLD, replace(loaded, tokenizer=ending_with("Q")), slots)
+
+
+@pytest.mark.parametrize("melted", [": small", ": sma", "\nA: small", "Zz\nA: sm"])
+@pytest.mark.parametrize("scored", [FIRST, WHOLE])
+def test_a_token_that_spans_the_prompt_and_the_answer_is_refused(melted, scored):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(melted)
+    with pytest.raises(UserError, match="merges the answer"):
+        answer_tokens(HOT_COLD, tokenizer, scored)
+
+
+@pytest.mark.parametrize("melted", ["\nA:", "Zz\nA:", "cold\n\nQ: Zz\nA:", "A: cold\n"])
+def test_the_last_token_predicts_whatever_a_tokenizer_merges_into_it(melted):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(melted)
+    roles = token_roles(HOT_COLD, tokenizer)
+    assert len(roles) == len(tokenizer(HOT_COLD.text).input_ids)
+    assert [at for at, role in enumerate(roles) if role.token_class == "query_predictive"] == [len(roles) - 1]
+
+
+def test_a_tokenizer_without_a_languages_letters_scores_nothing(tiny_loaded, tmp_path):
+    loaded = replace(tiny_loaded("llama"), tokenizer=without_letters())
+    with pytest.raises(UserError, match="cannot read these texts"):
+        shipped(loaded, tmp_path, "antonym_Bengali")
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):
@@ -304,6 +335,32 @@ def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):
     files.write_json(config, files.read_json(config) | {"num_hidden_layers": 4})
     with pytest.raises(UserError, match="do not fit its config"):
         load_model(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, more than any model"),
+        ({"num_attention_heads": 10**400}, "num_attention_heads 1"),
+        ({"text_config": {"vocab_size": 10**12}}, "vocab_size"),
+        ({"intermediate_size": 10**6}, "do not fit its config .* parameters in"),  # it would fill a terabyte
+    ],
+)
+def test_a_config_beyond_any_model_or_its_own_weight_files_is_refused_before_it_is_built(
+    changed, said, tiny_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_folder("llama"), tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "config.json"
+    files.write_json(config, files.read_json(config) | changed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it is built"))
+    with pytest.raises(UserError, match=said):
+        load_model(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:7", "", "mps"])
+def test_a_device_that_holds_no_numbers_is_refused(device, tiny_folder):
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+        load_model(str(tiny_folder("llama")), device)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

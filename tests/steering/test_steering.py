@@ -25,6 +25,7 @@ from soteria.models.task_vector import TaskVector
 from soteria.scoring.heads import write_heads
 from soteria.steering import checkpoint, formula
 from soteria.steering.formula import Steering, is_steered, open_steering, steered_in_place
+from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import paths
 
 # name: (architecture, config, output projection of a layer, head dimension, heads along rows)
@@ -670,6 +671,17 @@ def test_the_base_is_back_however_a_block_ends(base, tuned, in_memory, monkeypat
         raise error
     assert len(list(left)) == max(0, calls - len(HEADS))
     assert same_weights(in_memory.model.state_dict(), before) and not is_steered(in_memory)
+
+
+def test_weights_that_steering_in_memory_would_make_infinite_are_refused_and_put_back(base, tuned, in_memory):
+    before = {name: tensor.clone() for name, tensor in in_memory.model.state_dict().items()}
+    for steered in (
+        steered_in_place(in_memory, opened(base, tuned, factor=1e300)),
+        all_parameters_steered(in_memory, opened(base, tuned).vector, 1e300),
+    ):
+        with pytest.raises(UserError, match="not finite once steered"), steered:
+            pass
+        assert same_weights(in_memory.model.state_dict(), before) and not is_steered(in_memory)
 
 
 def test_a_model_that_is_not_all_in_memory_is_not_steered_in_place(base, tuned, in_memory):

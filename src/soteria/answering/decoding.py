@@ -74,9 +74,12 @@ def behind_answer(tokenizer) -> list[int]:
 
 
 def pad_token(loaded: LoadedModel) -> int:
-    """The tokenizer's padding token, else its end-of-text token; it is masked, so the choice does not matter."""
+    """The tokenizer's padding token, else its end-of-text token; it is masked, so the choice does not matter.
+
+    One that was added to the tokenizer alone, the model has no embedding of.
+    """
     tokens = (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id, 0)
-    return next(token for token in tokens if token is not None)
+    return next(token for token in tokens if token is not None and token < loaded.vocabulary)
 
 
 def rope_boundary(loaded: LoadedModel) -> float:
@@ -99,8 +102,7 @@ def padding_is_exact(loaded: LoadedModel) -> bool:
 
 
 def _try_padding(loaded: LoadedModel) -> bool:
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings
-    longer = [token % vocabulary for token in range(7, 19)]
+    longer = [token % loaded.vocabulary for token in range(7, 19)]
     alone, beside = Batch(loaded, [longer[:5]]).logits()[0], Batch(loaded, [longer, longer[:5]]).logits()[1]
     return logits_off(beside, alone) <= most_rounding(loaded.model.dtype)
 

@@ -19,6 +19,7 @@ from soteria.answering.questions import MAX_NEW_TOKENS, RELEASE, question_prompt
 from soteria.answering.thinking import split_thinking, texts_of
 from soteria.errors import UserError
 from soteria.languages import Language
+from soteria.models.encoding import check_known
 from soteria.models.loading import LoadedModel, describe_model
 from soteria.models.memory import TokenBudget
 from soteria.models.processes import Processes
@@ -50,9 +51,11 @@ def all_inputs(
 ) -> list[list[int]]:
     """The token ids of each question's prompt.
 
-    Raises UserError if the tokenizer lacks the chat template, or, naming the row, if one leaves no room to answer.
+    Raises UserError if the tokenizer lacks the chat template or the questions' letters, or, naming the row, if one
+    leaves no room to answer.
     """
     context, inputs = loaded.context_length, []
+    check_known(loaded.tokenizer, loaded.name, questions)
     for row, question in enumerate(questions):
         prompt = prompt_text(loaded, question, language, chat_template, preset)
         inputs.append(loaded.encode(prompt, add_special_tokens=not chat_template))

@@ -71,10 +71,10 @@ def training_rows(
 def _tokens(loaded: LoadedModel, prompt: str, answer: str, chat_template: bool) -> tuple[list[int], list[int]]:
     """The token ids of a prompt, the same as when it is asked, and of the answer that follows it."""
     special, answer = {"add_special_tokens": not chat_template}, answer if chat_template else f" {answer}"
-    asked, whole = (loaded.tokenizer(text, **special).input_ids for text in (prompt, prompt + answer))
+    asked, whole = (loaded.encode(text, **special) for text in (prompt, prompt + answer))
     if whole[: len(asked)] == asked:
         return asked, whole[len(asked) :]
-    return asked, loaded.tokenizer(answer, add_special_tokens=False).input_ids  # a token spans the boundary
+    return asked, loaded.encode(answer, add_special_tokens=False)  # a token spans the boundary
 
 
 def _end_token(loaded: LoadedModel, chat_template: bool) -> int:

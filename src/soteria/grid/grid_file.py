@@ -6,14 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from soteria import cli
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import RELEASE, RELEASE_TOKENS, QuestionSet, benign_set, read_questions
 from soteria.errors import UserError
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.limits import Limits
-from soteria.grid.values import EngineName, Languages, ScalingFactor, Share, distinct, in_order
+from soteria.grid.values import Count, Draw, EngineName, Languages, ScalingFactor, Share, distinct, in_order
 from soteria.judging.pipeline import without_phrases
 from soteria.languages import find_language
+from soteria.models.sizes import MOST_HEADS, MOST_LAYERS, MOST_VOCABULARY
 from soteria.scoring.prompts import ANSWERS, FIRST, SEED, TASKS, TEST_SPLIT, WHOLE
 from soteria.storage import paths
 from soteria.storage.yaml_files import read_yaml
@@ -43,11 +45,11 @@ class Part(BaseModel):
 class Shape(Part):
     """What --plan needs to know about a model whose files are not on this machine."""
 
-    parameters: float = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocabulary: int = Field(gt=0)
+    parameters: float = Field(gt=0, le=1e15)
+    layers: int = Field(gt=0, le=MOST_LAYERS)
+    heads: int = Field(gt=0, le=MOST_HEADS)
+    head_dim: Count
+    vocabulary: int = Field(gt=0, le=MOST_VOCABULARY)
 
 
 class Pair(Part):
@@ -102,7 +104,7 @@ class PromptSet(Questions):
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=100)
     languages: Languages | None = None
-    rows: int | None = Field(default=None, gt=0)
+    rows: int | None = Field(default=None, gt=0, le=10**9)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,8 +122,8 @@ class Draws(Part):
     They answer `questions` of each set, spread over it.
     """
 
-    number: int = Field(default=30, gt=0)
-    questions: int = Field(default=48, gt=0)
+    number: Draw = Field(default=30, gt=0)
+    questions: Count = 48
 
 
 class SafetyQuestions(Part):
@@ -138,7 +140,7 @@ class Ablations(Part):
     """
 
     shares: Annotated[list[Share], AfterValidator(distinct)] = []
-    random_draws: int = Field(default=0, ge=0)
+    random_draws: Draw = 0
     bottom: bool = False
     scaling_factors: Annotated[list[ScalingFactor], AfterValidator(distinct)] = []
     shared: list[Literal["tier", "Universal"]] = [UNIVERSAL]
@@ -155,7 +157,7 @@ class Utility(Part):
 
     tasks: list[str] = Field(min_length=1)
     languages: Languages | None = None
-    limit: int | None = Field(default=None, gt=0)
+    limit: Count | None = None
 
 
 class Answers(Part):
@@ -164,18 +166,18 @@ class Answers(Part):
     `engine`: what answers in place of our own decoding, a server with `concurrency` calls at once.
     """
 
-    batch_size: int = Field(default=8, gt=0)
-    max_new_tokens: int = Field(default=512, gt=0)
-    questions: int | None = Field(default=None, gt=0)  # only so many of each set, spread over it
+    batch_size: Count = 8
+    max_new_tokens: Count = 512
+    questions: Count | None = None  # only so many of each set, spread over it
     engine: EngineName | None = None
-    concurrency: int = Field(default=16, gt=0)
+    concurrency: Count = 16
 
 
 class Scoring(Part):
     """Step 1, with the original release's defaults. The rows that it holds out are asked for in-context accuracy."""
 
-    n_shots: int = Field(default=10, gt=0)
-    n_trials: int = Field(default=25, gt=0)
+    n_shots: int = Field(default=10, gt=0, le=cli.MOST_SHOTS)
+    n_trials: int = Field(default=25, gt=0, le=cli.MOST_TRIALS)
     seed: int = Field(default=SEED, ge=0, lt=2**32)
     test_split: float = Field(default=TEST_SPLIT, gt=0, lt=1)
     answer: Literal[ANSWERS] = FIRST
@@ -210,7 +212,7 @@ class Grid(Part):
     scoring: Scoring = Scoring()
     answers: Answers = Answers()
     accuracy_seed: int = Field(default=ACCURACY_SEED, ge=0, lt=2**32)
-    accuracy_prompts: int | None = Field(default=None, gt=0)
+    accuracy_prompts: Count | None = None
     limits: Limits | None = None
     safety_questions: SafetyQuestions | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -232,17 +234,14 @@ class Grid(Part):
             raise ValueError(f"judges: unknown judge {unknown[0]!r}; give refusal, openai:<model> or hf:<model>")
         if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
             raise ValueError(f"judges: {lacks}")
-        if unasked := set(self.judge_options) - {*self.judges} | {*self.judge_options} & {"refusal"}:
-            raise ValueError(
-                f"judge_options names {sorted(unasked)}, which are not among judges that are asked anything"
-            )
+        if unasked := {*self.judge_options} - ({*self.judges} - {"refusal"}):
+            raise ValueError(f"judge_options names {sorted(unasked)}, which are not judges that are asked anything")
         chats = any(pair.chat_template for pair in self.models)
         if self.preset and (chats or "max_new_tokens" in self.answers.model_fields_set):
             raise ValueError("preset: release has answer lengths of its own and no chat template; remove those or it")
         if self.preset and self.answers.engine:
             raise ValueError("preset: release samples its answers, and engines answer greedily; remove answers.engine")
-        unknown = set(self.ablations.prompt_sets or []) - {each.name for each in self.prompt_sets}
-        if unknown:
+        if unknown := {*(self.ablations.prompt_sets or [])} - {each.name for each in self.prompt_sets}:
             raise ValueError(f"ablations.prompt_sets names {sorted(unknown)}, which are not among prompt_sets")
         ranked = self.ablations.bottom or {*self.ablations.shares} - {1}
         if self.head_folder and ("heads" in self.model_fields_set or ranked):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from soteria.cli import MOST, MOST_TEMPERATURE
 from soteria.judging.formats import FORMATS
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 
@@ -18,8 +19,8 @@ class JudgeOptions(BaseModel):
     format: Literal[tuple(FORMATS)] | None = None
     prompt: Path | None = None
     system: Path | None = None
-    max_tokens: int | None = Field(default=None, gt=0)
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["own"] = 0.0
+    max_tokens: int | None = Field(default=None, gt=0, le=MOST)
+    temperature: Annotated[float, Field(ge=0, le=MOST_TEMPERATURE)] | Literal["own"] = 0.0
     harmful_labels: tuple[str, ...] = ()
 
     @property

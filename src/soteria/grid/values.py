@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, language_names
 
@@ -37,6 +38,8 @@ def _engine(name: str) -> str:
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
-ScalingFactor = Annotated[float, Field(ge=0, lt=float("inf"))]
+ScalingFactor = Annotated[float, Field(ge=0, le=cli.MOST_SCALING)]
+Count = Annotated[int, Field(gt=0, le=cli.MOST)]
+Draw = Annotated[int, Field(ge=0, le=cli.MOST_DRAWS)]
 Languages = Annotated[list[str], BeforeValidator(in_order), Field(min_length=1)]
 EngineName = Annotated[str, AfterValidator(_engine)]

@@ -21,6 +21,7 @@ from soteria.judging.interface import (
     unjudged,
 )
 from soteria.judging.presets import JudgeSettings
+from soteria.models.encoding import check_known
 from soteria.models.loading import LoadedModel
 
 WINDOW = 512  # rows that are sorted by length and batched together
@@ -94,6 +95,7 @@ class LocalJudge:
         while window := list(islice(rows, WINDOW)):
             yield from ((row, unjudged(BLANK_ANSWER)) for row, _, answer in window if not answer.strip())
             asked = [each for each in window if each[2].strip()]
+            check_known(self.loaded.tokenizer, self.loaded.name, [answer for *_, answer in asked])
             for at, verdict in self._by_odds(asked) if by_odds else self._by_replies(asked):
                 yield asked[at][0], verdict
 

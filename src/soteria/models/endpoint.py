@@ -86,8 +86,9 @@ class Endpoint:
     def _client(self) -> openai.AsyncOpenAI:
         azure = "AZURE_OPENAI_ENDPOINT" if os.environ.get("AZURE_OPENAI_ENDPOINT") else None
         name = azure or "OPENAI_BASE_URL"
-        if not re.fullmatch(r"https?://[^/\s]\S*", os.environ.get(name) or "https://default"):
-            raise UserError(f"{name} is not an address; give one that begins with http:// or https://")
+        address = os.environ.get(name) or "https://default"
+        if not re.fullmatch(r"https?://[^/\s]\S*", address) or not address.isprintable():
+            raise UserError(f"{name} is not an address; give one line that begins with http:// or https://")
         try:
             client = openai.AsyncAzureOpenAI if azure else openai.AsyncOpenAI
             return client(timeout=self.time_limit, max_retries=MAX_RETRIES)

@@ -5,10 +5,12 @@ No remote code is run. Every loader raises UserError if what it loads is missing
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +29,9 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from soteria.errors import UserError
+from soteria.models.encoding import encode
 from soteria.models.geometry import AttentionGeometry, read_geometry
+from soteria.models.sizes import check_sizes
 from soteria.models.sources import explained, located, quantization
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,10 +61,20 @@ class LoadedModel:
         return len(self.encode("")) > 0
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A prompt's token ids, without the end-of-text token that some tokenizers put behind everything."""
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-        ends_texts = add_special_tokens and self.tokenizer("a").input_ids[-1] == self.tokenizer.eos_token_id
-        return ids[:-1] if ends_texts else ids
+        """A prompt's token ids as `encoding.encode`. Raises UserError for one that the model has no embedding of."""
+        ids = encode(self.tokenizer, text, add_special_tokens=add_special_tokens)
+        if ids and max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the tokenizer of {self.name!r} gives {token!r} the number {max(ids)}, but the model has "
+                f"{self.vocabulary} tokens; use the tokenizer that belongs to it"
+            )
+        return ids
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings of, which may be more or fewer than its tokenizer has."""
+        return self.model.get_input_embeddings().num_embeddings
 
     @property
     def context_length(self) -> int | None:
@@ -89,6 +103,9 @@ def running_dtype(name: str, device: str | None) -> str:
 def load_config(name: str) -> PreTrainedConfig:
     """A model's config. Attention that it asks for and that is not computed here is left to transformers to choose."""
     place, revision = located(name)
+    with explained(name):
+        written, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    check_sizes(written, name)
     with explained(name):
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         asked = {each._attn_implementation for each in _parts(config)} - {None, *ATTENTION}
@@ -174,15 +191,18 @@ def load_weights(
     accelerate spreads a model that one GPU cannot hold over all GPUs, then memory and disk (`device_map="auto"`).
     Raises UserError if weights are missing or misshapen, or the device is unusable, too.
     """
-    device = device or default_device()
+    device = default_device() if device is None else device
     try:
         torch.zeros(1, device=device)
+        if torch.device(device).type == "meta" or re.fullmatch(r"cpu:\d+", device):  # which torch takes for cpu
+            raise RuntimeError("there is none")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
     config = load_config(name)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     resolved, auto_class = resolve_dtype(dtype, device), auto_class or auto_class_of(config)
+    _check_held(name, config, auto_class)
     place, revision = located(name)
     options = {"revision": revision, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     with explained(name), _silent_report():
@@ -224,16 +244,43 @@ def load_model(name: str, device: str | None = None, dtype: str = "auto") -> Loa
 def describe_model(name: str) -> LoadedModel:
     """A model without its weights: its tokenizer and configs say what it is asked, and where its answers end."""
     model = _without_weights(name)
+    place, revision = located(name)
     with contextlib.suppress(OSError):  # without the file, the config says it
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = GenerationConfig.from_pretrained(place, revision=revision)
     return LoadedModel(name, model, load_tokenizer(name), geometry=None)
 
 
 def load_judge(name: str) -> LoadedModel:
     """Load a causal LM or a sequence classifier with its tokenizer, whatever its attention."""
-    tokenizer = load_tokenizer(name)
     auto_class = AutoModelForSequenceClassification if is_classifier(load_config(name)) else None
+    tokenizer = load_tokenizer(name)
     return LoadedModel(name, load_weights(name, auto_class=auto_class), tokenizer, geometry=None)
+
+
+def count_parameters(config: PreTrainedConfig, auto_class: type) -> int:
+    """The parameters of the model that a config describes, tied ones once. None is built in memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
+
+
+def _check_held(name: str, config: PreTrainedConfig, auto_class: type) -> None:
+    """Raise UserError if a local model's weight files are too small for what its config describes.
+
+    transformers would first fill what is missing with random numbers, in however much memory that takes. Quantized
+    weights may take less than a byte.
+    """
+    files = (
+        [file for kind in ("*.safetensors", "*.bin") for file in Path(name).glob(kind)] if Path(name).is_dir() else []
+    )
+    held = sum(file.stat().st_size for file in files)
+    if held and not hasattr(config, "quantization_config"):
+        with explained(name):
+            described = count_parameters(config, auto_class)
+        if described > held:
+            raise UserError(
+                f"the weights of {name!r} do not fit its config ({described:,} parameters in {held:,} bytes); "
+                "copy or download the model again"
+            )
 
 
 def fits(
@@ -242,7 +289,6 @@ def fits(
     """Whether a GPU's free memory holds the model's weights and a tenth more. Always True for a CPU, which can swap."""
     if torch.device(device).type != "cuda":
         return True
-    with torch.device("meta"):
-        n_parameters = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
+    n_parameters = count_parameters(config, auto_class)
     stored = (config.dtype or torch.float32) if dtype == "auto" else dtype
     return n_parameters * stored.itemsize * 1.1 < torch.cuda.mem_get_info(device)[0]

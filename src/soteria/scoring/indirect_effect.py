@@ -57,7 +57,7 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots, scored: str 
 
     Raises UserError if they are longer than the model's context or the tokenizer adds to the prompt's end.
     """
-    ids = loaded.tokenizer(prompt.text).input_ids
+    ids = loaded.encode(prompt.text)
     roles = token_roles(prompt, loaded.tokenizer)
     own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
     if len(roles) != len(ids) or ids[-len(own) :] != own:

@@ -17,6 +17,8 @@ from sklearn.model_selection import train_test_split
 
 from soteria import disk
 from soteria.errors import UserError
+from soteria.models.encoding import encode
+from soteria.storage.csv_files import is_text
 
 TASKS = ("antonym", "country-capital", "country-currency", "sentiment", "ag_news")
 TEST_SPLIT, SEED = 0.3, 42  # the original release's
@@ -35,6 +37,7 @@ TOKEN_CLASSES = (
     "query_separator",
     "query_predictive",
 )
+PARTS = ("input", "output", "instructions")  # of a prompt, which have a prefix and a separator each
 WORD_CLASSES = ("demonstration", "label", "query_demonstration")  # the texts that come from the data
 
 
@@ -48,10 +51,22 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How examples are written: `Q: input\\nA: output\\n\\n` by default."""
+    """How examples are written: `Q: input\\nA: output\\n\\n` by default.
+
+    Raises UserError for keys other than the default's, what is not text, and nothing between the parts of examples.
+    """
 
     prefixes: dict[str, str] = field(default_factory=lambda: {"input": "Q:", "output": "A:", "instructions": ""})
     separators: dict[str, str] = field(default_factory=lambda: {"input": "\n", "output": "\n\n", "instructions": ""})
+
+    def __post_init__(self):
+        for what, texts in (("prefixes", self.prefixes), ("separators", self.separators)):
+            if unknown := {*texts} - {*PARTS}:
+                raise UserError(f"{what} has {min(unknown)!r}; its keys are {', '.join(PARTS)}")
+            if wrong := [key for key, text in texts.items() if not is_text(text)]:
+                raise UserError(f"{what} has no valid text for {wrong[0]!r}")
+        if empty := [key for key in PARTS[:2] if not self.separators.get(key)]:
+            raise UserError(f"the separator {empty[0]!r} is empty, which leaves the parts of an example undivided")
 
     def starting_with(self, bos_text: str) -> "PromptForm":
         """The same form after a beginning-of-text marker, for tokenizers that add none themselves."""
@@ -147,14 +162,19 @@ def draw_prompt(split: Split, n_shots: int, form: PromptForm, *, shuffle_labels:
 
     The order of the draws is part of the sampling protocol. Raises UserError if there are fewer rows than shots.
     """
-    if n_shots > len(split.train):
-        raise UserError(f"--n_shots {n_shots} is more than the {len(split.train)} training rows")
+    check_shots(split, n_shots)
     shown = [split.train[i] for i in np.random.choice(len(split.train), n_shots, replace=False)]
     query = split.valid[np.random.choice(np.arange(len(split.valid)), 1, replace=False)[0]]
     if shuffle_labels:
         outputs = np.random.permutation([example.output for example in shown]).tolist()
         shown = [Example(example.input, output) for example, output in zip(shown, outputs, strict=True)]
     return Prompt(shown, query, form)
+
+
+def check_shots(split: Split, n_shots: int) -> None:
+    """Raise UserError if there are fewer training rows than shots."""
+    if n_shots > len(split.train):
+        raise UserError(f"--n_shots {n_shots} is more than the {len(split.train)} training rows")
 
 
 class TokenRole(NamedTuple):
@@ -169,12 +189,12 @@ class TokenRole(NamedTuple):
 
 
 def token_roles(prompt: Prompt, tokenizer) -> list[TokenRole]:
-    """The role of each token of `tokenizer(prompt.text)`, including a beginning-of-text token that it adds (`bos`).
+    """The role of each token of the encoded prompt, including a beginning-of-text token that is added (`bos`).
 
     A part's tokens are those by which the tokenized text grows when the part is appended. In a part of class `a+b`, one
     token stands out: the last one of a prefix is `predictive`, the first one of a separator is `end_of_example`.
     """
-    roles = [TokenRole("bos", -1, i) for i in range(len(tokenizer("").input_ids))]
+    roles = [TokenRole("bos", -1, i) for i in range(len(encode(tokenizer, "")))]
     n_special, text = len(roles), ""
     for part, (piece, name) in enumerate(prompt.parts):
         if not piece:
@@ -190,6 +210,8 @@ def token_roles(prompt: Prompt, tokenizer) -> list[TokenRole]:
         elif last:
             classes[-1:] = [last] * min(n_own, 1)
         roles += [TokenRole(own, part, 0 if name in WORD_CLASSES else place) for place, own in enumerate(classes)]
+    if roles:  # a tokenizer may merge the last prefix whole into the token before it, which then predicts the answer
+        roles[-1] = roles[-1]._replace(token_class="query_predictive")
     return roles
 
 
@@ -216,9 +238,8 @@ def answer_tokens(prompt: Prompt, tokenizer, scored: str) -> list[int]:
 
     Raises UserError where the tokenizer merges the answer into the prompt.
     """
-    own = tokenizer(prompt.text).input_ids
-    ids = tokenizer(prompt.text + prompt.answer).input_ids
-    if len(ids) == len(own) or (scored == WHOLE and ids[: len(own)] != own):
+    own, ids = encode(tokenizer, prompt.text), encode(tokenizer, prompt.text + prompt.answer)
+    if len(ids) <= len(own) or ids[: len(own)] != own:
         raise UserError(f"the tokenizer merges the answer {prompt.answer!r} into the prompt; it cannot be scored")
     return ids[len(own) :] if scored == WHOLE else [ids[len(own)]]
 

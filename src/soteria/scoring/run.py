@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from soteria import disk
 from soteria.errors import UserError
+from soteria.models.encoding import check_known
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import prompts
@@ -56,6 +57,12 @@ class ScoringSettings:
     max_rows: int | None = None  # most tokens in a forward pass; None: from the free memory
     dtype: str = "auto"
     answer: str = prompts.FIRST  # or WHOLE
+
+    @property
+    def form(self) -> PromptForm:
+        """The form of the prompts. Raises UserError as `PromptForm`."""
+        default = PromptForm()
+        return PromptForm({**default.prefixes, **self.prefixes}, {**default.separators, **self.separators})
 
 
 def score_datasets(
@@ -124,6 +131,8 @@ class DatasetRun:
             load_tensor(Path(settings.mean_activations_path))  # refused before a model is loaded
         data_file = Path(settings.root_data_dir) / f"{dataset}.json"
         self.examples = prompts.load_examples(data_file)
+        _ = settings.form  # refused now rather than once the model is loaded
+        prompts.check_shots(prompts.split_examples(self.examples, settings.test_split, settings.seed), settings.n_shots)
         self.described = {  # as it is written to the settings file
             "dataset_name": dataset,
             **{name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
@@ -257,10 +266,11 @@ class DatasetRun:
         from soteria.models.loading import BOS_TEXT
         from soteria.scoring import indirect_effect as ie
 
-        settings, default = self.settings, PromptForm()
-        form = PromptForm({**default.prefixes, **settings.prefixes}, {**default.separators, **settings.separators})
+        settings = self.settings
+        form = settings.form
         if not loaded.adds_bos:
             form = form.starting_with(BOS_TEXT)
+        check_known(loaded.tokenizer, loaded.name, [f"{each.input} {each.output}" for each in self.examples])
         seed_everything(settings.seed)
         split = prompts.split_examples(self.examples, settings.test_split, settings.seed)
         slots = prompts.MeanSlots(settings.n_shots, form, loaded.tokenizer)

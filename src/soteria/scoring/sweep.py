@@ -285,8 +285,7 @@ Sweep = ForkingSweep | FullPasses
 def sweep_over(loaded: LoadedModel) -> Sweep:
     """The forking sweep, if on a short text it does with the model what full passes do; else those, with a warning."""
     full, geometry, last = FullPasses(loaded), loaded.geometry, TRIED_TOKENS - 1
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings
-    ids = torch.arange(7, 7 + TRIED_TOKENS, device=loaded.model.device) % vocabulary
+    ids = torch.arange(7, 7 + TRIED_TOKENS, device=loaded.model.device) % loaded.vocabulary
     targets = [(row, row % count) for row, count in enumerate(geometry.heads)]
     ways: list[Sweep] = [full]
 

@@ -22,7 +22,7 @@ from soteria.models.loading import DTYPES, load_module_names
 from soteria.models.sources import located
 from soteria.models.tensors import read_tensor
 from soteria.steering.checkpoint import describe, made_before, steered_heads, steering_inputs, versions
-from soteria.steering.formula import Steering
+from soteria.steering.formula import Steering, check_steered
 from soteria.storage import files, paths
 
 
@@ -63,7 +63,9 @@ def write_adapter(
         padded = torch.zeros(most, a.shape[1]), torch.zeros(b.shape[0], most)
         padded[0][: len(a)], padded[1][:, : len(a)] = a, b
         for letter, factor in zip("AB", padded, strict=True):
-            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.to(DTYPES[inputs["dtype"]])
+            stored = factor.to(DTYPES[inputs["dtype"]])
+            check_steered(f"{name}.lora_{letter}", stored)
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = stored
     facts = inputs | steered_heads(steering) | {"rank": most, "relative_error": error, "versions": versions()}
     place, revision = located(vector.base.name)
     config = {

@@ -22,8 +22,8 @@ from soteria.languages import find_language
 from soteria.models.checkpoints import Checkpoint, fingerprint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import all_finite, read_tensor, replace_tensor
-from soteria.steering.formula import Steering, head_list_hash, steer
+from soteria.models.tensors import read_tensor, replace_tensor
+from soteria.steering.formula import Steering, check_steered, head_list_hash, steer
 from soteria.storage import files, outputs, paths
 from soteria.storage.paths import FACTS
 from soteria.storage.side_files import Text, fits, side_file
@@ -135,8 +135,7 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
     steered = weight.to(written.dtype, copy=True)
     for at in slices:
         steered[at] = steer(weight[at], task_vector[at], steering.scaling_factor)
-    if not all_finite(steered):
-        raise UserError(f"{place.key} is not finite once steered; give a smaller scaling factor or another base")
+    check_steered(place.key, steered)
     replace_tensor(written, steered)
     moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
     return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()

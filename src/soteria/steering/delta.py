@@ -169,7 +169,11 @@ def load_steered(
                 raise UserError(f"{path} is not the head list that {delta} was made with; make it again with steer.py")
         formula.restore(loaded)
         if steering:
-            formula.apply(loaded, steering)
+            try:
+                formula.apply(loaded, steering)
+            except UserError:
+                formula.restore(loaded)
+                raise
 
     set_language(language)
     model.set_language = set_language

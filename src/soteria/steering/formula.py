@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from soteria.errors import UserError
 from soteria.models.loading import LoadedModel
 from soteria.models.task_vector import TaskVector
+from soteria.models.tensors import all_finite
 from soteria.scoring.heads import Head
 
 Slice = tuple[slice, slice]
@@ -87,6 +88,12 @@ def steer(base: Tensor, task_vector: Tensor, scaling_factor: float) -> Tensor:
     return base.float() - scaling_factor * task_vector
 
 
+def check_steered(name: str, steered: Tensor) -> None:
+    """Raise UserError unless steered weights, in the dtype in which they are stored, are all finite."""
+    if not all_finite(steered):
+        raise UserError(f"{name} is not finite once steered; give a smaller scaling factor or another base")
+
+
 def head_list_hash(heads: Sequence[Head]) -> str:
     """A hash of the heads as a set: their order makes no difference to the steering."""
     return hashlib.sha256(json.dumps(sorted(heads)).encode()).hexdigest()
@@ -143,12 +150,15 @@ def check_fits(loaded: LoadedModel, vector: TaskVector) -> None:
 def apply(loaded: LoadedModel, steering: Steering) -> None:
     """Steer a loaded model's weights in place. `restore` undoes it, also after an interruption half way."""
     kept = overwritten(loaded)
-    for layer, projection in zip(loaded.geometry.layers, loaded.projections, strict=True):
+    for name, layer, projection in zip(
+        loaded.geometry.projection_names, loaded.geometry.layers, loaded.projections, strict=True
+    ):
         weight = projection.weight.data
         for at in steering.slices(layer):
             kept.append((weight, at, weight[at].clone()))
             task_vector = steering.vector.layers[layer][at].to(weight.device)
             weight[at] = steer(weight[at], task_vector, steering.scaling_factor)
+            check_steered(f"{name}.weight", weight[at])
 
 
 @torch.no_grad()

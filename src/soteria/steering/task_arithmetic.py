@@ -15,7 +15,7 @@ from soteria.errors import UserError
 from soteria.models.loading import LoadedModel
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import PIECE, UNQUANTIZED, all_finite, read_tensor
-from soteria.steering.formula import check_scaling_factor, overwritten, restoring, steer
+from soteria.steering.formula import check_scaling_factor, check_steered, overwritten, restoring, steer
 
 
 @contextmanager
@@ -55,6 +55,7 @@ def _apply(loaded: LoadedModel, vector: TaskVector, scaling_factor: float) -> No
             is_stored = torch.equal(stored(at).to(weight), weight[at])
             kept.append((weight, at, (lambda at=at, read=stored: read(at)) if is_stored else weight[at].clone()))
             weight[at] = steer(weight[at], task_vector.to(weight.device), scaling_factor)
+            check_steered(name, weight[at])
     if not any_change:
         raise UserError(f"{vector.tuned.name!r} equals {vector.base.name!r}: was one path given twice?")
 
