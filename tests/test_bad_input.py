@@ -404,6 +404,15 @@ def test_the_environment_says_how_questions_are_read_and_asked(place, command, c
     assert plan_options(command, capsys, place, base="chat") == options
 
 
+def test_a_plan_keeps_names_whole_that_hold_line_ends_or_look_like_options(place, command, capsys):
+    (place / "--heads").symlink_to("heads")
+    words = plan(base="'a\nb'", tuned="--help").replace(" heads ", " --heads ")
+    assert command(words, place) == 0
+    steered, answers, *_ = capsys.readouterr().out.split("\0")
+    (place / "--heads").unlink()
+    assert steered.endswith("models/Hindi_a\nb_scaling_1") and answers.endswith("a\nb_Hindi_questions_scaling_1.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -465,7 +474,12 @@ def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [((), "usage: bash scripts/run.sh"), (("t", "b", "Klingon", "d", "1", "yes", "2", "h"), "Klingon")],
+    [
+        ((), "usage: bash scripts/run.sh"),
+        (("t", "b", "Klingon", "d", "1", "yes", "2", "h"), "Klingon"),
+        (("t", "b", "en", "--help", "1", "yes", "2", "h"), "--help"),
+        (("t", "", "en", "d", "1", "yes", "2", "h"), "base_model is empty"),
+    ],
 )
 def test_run_sh_ends_with_status_2_and_says_why(arguments, said, tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
