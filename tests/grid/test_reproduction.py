@@ -346,12 +346,14 @@ def test_a_missing_model_fails_its_own_cells_and_not_the_others(done, tmp_path, 
     assert table[table["model"] == "polyglot-base"]["asr"].notna().all()
 
 
-def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done, grid_file, monkeypatch):
+def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done, tmp_path, monkeypatch):
+    relative = [{"base": os.path.relpath(BASE, ROOT), "tuned": os.path.relpath(TUNED, ROOT)}]
     monkeypatch.setenv("SOTERIA_RESULTS", str(done))
-    monkeypatch.setenv("SOTERIA_GRID", str(grid_file))
+    monkeypatch.setenv("SOTERIA_GRID", str(write_grid(tmp_path, models=relative)))
     shown = shown_by(ROOT / "notebooks" / "paper_tables.ipynb")
     assert sum("image/png" in data for data in shown) == 4
-    assert sum("language-specific" in data.get("text/html", "") for data in shown) == 1
+    main = next(data["text/html"] for data in shown if "language-specific" in data.get("text/html", ""))
+    assert main.count("%") > 20
 
 
 def test_tables_by_themselves_show_what_the_cells_hold_now_in_the_languages_asked_for(

@@ -39,11 +39,11 @@ def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -
     """
     budget = token_budget(lengths, batch_size, max_new_tokens)
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches = []
-    while order:
-        n_rows = budget // (lengths[order[0]] + min(EXPECTED_TOKENS, max_new_tokens))
-        batches.append(order[:n_rows])
-        order = order[n_rows:]
+    batches, start = [], 0
+    while start < len(order):
+        n_rows = budget // (lengths[order[start]] + min(EXPECTED_TOKENS, max_new_tokens))
+        batches.append(order[start : start + n_rows])
+        start += n_rows
     return batches
 
 

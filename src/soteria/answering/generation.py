@@ -94,7 +94,8 @@ def generate(
         texts = texts_of(loaded.tokenizer, prompts, decode(loaded, prompts, limits, room, **told))
         return {row: text.strip() for row, text in zip(rows, texts, strict=True)}
 
-    batches = [rows for rows in plan_batches(lengths, batch_size, max_new_tokens) if not set(rows) <= set(done)]
+    done = set(done)
+    batches = [rows for rows in plan_batches(lengths, batch_size, max_new_tokens) if not done.issuperset(rows)]
     yield from (processes.map if processes else map)(continue_batch, batches)
 
 
