@@ -466,6 +466,19 @@ def test_answers_of_the_base_that_stay_but_were_asked_otherwise_are_refused(
             assert command(plan(do_base="yes"), folder) == 0  # the base is asked again too
 
 
+def test_what_a_later_step_would_not_write_over_is_refused_before_anything_is_steered(place, command, tmp_path, capsys):
+    folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
+    answers, verdicts = paths.answer_files(folder / "results", "Hindi", "base", "questions", 1)
+    steered = paths.steered_folder(folder / "results", "Hindi", "base", 1) / "thesis.txt"
+    for mine in (answers, verdicts, steered, paths.harmless_file(answers, "benign")):
+        files.write_text(mine, "mine")
+        capsys.readouterr()
+        assert command(plan(), folder) == 2
+        assert mine.stem in (error := capsys.readouterr().err) or mine.parent.name in error
+        mine.unlink()
+    assert command(plan(), folder) == 0
+
+
 def test_an_unknown_judge_is_refused_before_anything_is_steered(place, command, monkeypatch, capsys):
     monkeypatch.setenv("SOTERIA_JUDGE", "oracle")
     assert command(plan(), place) == 2

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from soteria import cli, disk
+from soteria import cli
 from soteria.answering.alike import describe_differences, differences, how_made
 from soteria.answering.question_files import find_local
 from soteria.answering.questions import RELEASE, benign_set, dataset_slug, longest_answer, read_questions
@@ -22,7 +22,7 @@ from soteria.judging.judges import check_judge, settings_of
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
-from soteria.storage import paths
+from soteria.storage import outputs, paths
 from soteria.storage.paths import BASE_ANSWER, BENIGN, BORDERLINE, SAFE_ANSWER
 
 SELECTION = {"subset": "SUBSET", "split": "SPLIT", "question_column": "QUESTION_COLUMN", "where": "WHERE"}
@@ -93,10 +93,8 @@ def plan(given: list[str]) -> list[str]:
     if arguments.do_base == "no":
         wanted = {"chat_template": with_template, "max_new_tokens": longest_answer(SAFE_ANSWER, preset, longest)}
         _check_base(answers, wanted | ({"preset": preset} if preset else {}))
-    disk.check_output(steered, is_folder=True)
-    for path in (answers, verdicts, *(paths.harmless_file(answers, kind) for kind in harmless)):
-        disk.check_output(path)
-        disk.check_output(paths.facts_file(path))
+    sets = [find_local(name) for name in (dataset, *(name for given in harmless.values() for name in given))]
+    _check_outputs(steered, (answers, verdicts), [kind for kind, given in harmless.items() if given], judges, sets)
     words = [steered, answers, verdicts]
     options = [("preset", [preset] if preset else []), ("max_new_tokens", [longest] if longest else [])]
     options += [*harmless.items(), *selected.items()]
@@ -169,6 +167,18 @@ def _check_base(answers: Path, wanted: dict) -> None:
             f"{answers} has answers of the base made with unlike {describe_differences(unlike)}, safe and base; give "
             "do_base yes, the settings of then, or another SOTERIA_RESULTS"
         )
+
+
+def _check_outputs(
+    steered: Path, files: tuple[Path, Path], kinds: list[str], judges: list[str], inputs: list[Path | None]
+) -> None:
+    """Raise UserError for what steer.py, generate.py and judge.py would refuse to write over, an hour later."""
+    answers, verdicts = files
+    outputs.check_folder(steered, "finetune_model", "a steered model")
+    for place in (answers, *(paths.harmless_file(answers, kind) for kind in kinds)):
+        outputs.check_csv(place, "columns", inputs)
+    for place in (verdicts, *(paths.own_verdicts(verdicts, judge) for judge in judges if len(judges) > 1)):
+        outputs.check_csv(place, "inputs_sha256", inputs)
 
 
 def _settings() -> JudgeSettings:

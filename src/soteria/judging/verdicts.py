@@ -178,7 +178,7 @@ class Judged:
             words += [[_TOLD[refusal_of(verdict)] for verdict in self.given[column]] for column in told]
             every = zip(self.answers.rows(), *words, strict=True)
             rows = ([row[name] for name in kept] + given for row, *given in every)
-            write_rows(self.output, kept + names, rows, quote_all=self.answers.has_return)
+            write_rows(self.output, kept + names, rows, quote_all=self.answers.has_return, like=self.answers.path)
         if summary != files.read_json(facts_file(self.output)):
             files.write_json(facts_file(self.output), summary)
         if not self.n_failed:

@@ -1,6 +1,7 @@
 """CSV files as text: nothing becomes a number or a missing value, and large files are read and written row by row."""
 
 import csv
+import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -94,13 +95,21 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(list(table.rows()), columns=table.columns, dtype=object)
 
 
-def write_rows(path: Path, columns: list[str], rows: Iterable[list[str]], *, quote_all: bool) -> None:
-    """Write a CSV row by row, whole or not at all. `quote_all` is needed if any row `has_return`."""
+def write_rows(
+    path: Path, columns: list[str], rows: Iterable[list[str]], *, quote_all: bool, like: Path | None = None
+) -> None:
+    """Write a CSV row by row, whole or not at all. `quote_all` is needed if any row `has_return`.
+
+    A new one can be read by no more people than the file that it is `like`, if one is given.
+    """
     quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
-    with files.whole_file(path) as sibling, sibling.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n", quoting=quoting)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    with files.whole_file(path) as sibling:
+        if like and not path.exists():
+            sibling.chmod(stat.S_IMODE(sibling.stat().st_mode & like.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+        with sibling.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n", quoting=quoting)
+            writer.writerow(columns)
+            writer.writerows(rows)
 
 
 def has_return(fields: list[str]) -> bool:
