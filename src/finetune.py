@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parse_arguments()
     outputs.check_folder(arguments.output, "pairs_sha256", "a fine-tuned model")
     partial = paths.partial_folder(arguments.output)
-    outputs.check_folder(partial, "pairs_sha256", "an unfinished fine-tuning", paths.PARTIAL_FACTS)
+    outputs.check_folder(partial, "pairs_sha256", "an unfinished fine-tuning", paths.PARTIAL_FACTS, ["checkpoint-*"])
     languages = [find_language(name) for name in dict.fromkeys(language_names(arguments.language))]
     columns = {"prompt_column": arguments.prompt_column, "answer_column": arguments.answer_column}
     pairs = read_pairs(arguments.dataset, languages, split=arguments.split, subset=arguments.subset, **columns)

@@ -24,6 +24,18 @@ def test_only_a_csv_with_facts_of_its_kind_is_written_over(tmp_path):
             outputs.check_csv(csv, "columns", [read])
 
 
+def test_a_folder_is_ours_by_its_facts_or_if_it_holds_only_what_killed_runs_leave(tmp_path):
+    folder = tmp_path / "out.partial"
+    for name in (None, ".settings.json.1a2b.tmp", "checkpoint-3"):
+        (folder / (name or "")).mkdir(parents=True)
+        outputs.check_folder(folder, "key", "a run", "settings.json", ["checkpoint-*"])
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a run"):
+        outputs.check_folder(folder, "key", "a run", "settings.json", ["checkpoint-*"])
+    (folder / "settings.json").write_text('{"key": 1}')
+    outputs.check_folder(folder, "key", "a run", "settings.json", ["checkpoint-*"])
+
+
 def test_a_head_list_is_replaced_if_this_project_wrote_it_and_nobody_has_changed_it(tmp_path):
     path = tmp_path / "heads" / "Hindi_Heads.json"
     for heads in ([(0, 1)], [(2, 1), (0, 0)]):

@@ -45,14 +45,16 @@ def check_csv(csv: Path, key: str, inputs: Iterable[Path | None] = ()) -> None:
     check_file(csv, key in files.read_facts(facts_file(csv)), inputs)
 
 
-def check_folder(folder: Path, key: str, kind: str, facts: str = FACTS) -> None:
+def check_folder(folder: Path, key: str, kind: str, facts: str = FACTS, left: Iterable[str] = ()) -> None:
     """Raise UserError if no folder could be made at `folder`, or there is one with anything but `key` in its facts.
 
-    `kind` is what its sentence calls such a folder.
+    `kind` is what its sentence calls such a folder. A killed run may leave one without facts, in which there is nothing
+    but temporary files and what has a name like `left`.
     """
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which would be replaced by a folder; {GIVE_ANOTHER}")
     disk.check_output(folder, is_folder=True)
-    is_empty = folder.is_dir() and not any(folder.iterdir())
+    names = (".*.tmp", *left)
+    is_empty = folder.is_dir() and all(any(map(path.match, names)) for path in folder.iterdir())
     if folder.exists() and not is_empty and key not in files.read_facts(folder / facts):
         raise UserError(f"{folder} exists and is not {kind}; remove it or {GIVE_ANOTHER}")
