@@ -349,6 +349,77 @@ def test_bad_input_ends_in_one_sentence_and_status_2_and_writes_nothing(script, 
             assert listing(place) == before, case
 
 
+@pytest.fixture
+def odd(place):
+    """The folder of `place` with things that are no files, and models and JSON that are broken, for one test."""
+    made = [place / name for name in ("pipe", "icl/pipe_Hindi.json", "loop", "blocked")]
+    os.mkfifo(made[0])
+    os.mkfifo(made[1])
+    made[2].symlink_to("loop")
+    made[3].write_text("a file")
+    deep = "[" * 1000 + "]" * 1000
+    breaks = {
+        "pipe": lambda folder: os.mkfifo(folder / "chat_template.jinja"),
+        "nothing": lambda folder: (folder / "notes.txt").symlink_to("gone"),
+        "round": lambda folder: (folder / "round").symlink_to("."),
+        "config": lambda folder: (folder / "config.json").write_text(f'{{"model_type": "llama", "a": {deep}}}'),
+        "tokenizer": lambda folder: (folder / "tokenizer_config.json").write_text(deep),
+        "generation": lambda folder: (folder / "generation_config.json").write_text(deep),
+    }
+    for name, harm in breaks.items():
+        made.append(shutil.copytree(place / "base", place / f"base-{name}"))
+        (made[-1] / {"config": "config.json", "tokenizer": "tokenizer_config.json"}.get(name, "x")).unlink(
+            missing_ok=True
+        )
+        harm(made[-1])
+    made += [place / "icl" / "deep_Hindi.json", place / "deep.json", place / "deep.yaml"]
+    for path in made[-3:]:
+        path.write_text(deep)
+    yield place
+    for path in made:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+LONG = "n" * 210
+# (command, what the sentence names)
+ODD = [
+    *((SCORE + f"--dataset_name {name}_Hindi", name) for name in ("pipe", "deep")),
+    *((SCORE + f"--save_path_root {name}", name) for name in ("pipe", "blocked", "loop", "blocked/below")),
+    *((SCORE + f"--mean_activations_path {name}", name) for name in ("pipe", "icl")),
+    (SCORE + f"--prefixes '{'[' * 1000}'", "--prefixes"),
+    *((SELECT + f"--heads_root {name}", name) for name in ("pipe", "blocked", "loop")),
+    (SELECT + "--group Lowest", "Lowest"),
+    *((STEER + f"--output '{name}'", name) for name in ("pipe", "loop", "blocked", ".", "", "/")),
+    *((GENERATE + f"--output '{name}'", name) for name in ("pipe", "loop", "icl", ".", "", "blocked/out.csv")),
+    *((FINETUNE + f"--output '{name}'", name) for name in ("pipe", "loop", "blocked", ".", "")),
+    *((JUDGE + f"--output '{name}'", name) for name in ("pipe", "loop", "icl", ".", "", "/dev/null")),
+    *((command + f"--output {LONG}", "too long") for command in (STEER, GENERATE, FINETUNE, JUDGE)),
+    *(
+        (JUDGE + f"{option} {name}", name)
+        for option in ("--input", "--judge_prompt")
+        for name in ("pipe", "icl", "loop")
+    ),
+    (JUDGE + "--judge refusal oracle", "oracle"),
+    *((GENERATE + f"--dataset {name}", name) for name in ("pipe", "deep.json", "loop")),
+    *((FINETUNE + f"--dataset {name}", name) for name in ("pipe", "deep.json")),
+    *((STEER + f"--base_model base-{name}", f"base-{name}") for name in ("pipe", "nothing", "round", "config")),
+    *((GENERATE + f"--model base-{name}", f"base-{name}") for name in ("pipe", "config", "tokenizer", "generation")),
+    ("reproduce deep.yaml", "deep.yaml"),
+    ("reproduce pipe", "pipe"),
+]
+
+
+@pytest.mark.parametrize("script", sorted({text.split()[0] for text, _ in ODD}))
+def test_what_is_no_file_or_is_nested_deep_is_refused_in_one_sentence_and_leaves_nothing(script, odd, command, capsys):
+    before = sorted(odd.rglob("*"))
+    for text, named in ODD:
+        if text.split()[0] == script:
+            status, error = command(text, odd), capsys.readouterr().err
+            assert status == 2 and named in error.splitlines()[-1], text
+            assert error.startswith("usage: ") or (len(error.splitlines()) == 1 and error.startswith("error: ")), text
+            assert sorted(odd.rglob("*")) == before, text
+
+
 @pytest.mark.parametrize(
     "text", [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, plan()], ids=lambda text: text.split()[0]
 )
