@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import NonNegativeFloat
 from typing_extensions import TypedDict
 
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.storage import files
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, facts_file, names_another
-from soteria.storage.side_files import Text, fits, side_file
+from soteria.storage.side_files import Count, Text, fits, side_file
 
 
 @side_file
@@ -38,7 +38,7 @@ class AnswerFacts(TypedDict, total=False):
 
     language: Text
     dataset: Text
-    rows: NonNegativeInt
+    rows: Count
     categories: list[Text]
     columns: dict[str, MadeColumn]
 

@@ -38,7 +38,7 @@ from soteria.models.processes import Processes
 from soteria.models.tensors import UNQUANTIZED, all_finite, read_tensor, replace_tensor
 from soteria.steering.checkpoint import describe, made_before, progress, versions
 from soteria.storage import files, paths
-from soteria.storage.side_files import read_noted, side_file
+from soteria.storage.side_files import Count, read_noted, side_file
 
 SAVED, SETTINGS = "saved.json", paths.PARTIAL_FACTS  # in a complete checkpoint; in the folder of an unfinished run
 
@@ -52,8 +52,8 @@ class Logged(TypedDict, total=False):
 class TrainerState(TypedDict):
     """What is used of the notes that transformers' trainer leaves in a checkpoint."""
 
-    global_step: int
-    max_steps: int
+    global_step: Count
+    max_steps: Count
     log_history: list[Logged]
 
 

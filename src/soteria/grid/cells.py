@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat
 from typing_extensions import TypedDict
 
 from soteria.grid.grid_file import ALL_PARAMETERS, RANDOM, RIVALS, TASK_VECTOR, TIER, UNIVERSAL, Grid, Pair
 from soteria.languages import find_language
 from soteria.storage import paths
 from soteria.storage.paths import CellFiles
-from soteria.storage.side_files import Text, side_file
+from soteria.storage.side_files import Count, PositiveCount, Text, side_file
 
 DRAW, MATCHED = "draw", "matched"  # a random draw on few questions, and one with the method's norm of the change
 DRAWN = (RANDOM, DRAW, MATCHED)
@@ -20,8 +20,14 @@ DRAWN = (RANDOM, DRAW, MATCHED)
 
 @side_file
 class Accuracy(TypedDict):
-    count: NonNegativeInt
-    n: PositiveInt
+    count: Count
+    n: PositiveCount
+
+
+def _at_most_all(accuracy: Accuracy) -> Accuracy:
+    if accuracy["count"] > accuracy["n"]:
+        raise ValueError("more are right than were asked")
+    return accuracy
 
 
 @side_file
@@ -30,10 +36,10 @@ class CellFacts(TypedDict, total=False):
 
     base_model: Text
     cost_measured_on_sha256: str
-    n_heads: NonNegativeInt
-    parameters_changed: NonNegativeInt
+    n_heads: Count
+    parameters_changed: Count
     share_of_parameters: NonNegativeFloat
-    icl_accuracy: Accuracy
+    icl_accuracy: Annotated[Accuracy, AfterValidator(_at_most_all)]
     kl_first_token: list[float]
 
 

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat
 from typing_extensions import TypedDict
 
 from soteria import disk
 from soteria.storage import files, paths
 from soteria.storage.journal import open_to_append
-from soteria.storage.side_files import Text, read_lines, side_file
+from soteria.storage.side_files import PositiveCount, Text, read_lines, side_file
 
 
 @side_file
@@ -17,7 +17,7 @@ class Duration(TypedDict):
     """A line of the file. A unit is a dataset, an answer, a cell, ...; `device` is "none" without a model."""
 
     step: Text
-    units: PositiveInt
+    units: PositiveCount
     seconds: NonNegativeFloat
     device: Text
 

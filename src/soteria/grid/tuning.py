@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat
 from typing_extensions import TypedDict
 
 from soteria import disk
@@ -37,7 +37,7 @@ from soteria.scoring.prompts import Split
 from soteria.steering.formula import check_scaling_factor, open_steering, steered_in_place
 from soteria.storage import files
 from soteria.storage.journal import Journal
-from soteria.storage.side_files import Text, fits, read_noted, side_file
+from soteria.storage.side_files import Count, PositiveCount, Text, fits, read_noted, side_file
 
 RATES = ("asr", "benign_refusals", "benign_changes", "icl_accuracy")
 OBJECTIVES = ("asr", "kl_first_token")
@@ -116,10 +116,10 @@ class SteeredBench:
 
 @side_file
 class Trial(TypedDict):
-    number: NonNegativeInt
+    number: Count
     scaling_factor: NonNegativeFloat
     share: float
-    n_heads: PositiveInt
+    n_heads: PositiveCount
     asr: float
     kl_first_token: float  # nats
     benign_refusals: float
@@ -148,7 +148,7 @@ class TuningFacts(TypedDict):
     note: Text
     base: Base
     trials: list[Trial]
-    front: list[NonNegativeInt]
+    front: list[Count]
     chosen: Trial | None
     why_none: Text | None
 

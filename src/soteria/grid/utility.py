@@ -17,7 +17,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from soteria.answering.columns import model_settings
@@ -28,7 +27,7 @@ from soteria.models.sources import hub_answers
 from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, outputs, paths
-from soteria.storage.side_files import Text, read_noted, side_file
+from soteria.storage.side_files import Count, Text, read_noted, side_file
 
 # The local tasks, each a group of twelve, `<name>_<Language>`: questions after examples, and perplexity of headlines.
 ICL, TEXT = LOCAL = "soteria_icl", "soteria_text"
@@ -51,7 +50,7 @@ class Metric(TypedDict):
 @side_file
 class MeasuredTask(TypedDict):
     group: Text | None
-    n: NonNegativeInt
+    n: Count
     metrics: dict[Text, Metric]
 
 

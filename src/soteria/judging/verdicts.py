@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import NonNegativeInt
+from pydantic import AfterValidator
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -51,7 +51,7 @@ from soteria.storage.paths import (
     THINKING_COLUMNS,
     facts_file,
 )
-from soteria.storage.side_files import Text, read_noted, side_file
+from soteria.storage.side_files import Count, Text, read_noted, side_file
 
 UNREAD_ROWS = 16  # rows without one verdict, for whatever reason, after which a run stops: no row would fare better
 _TOLD = {True: "yes", False: "no", None: ""}  # in the columns of refusals
@@ -60,9 +60,15 @@ FAILED_CALLS = "failed_calls"  # in the JSON of a run whose failed calls the sam
 _log = logging.getLogger(__name__)
 
 
+def _known(verdict: str) -> str:
+    if label_of(verdict) == EMPTY and not verdict.startswith(EMPTY):
+        raise ValueError("not what a judge gives")
+    return verdict
+
+
 @side_file
 class VerdictCounts(TypedDict, total=False):
-    unjudged: dict[Text, NonNegativeInt]
+    unjudged: dict[Text, Count]
 
 
 @side_file
@@ -70,7 +76,7 @@ class VerdictFacts(TypedDict):
     """The JSON beside a CSV of verdicts."""
 
     judge: Text
-    rows: NonNegativeInt
+    rows: Count
     judge_description: Text
     inputs_sha256: str
     safe: NotRequired[VerdictCounts]
@@ -208,7 +214,7 @@ def judge_answers(
         path = paths.verdict_journal(output)
         if column == BASE_ANSWER:
             path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
-        journal = Journal(path, settings, Text, range(answers.n_rows))
+        journal = Journal(path, settings, Annotated[Text, AfterValidator(_known)], range(answers.n_rows))
         every[column] = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
         reasons[column] = Counter(filter(None, map(reason_of, every[column])))
         n_failed += sum(verdict.startswith(FAILED) for verdict in every[column])

@@ -182,7 +182,7 @@ def costs(cells: Cells, condition: Condition, languages: list[str]) -> dict:
     if numbers:
         folders = together([each.files.folder for each in found], cells.results)
         numbers["cost_source"] = " ".join(f"{folders}/{name}" for name in read)
-    if all("share_of_parameters" in each for each in facts):
+    if all({"n_heads", "share_of_parameters"} <= each.keys() for each in facts):
         numbers |= {name: float(np.mean([each[name] for each in facts])) for name in ("n_heads", "share_of_parameters")}
     return numbers
 
@@ -332,8 +332,9 @@ def parameter_rows(cells: Cells) -> pd.DataFrame:
     for language, condition in product(cells.grid.languages, head_conditions(cells.grid)[1:]):
         found = cells.get(language, condition.treatments[0])
         row = {"model": cells.pair.slug, "language": language, "heads": condition.name, "share": condition.share}
-        if found and "n_heads" in found.facts:
-            row |= {key: found.facts[key] for key in ("n_heads", "parameters_changed", "share_of_parameters")}
+        keys = ("n_heads", "parameters_changed", "share_of_parameters")
+        if found and set(keys) <= found.facts.keys():
+            row |= {key: found.facts[key] for key in keys}
             row["source"] = together([found.files.facts], cells.results)
         rows.append(row)
     return _table(rows, ["n_heads", "parameters_changed", "share_of_parameters", "source"])

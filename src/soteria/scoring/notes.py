@@ -4,21 +4,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from soteria.errors import UserError
 from soteria.scoring.prompts import FIRST, SEED, TEST_SPLIT, WHOLE
 from soteria.storage import paths
-from soteria.storage.side_files import Text, read_noted, side_file
+from soteria.storage.side_files import Count, PositiveCount, Text, read_noted, side_file
 
 MOST_LAYERS = 100_000  # that a file may name: more than any model has, and few enough to make room for
 
 
 @side_file
 class AnswerCounts(TypedDict):
-    answers: NonNegativeInt
-    first_tokens: NonNegativeInt
+    answers: Count
+    first_tokens: Count
 
 
 @side_file
@@ -28,16 +28,16 @@ class ScoringNotes(TypedDict, total=False):
     model_name: Text
     answer: Literal[FIRST, WHOLE]
     test_split: float
-    seed: int
-    n_trials: PositiveInt
-    n_harmful: PositiveInt
-    max_rows: PositiveInt | None
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    n_trials: PositiveCount
+    n_harmful: PositiveCount
+    max_rows: PositiveCount | None
     model_sha256: str | None
     query_answers: AnswerCounts
     # Where not every layer has heads alike
     n_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-    layers: list[NonNegativeInt]
-    heads: list[PositiveInt]
+    layers: list[Count]
+    heads: list[PositiveCount]
 
 
 EARLIER_SETTINGS = {"answer": FIRST}  # of scores made before there was another choice

@@ -12,7 +12,7 @@ import safetensors
 import torch
 import transformers
 from huggingface_hub import ModelCardData
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -26,7 +26,7 @@ from soteria.models.tensors import read_tensor, replace_tensor
 from soteria.steering.formula import Steering, check_steered, head_list_hash, steer
 from soteria.storage import files, outputs, paths
 from soteria.storage.paths import FACTS
-from soteria.storage.side_files import Text, fits, side_file
+from soteria.storage.side_files import Count, PositiveCount, Text, fits, side_file
 
 DELTA_WEIGHTS = "delta.safetensors"
 
@@ -46,7 +46,7 @@ class SteeredFacts(Facts):
     base_weights: str
     language: Text
     scaling_factor: NonNegativeFloat
-    n_heads: PositiveInt
+    n_heads: PositiveCount
 
 
 @side_file
@@ -56,7 +56,7 @@ class CheckpointFacts(SteeredFacts):
 
 @side_file
 class AdapterFacts(SteeredFacts):
-    rank: PositiveInt
+    rank: PositiveCount
     relative_error: float
 
 
@@ -69,14 +69,14 @@ class DeltaFacts(Facts):
 
 @side_file
 class TunedFacts(Facts):
-    rows: PositiveInt
-    rows_left_out: int
-    answers_cut: int
-    max_tokens: int
-    output_projections: int
+    rows: PositiveCount
+    rows_left_out: Count
+    answers_cut: Count
+    max_tokens: Count
+    output_projections: Count
     first_loss: float
     last_loss: float
-    steps: int
+    steps: Count
 
 
 SCHEMAS = {

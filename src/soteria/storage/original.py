@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES
 from soteria.storage import files, outputs
 from soteria.storage.csv_files import CsvFile, has_return, write_rows
+from soteria.storage.side_files import Text, fits, side_file
 
 RELEASE_URL = "https://github.com/NeuralSentinel/Soteria"
 RELEASE_COMMIT = "9d9818283a1e54d48db9fbdb89eb6bfbefa510ef"
@@ -48,6 +50,15 @@ class Source:
     folders: dict[str, str]
     url: str | None = None
     commit: str | None = None
+
+
+@side_file
+class SourceFact(TypedDict, total=False):
+    """What sources.json says of a folder."""
+
+    source: Text
+    revision: Text | None
+    files: int
 
 
 def sources(git_url: str = RELEASE_URL) -> list[Source]:
@@ -120,7 +131,7 @@ def _safe(name: str, source: str) -> str:
 def recorded(output: Path, folder: str) -> dict:
     """`source`, `revision` and `files` of a folder, as far as sources.json has them."""
     fact = files.read_facts(output / "sources.json").get(folder)
-    return fact if isinstance(fact, dict) else {}
+    return fact if fits(fact, SourceFact) else {}
 
 
 def _sums(output: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from soteria import disk
 from soteria.errors import UserError
@@ -23,6 +23,8 @@ def _utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
+MOST = 2**53  # that anything is counted to, as floats count
+Count, PositiveCount = (Annotated[int, Field(ge=least, le=MOST)] for least in (0, 1))
 
 
 @cache
