@@ -1,16 +1,21 @@
 """Every script's bad inputs: one sentence on stderr that names the thing, status 2, nothing written."""
 
+import argparse
 import hashlib
 import importlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_models import save_tiny_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -578,3 +583,83 @@ def test_run_sh_ends_with_status_2_and_says_why(arguments, said, tmp_path):
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr and not done.stdout
     assert not list(tmp_path.iterdir())
+
+
+# What any option may be given: files that are not files, numbers without end, text that no terminal should see.
+HOSTILE = [
+    *("fifo", "folder", "dangling", "loop", "deep.json", "deep.yaml", "zeros.bin", "/dev/full", "/dev/zero", "."),
+    *("", " ", "x" * 300, "x" * 300 + ".csv", "no/such/place.csv", "a\nb", "\x1b[31mred\x1b[0m.csv", "half\udc80.csv"),
+    *("-1", "0", "1", "2", "0.5", "-0.0", "1e400", "nan", "inf", "1e300", "9" * 40, "1e9", "1:30", "0x10", "٣"),
+    *("true", "null", "{}", "[]", '{"input": "\\ud800"}', '{"nothing": 1}', "[" * 2000, "--", "-", "=", "a=b", "meta"),
+    *("cpu", "cpu:7", "cuda:99", "English", "all", "*", "[", "questions.csv", "answers.csv", "icl", "base", "tuned"),
+]
+SOUND = [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, TUNE + "--min_scaling 1 --max_scaling 2 "]
+
+
+class _Parser(Exception):
+    """The parser of a script, caught before it reads anything."""
+
+
+def options_of(script: str) -> list[str]:
+    """Every option of a script, by its own parser."""
+
+    def catch(parser, *_):
+        raise _Parser(parser)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", catch)
+        try:
+            importlib.import_module(script).main()
+        except _Parser as caught:
+            return [action.option_strings[-1] for action in caught.args[0]._actions if action.dest != "help"]
+
+
+@pytest.fixture
+def hostile_place(place, tmp_path) -> Path:
+    folder = shutil.copytree(place, tmp_path / "in" / "place")
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    for name in ("deep.json", "deep.yaml"):
+        (folder / name).write_text("[" * 5000 + "]" * 5000)
+    (folder / "zeros.bin").write_bytes(bytes(1000))
+    return folder
+
+
+def ends_in_time(run: Callable[[], int]) -> int:
+    """What `run` gives. Fails where it takes 20 seconds."""
+
+    def fail(*_):
+        raise TimeoutError("took over 20 s")
+
+    signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    try:
+        return run()
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("text", SOUND, ids=lambda text: text.split()[0])
+def test_a_hostile_value_of_any_option_is_read_or_refused_in_one_sentence(text, hostile_place, command, capsys):
+    before, script = listing(hostile_place), text.split()[0]
+
+    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.sampled_from(options_of(script)), st.sampled_from(HOSTILE)), min_size=1, max_size=2))
+    def holds(given_values):
+        words = " ".join(f"{option} {shlex.quote(value)}" for option, value in given_values)
+        try:
+            status = ends_in_time(lambda: command(f"{text} {words}", hostile_place))
+            error, after = capsys.readouterr().err, listing(hostile_place)
+            assert status in (0, 2), given_values
+            assert not [name for name in before if after.get(name) != before[name]], given_values
+            if status == 2:
+                assert "error: " in error.splitlines()[-1] and "\x1b" not in error, given_values
+                assert after == before, given_values
+        finally:
+            for name in sorted({*listing(hostile_place)} - {*before}, reverse=True):
+                left = hostile_place / name
+                left.rmdir() if left.is_dir() and not left.is_symlink() else left.unlink()
+
+    holds()
