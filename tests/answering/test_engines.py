@@ -5,14 +5,13 @@ import random
 import shutil
 import sys
 import time
-import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import run_in_child
 from fake_endpoint import KEY
-from served_models import serve
+from served_models import serve, stand_in_for_vllm
 from transformers import AutoTokenizer
 
 import generate as script
@@ -269,37 +268,8 @@ def _until(happened) -> None:
 
 
 def test_vllm_gets_token_ids_and_its_tokens_become_the_answers(ask, tiny_folder, tiny_loaded, tmp_path, monkeypatch):
-    """A stand-in with the interface that vLLM documents, which decodes with transformers."""
-    loaded = tiny_loaded("llama")
-    own = answer_questions(loaded, QUESTIONS, ENGLISH, max_new_tokens=N_NEW)
-
-    class LLM:
-        def __init__(self, model, dtype):
-            self.made_of = model, dtype
-
-        def generate(self, prompts, sampling, use_tqdm, lora_request):
-            assert self.made_of == (str(tiny_folder("llama")), "auto") and lora_request is None
-            return [self._answer(*pair) for pair in zip(prompts, sampling, strict=True)]
-
-        def _answer(self, prompt, sampling):
-            import torch
-
-            ids = torch.tensor([prompt["prompt_token_ids"]])
-            assert sampling.temperature == 0
-            told = {"max_new_tokens": sampling.max_tokens, "eos_token_id": sampling.stop_token_ids, "do_sample": False}
-            made = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **told)
-            tokens = made[0, ids.shape[1] :].tolist()
-            answer = types.SimpleNamespace(token_ids=tokens, finish_reason="stop")
-            return types.SimpleNamespace(prompt_token_ids=ids[0].tolist(), outputs=[answer])
-
-    stand_in = types.ModuleType("vllm")
-    stand_in.__version__, stand_in.__spec__, stand_in.LLM = "9.9", types.SimpleNamespace(), LLM
-    stand_in.SamplingParams = lambda **given: types.SimpleNamespace(**given)
-    modules = {"vllm": stand_in, **{name: types.ModuleType(name) for name in ("vllm.inputs", "vllm.lora.request")}}
-    modules["vllm.inputs"].TokensPrompt = dict
-    modules["vllm.lora.request"].LoRARequest = None
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    made = stand_in_for_vllm(monkeypatch)
     assert ask(engine="vllm") == 0
-    assert found(tmp_path) == own
+    assert found(tmp_path) == answer_questions(tiny_loaded("llama"), QUESTIONS, ENGLISH, max_new_tokens=N_NEW)
     assert facts(tmp_path)["served"] == {"engine": "vllm", "version": "9.9"}
+    assert made == [{"model": str(tiny_folder("llama")), "dtype": "auto"}]
