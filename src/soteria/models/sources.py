@@ -106,6 +106,8 @@ def _why_not_loaded(name: str, part: str, error: Exception) -> str:
         if "instantiate the backend" in reason:
             reason = "it has no tokenizer.json, nor another vocabulary that transformers knows"
         return f"{what} has a tokenizer that could not be loaded ({reason}); copy or download the model again"
+    if isinstance(error, MemoryError) or "out of memory" in reason:
+        return f"{what} does not fit in the memory ({reason}); use a smaller --dtype or model"
     if method := quantization(config):
         fix = "install what it needs, or give the unquantized model"
         return f"{what} is quantized by {method} and could not be loaded here ({reason}); {fix}"
