@@ -240,7 +240,7 @@ CASES = {
     "tune: no such policy questions": (TUNE + "--policy nowhere", "nowhere_Hindi.csv"),
     "tune: no such benign questions": (TUNE + "--benign nowhere", "nowhere_Hindi.csv"),
     "tune: trials 0": (TUNE + "--trials 0", "--trials"),
-    "tune: a seed below zero": (TUNE + "--seed -1", "--seed -1"),
+    "tune: a seed below zero": (TUNE + "--seed -1", "--seed: '-1'"),
     "tune: seed no number": (TUNE + "--seed many", "--seed"),
     "tune: factor negative": (TUNE + "--min_scaling -1", "--min_scaling"),
     "tune: factor inf": (TUNE + "--max_scaling inf", "--max_scaling"),
