@@ -105,7 +105,8 @@ def load_config(name: str) -> PreTrainedConfig:
     place, revision = located(name)
     with explained(name):
         written, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
-    check_sizes(written, name)
+    if isinstance(written, dict):  # anything else is refused below
+        check_sizes(written, name)
     with explained(name):
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         asked = {each._attn_implementation for each in _parts(config)} - {None, *ATTENTION}
