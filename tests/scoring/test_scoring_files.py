@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 
@@ -22,6 +23,7 @@ from soteria.scoring import indirect_effect as ie
 from soteria.scoring.heads import mean_effect
 from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
 from soteria.storage import files, paths
+from soteria.storage.paths import effect_path
 
 DATASETS = ("big_Hindi", "hot_Hindi", "hot_Tamil")
 EFFECT, MEANS = "hot_Hindi_indirect_effect.pt", "hot_Hindi_mean_head_activations.pt"
@@ -266,6 +268,55 @@ def test_a_folder_of_an_earlier_version_is_resumed_or_skipped(n_scored, step_1, 
     assert (contents(folder) == before) == (n_scored == N_TRIALS)
     written = facts(folder)
     assert [name for name in written if name in said] == list(said) and said.items() <= written.items()
+
+
+def test_what_an_earlier_run_left_counts_only_where_it_is_sound(step_1, tmp_path, capsys):
+    assert step_1("hot_Hindi") == 0
+    folder = tmp_path / "out" / "hot_Hindi"
+    whole, effects, means = tensors(folder), load_tensor(folder / EFFECT), load_tensor(folder / MEANS)
+    partial = folder / "hot_Hindi_indirect_effect.partial.pt"
+    unsound = [
+        torch.full_like(effects, torch.nan),
+        effects.double(),
+        effects[:, :2],
+        effects[:0],
+        effects.repeat(2, 1, 1),
+    ]
+    for damage in unsound[:4]:
+        (folder / EFFECT).unlink(missing_ok=True)
+        save_tensor(damage, partial)
+        save_tensor(means * torch.nan, folder / MEANS)
+        assert step_1("hot_Hindi") == 0 and tensors(folder) == whole
+    for damage in unsound:
+        save_tensor(damage, folder / EFFECT)
+        capsys.readouterr()
+        assert step_1("hot_Hindi") == 0 and tensors(folder) == whole
+        assert "damaged" in capsys.readouterr().err
+    (folder / EFFECT).write_bytes((folder / EFFECT).read_bytes()[:-100])
+    assert step_1("hot_Hindi") == 0 and tensors(folder) == whole
+
+
+def test_scores_of_other_weights_under_the_same_name_are_refused(step_1, tiny_folder, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_folder("llama"), model)
+    assert step_1("hot_Hindi", model_name=model) == 0
+    given = out / "hot_Hindi" / MEANS
+    before, weights = contents(out), model / "model.safetensors"
+    tensors_of = {name: tensor + 0.01 for name, tensor in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(tensors_of, weights, metadata={"format": "pt"})
+    assert step_1("hot_Hindi", model_name=model) == 2
+    assert "had other weights" in capsys.readouterr().err and contents(out) == before
+    elsewhere = {"model_name": model, "save_path_root": tmp_path / "more"}
+    assert step_1("hot_Hindi", **elsewhere, mean_activations_path=given) == 2
+    assert "of a model with other weights" in capsys.readouterr().err and not (tmp_path / "more").exists()
+    for task, digest in {"a": "x", "b": "y"}.items():
+        shutil.copytree(out / "hot_Hindi", tmp_path / "mixed" / f"{task}_Hindi", dirs_exist_ok=True)
+        shutil.copy(out / "hot_Hindi" / EFFECT, effect_path(tmp_path / "mixed", f"{task}_Hindi"))
+        noted = facts(out / "hot_Hindi") | {"model_sha256": digest}
+        files.write_json(tmp_path / "mixed" / f"{task}_Hindi" / "indirect_effect_args.txt", noted)
+    for tasks, digest in ((["a", "b"], None), (["a"], "y")):
+        with pytest.raises(UserError, match="has scores of Hindi of"):
+            mean_effect(tmp_path / "mixed", "Hindi", tasks, digest)
 
 
 def test_given_means_are_used_and_copied_and_those_of_another_shape_are_refused(step_1, tmp_path, capsys):

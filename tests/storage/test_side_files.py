@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.scoring.safety import mean_divergence
 from soteria.steering.checkpoint import made_before
 from soteria.storage import files, paths
+from soteria.storage.csv_files import read_table
 from soteria.storage.original import recorded
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER
 
@@ -324,3 +326,50 @@ def test_a_damaged_file_is_made_again_or_refused_in_a_sentence(write, tmp_path_f
     _, read = write(tmp_path_factory.mktemp("sound"))
     read()
     check()
+
+
+def test_facts_of_other_answers_are_refused_and_their_verdicts_are_not_kept(tmp_path):
+    answered(tmp_path)
+    judged(tmp_path)
+    csv, whole = tmp_path / "a.csv", (tmp_path / "a.csv").read_text()
+    csv.write_text(whole.replace("Take this.", "No way."))
+    said = "is about other answers than"
+    for read in (AnswerFile, measure_damage, lambda _: column_of(tmp_path, BASE_ANSWER).is_complete()):
+        with pytest.raises(UserError, match=said):
+            read(csv)
+    csv.write_text(whole)
+    (tmp_path / "v.csv").write_text((tmp_path / "v.csv").read_text().replace("Take this.", "No way."))
+    judged(tmp_path)
+    assert "No way." not in (tmp_path / "v.csv").read_text()
+
+
+def test_answers_replaced_while_they_are_judged_get_no_verdicts(tmp_path):
+    answered(tmp_path)
+    found, csv = AnswerFile(tmp_path / "a.csv"), tmp_path / "a.csv"
+    csv.write_text(csv.read_text().replace("No.", "Yes."))
+    with pytest.raises(UserError, match="was changed while its answers were judged"):
+        judge_answers(found, tmp_path / "v.csv", inputs_of(found, "refusal"), RefusalJudge)
+    assert not (tmp_path / "v.csv").exists()
+
+
+def test_answers_of_two_bases_do_not_share_a_file(tmp_path):
+    safe, base = answered(tmp_path)
+    (tmp_path / "other").mkdir()
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(UserError, match="write them to different places"):
+        replace(base, model=str(tmp_path / "other")).is_complete()
+    again = replace(
+        safe, steered=safe.steered | {"base_weights": "others"}, settings=safe.settings | {"language": "hi"}
+    )
+    again.save(["a", "b", "c"], None)  # the same name, other weights: the base's answers are stale
+    assert read_table(again.output).columns.tolist() == ["Question", SAFE_ANSWER]
+
+
+def test_a_steered_model_without_its_weights_is_made_again(tmp_path, capsys):
+    path, _ = steered_model(tmp_path)
+    inputs, weights = json.loads(path.read_text()), tmp_path / "model.safetensors"
+    assert made_before(tmp_path, inputs, []) == inputs
+    whole = weights.read_bytes()
+    for damage in (whole[:-1], None):
+        weights.unlink() if damage is None else weights.write_bytes(damage)
+        assert made_before(tmp_path, inputs, []) is None and "damaged" in capsys.readouterr().err
