@@ -8,7 +8,7 @@ from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.scoring.heads import read_heads
-from soteria.storage import outputs, paths
+from soteria.storage import files, outputs, paths
 from soteria.storage.paths import language_file
 
 
@@ -67,18 +67,21 @@ def main() -> None:
     shared = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.format == "delta":
         output = places[languages[0]]
-        write_delta(steerings, output, **shared)
+        with files.held(output.parent):  # a second identical call waits, and finds it made
+            write_delta(steerings, output, **shared)
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {factor:g}")
         return
     for language, steering in steerings.items():
         place = places[language]
         if arguments.format == "lora":
             approximately = {"rank": arguments.rank, "max_error": arguments.max_error}
-            facts = write_adapter(steering, place, language=language, **approximately, **shared)
+            with files.held(place.parent):
+                facts = write_adapter(steering, place, language=language, **approximately, **shared)
             off = f"relative error {facts['relative_error']:.2g}"
             print(f"{place}: {facts['n_heads']} heads, rank {facts['rank']}, scaling {factor:g}, {off}")
             continue
-        facts = steer_checkpoint(steering, place, language=language, **shared)
+        with files.held(place.parent):
+            facts = steer_checkpoint(steering, place, language=language, **shared)
         share = facts["share_of_parameters_changed"]
         print(f"{place}: {facts['n_heads']} heads, {share:.2%} of the parameters, scaling {factor:g}")
 

@@ -76,6 +76,17 @@ def run_in_child(
     return time.monotonic() - started
 
 
+def run_at_once(script, *every: list[str]) -> None:
+    """Run a script's `main` with each of several argument lists, all at the same time, to a successful end."""
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_main_in_child, args=(script, list(map(str, words)))) for words in every]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * len(children)
+
+
 def named_by(source: str, folder: Path) -> list[Path]:
     """The files in a folder that a table's source names, its braces expanded as a shell does."""
     choices = [part[1:-1].split(",") if part.startswith("{") else [part] for part in source.split("/")]

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+from conftest import run_at_once
 from kills import Writes
 from tiny_models import VOCABULARY, tiny_tokenizer, without_letters
 from transformers import AutoTokenizer
@@ -308,6 +310,21 @@ def started(words: list[str], **variables: object) -> multiprocessing.Process:
     child = multiprocessing.get_context("fork").Process(target=main)
     child.start()
     return child
+
+
+def test_both_columns_at_once_come_out_as_one_after_the_other(run_generate, arguments, tmp_path, monkeypatch):
+    for column in ("SAFE ANSWER", "BASE ANSWER"):
+        assert run_generate(column, output=tmp_path / "one" / "a.csv") == 0
+
+    def slowly(*given):
+        time.sleep(0.3)  # between reading the other column and writing both
+        write_table(*given)
+
+    monkeypatch.setattr(columns, "write_table", slowly)
+    every = [arguments(f"{which} ANSWER", output=tmp_path / "at_once" / "a.csv") for which in ("SAFE", "BASE", "SAFE")]
+    run_at_once(script, *every)
+    one, at_once = contents(tmp_path / "one"), contents(tmp_path / "at_once")
+    assert {name: sorted(text) for name, text in at_once.items()} == {name: sorted(text) for name, text in one.items()}
 
 
 def test_two_processes_and_two_runs_at_once_write_what_one_process_writes(run_generate, arguments, tmp_path):

@@ -12,7 +12,7 @@ import tracemalloc
 
 import pandas as pd
 import pytest
-from conftest import run_in_child
+from conftest import run_at_once, run_in_child
 from fake_endpoint import DROPPED, KEY, TRUNCATED
 from kills import Writes
 
@@ -437,6 +437,14 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes_and_ask
         assert run_script(script, *into(at)) == 0
         assert found(at) == expected
         assert len(server.asked) <= n_rows + concurrency + 1
+
+
+def test_two_identical_runs_at_once_ask_for_each_row_once(endpoint, tmp_path):
+    server = endpoint()
+    asked = words(tmp_path, SAFE=answers(30))
+    run_at_once(script, asked, asked)
+    assert len(server.asked) == 30 and judged(tmp_path) == right(30)
+    assert set(contents(tmp_path / "out")) == {"Evaluated.csv", "Evaluated.json"}
 
 
 def test_memory_does_not_grow_with_the_file(endpoint, tmp_path):

@@ -1,6 +1,7 @@
 """The files of `compute_indirect_effect.py`: names and shapes, and how a second run skips, resumes, or refuses them."""
 
 import hashlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_at_once
 
 import compute_indirect_effect
 import select_heads
@@ -317,6 +318,35 @@ def test_scores_of_other_weights_under_the_same_name_are_refused(step_1, tiny_fo
     for tasks, digest in ((["a", "b"], None), (["a"], "y")):
         with pytest.raises(UserError, match="has scores of Hindi of"):
             mean_effect(tmp_path / "mixed", "Hindi", tasks, digest)
+
+
+def test_two_identical_runs_at_once_score_each_prompt_once_and_write_the_same(
+    step_1, tmp_path, data, tiny_folder, monkeypatch
+):
+    assert step_1("hot_*", save_path_root=tmp_path / "one") == 0
+    scored, count = ie.indirect_effects, multiprocessing.Value("i", 0)
+
+    def counted(*given):
+        with count.get_lock():
+            count.value += 1
+        return scored(*given)
+
+    monkeypatch.setattr(ie, "indirect_effects", counted)
+    words = [
+        "--dataset_name",
+        "hot_*",
+        "--model_name",
+        tiny_folder("llama"),
+        "--root_data_dir",
+        data,
+        "--device",
+        "cpu",
+    ]
+    words += ["--n_shots", N_SHOTS, "--n_trials", N_TRIALS, "--save_path_root", tmp_path / "two"]
+    run_at_once(compute_indirect_effect, words, words)
+    assert count.value == 2 * N_TRIALS  # of two datasets
+    assert tensors(tmp_path / "two") == tensors(tmp_path / "one")
+    assert not list((tmp_path / "two").rglob(".*"))
 
 
 def test_given_means_are_used_and_copied_and_those_of_another_shape_are_refused(step_1, tmp_path, capsys):

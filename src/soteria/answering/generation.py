@@ -188,6 +188,8 @@ def fill(
     preset, longest = settings.get("preset"), settings["max_new_tokens"]
     inputs = all_inputs(loaded, questions, language, settings["chat_template"], preset) if loaded else None
     with journal if processes.is_first else nullcontext():
+        if processes.agree(column.is_complete()):  # by a process that was waited for
+            return
         answers = processes.agree(journal.done)
         hidden = None if processes.is_first else True
         if lacks_answers and processes.is_first:

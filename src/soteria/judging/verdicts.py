@@ -174,6 +174,10 @@ class Judged:
         """
         if self.n_failed:
             summary |= {FAILED_CALLS: self.n_failed}
+        with files.held(self.output.parent):  # another judge may be writing the same files
+            self._write(summary)
+
+    def _write(self, summary: dict) -> None:
         if self.is_new:
             files.write_json(facts_file(self.output), {"inputs_sha256": ""})  # ours, and of no inputs yet
             told = [column for column in self.given if self.refusals(column)]
@@ -215,7 +219,10 @@ def judge_answers(
         if column == BASE_ANSWER:
             path = paths.base_verdict_journal(output, hashlib.sha256(str(settings).encode()).hexdigest()[:16])
         journal = Journal(path, settings, Annotated[Text, AfterValidator(_known)], range(answers.n_rows))
-        every[column] = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
+        with journal:
+            # Another process that was waited for may be done meanwhile, and have removed what it had noted.
+            known = known or _finished(output, inputs, answers)
+            every[column] = _judge_column(judge, answers, column, journal, known.get(column, []), retry_empty)
         reasons[column] = Counter(filter(None, map(reason_of, every[column])))
         n_failed += sum(verdict.startswith(FAILED) for verdict in every[column])
     return Judged(answers, output, every, reasons, judge.description, n_failed)
@@ -236,11 +243,11 @@ def _judge_column(
 ) -> list[str]:
     """What the judge gives for each row of a column, journaled as it comes, but for calls that failed.
 
-    Rows without a verdict are held back until there is a verdict. `known` verdicts are reused.
+    Rows without a verdict are held back until there is a verdict. `known` verdicts are reused. `journal` is entered.
     """
     held: dict[int, str] = {}
     failed: dict[int, str] = {}
-    with journal, tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
+    with tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
         kept = {row: verdict for row, verdict in enumerate(known) if not reason_of(verdict)}
         if missing := {row: verdict for row, verdict in kept.items() if row not in journal.done}:
             journal.add(missing)
