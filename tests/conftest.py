@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ SHARED = ROOT.parent / "shared"
 
 # Threads waiting for one another make tiny tensors a hundred times slower on a busy machine.
 torch.set_num_threads(1)
+# A shell that runs them in the background has them ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
