@@ -373,9 +373,6 @@ def odd(place):
     }
     for name, harm in breaks.items():
         made.append(shutil.copytree(place / "base", place / f"base-{name}"))
-        (made[-1] / {"config": "config.json", "tokenizer": "tokenizer_config.json"}.get(name, "x")).unlink(
-            missing_ok=True
-        )
         harm(made[-1])
     made += [place / "icl" / "deep_Hindi.json", place / "deep.json", place / "deep.yaml"]
     for path in made[-3:]:
