@@ -224,8 +224,7 @@ class Grid(Part):
             ("model", [pair.slug for pair in self.models]),
             ("prompt set", [each.name for each in self.prompt_sets]),
         ):
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice:
+            if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"two {what}s are named {twice!r} and would share their files")
         taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
         if taken:
