@@ -22,7 +22,7 @@ from soteria import cli
 from soteria.models.loading import LoadedModel, load_model
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor
-from soteria.scoring.run import ScoringSettings, score_datasets
+from soteria.scoring.run import DatasetRun, ScoringSettings, score_runs
 from soteria.storage import paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,5 +161,6 @@ def shipped(loaded, root: Path, dataset: str, *, data: Path = paths.DATA / "icl"
     """Effects and means as `compute_indirect_effect.py` writes them, with the options that `oracle.score` takes."""
     options = {"n_shots": 3, "n_trials": 2, "dtype": "float32", **options}
     settings = ScoringSettings(model_name=loaded.name, root_data_dir=data, **options)
-    (run,), _ = score_datasets(settings, [dataset], root, Processes("cpu"), lambda: loaded)
+    run = DatasetRun(dataset, root, settings, model_sha256="")  # of a model that may lie nowhere
+    score_runs([run], Processes("cpu"), lambda: loaded)
     return load_tensor(run.effect_file), load_tensor(run.means_file)

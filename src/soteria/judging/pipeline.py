@@ -52,7 +52,8 @@ ARGUMENTS = {
 def main() -> None:
     with redirect_stdout(sys.stderr):  # whatever a library prints is no part of the plan
         words = plan(sys.argv[1:])
-    print(*words, sep="\0", end="\0")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
 
 
 def plan(given: list[str]) -> list[str]:
