@@ -90,7 +90,7 @@ def decoding_rows(device: str, tiny: bool) -> list[tuple[str, str]]:
 
 def cell_rows(device: str, tiny: bool, folder: Path) -> list[tuple[str, str]]:
     """The base and the method in one language of configs/paper.yaml, on questions that come with the project."""
-    layers, width = (2, 128) if tiny else (LAYERS, LLAMA_8B["hidden_size"])
+    layers, width = (2, 512) if tiny else (LAYERS, LLAMA_8B["hidden_size"])
     for seed, name in enumerate(("base", "tuned")):
         write_checkpoint(folder / name, layers, seed, width)
         for file in EMBEDDED.glob("tokenizer*"):

@@ -227,12 +227,15 @@ def load_weights(
 def _silent_report() -> Iterator[None]:
     """Without transformers' table of tensors that do not fit: they are refused in one sentence."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(is_other)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.removeFilter(is_other)
 
 
 def load_model(name: str, device: str | None = None, dtype: str = "auto") -> LoadedModel:
