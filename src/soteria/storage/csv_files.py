@@ -4,7 +4,6 @@ import csv
 import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from soteria.errors import UserError
 from soteria.storage import files
 
 DELIMITERS = ",;\t"
+NO_TEXT = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\xff\xfe", b"\xfe\xff")  # spreadsheets, Parquet, UTF-16
 csv.field_size_limit(sys.maxsize)  # answers can be longer than csv's default limit of 131,072 characters
 
 
@@ -66,9 +66,9 @@ class CsvFile:
 
 
 def _check_text(path: Path) -> None:
-    """Raise UserError for a file with NUL among its first bytes: a spreadsheet, an archive, or text in UTF-16."""
-    with suppress(OSError), path.open("rb") as file:
-        if b"\0" in file.read(4096):
+    """Raise UserError for a file that begins as no text does, or as one in UTF-16."""
+    with disk.open_file(path, f"{path} does not exist; give the path of a CSV file") as file:
+        if file.read(4).startswith(NO_TEXT):
             raise UserError(f"{path} is not a text file; save it as CSV in UTF-8")
 
 
@@ -76,8 +76,7 @@ def _records(path: Path, delimiter: str, *, strict: bool = True) -> Iterator[tup
     """Each record that is not blank, with the number of its last line. Bytes that are not UTF-8 become surrogates."""
     n_read = 0
     try:
-        file = disk.regular_file(path, f"{path} does not exist; give the path of a CSV file")
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=strict)
             for fields in filter(None, reader):
                 yield reader.line_num, fields
