@@ -145,7 +145,7 @@ def main() -> None:
             state = "is already complete"
             if not is_complete:
                 say = partial(announce, column, longest)
-                fill(column, language, load, processes, arguments.batch_size, say, engine)
+                fill(column, language, load, processes, arguments.batch_size, engine, say)
                 state = f"has {len(column.questions.questions)} rows"
             if processes.is_first:
                 column.forget_journal()  # a run that was killed at its very end left one

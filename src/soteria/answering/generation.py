@@ -173,8 +173,8 @@ def fill(
     load: Callable[[], LoadedModel],
     processes: Processes,
     batch_size: int,
-    announce: Callable[[int], object] = lambda n_done: None,
     engine: Engine | None = None,
+    announce: Callable[[int], object] = lambda n_done: None,
 ) -> None:
     """Generate the answers that the column's journal lacks and write the column. `load` is called only if needed.
 
