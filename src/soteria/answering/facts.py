@@ -54,7 +54,7 @@ def read_answer_facts(answers: Path) -> dict:
         return {}
     if isinstance(found, dict) and "inputs_sha256" in found:  # of verdicts, which name what was judged
         found = {key: found[key] for key in ("language", "dataset") if found.get(key)}
-    if isinstance(found, dict) and not found.keys() & {"columns", "dataset", "categories"}:
+    if isinstance(found, dict) and not found.keys() & {"columns", "dataset", "language", "categories"}:
         return {}
     if not fits(found, AnswerFacts):
         raise UserError(f"{path} is not what generate.py writes; remove it, or write the answers again")
