@@ -174,7 +174,7 @@ CASES = {
     "generate: output through a link": (GENERATE + "--output link.csv", "link.csv is a link"),
     "generate: output through a link to nothing": (GENERATE + "--output dangling.csv", "dangling.csv is a link"),
     "generate: output by a hard link": (GENERATE + "--dataset labels.csv --output hard.csv", "hard.csv is a file that"),
-    "generate: output that is a folder": (GENERATE + "--output icl", "icl exists"),
+    "generate: output that is a folder": (GENERATE + "--output icl", "icl is a folder"),
     "generate: harmless answers over another file": (
         GENERATE + "--output other.csv --benign everyday",
         "benign/other.csv",
@@ -438,7 +438,7 @@ def test_a_failure_inside_transformers_is_one_sentence_and_its_traceback_is_for_
         raise KeyError("no\nsuch \x1b[31mkey")
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    folder = shutil.copytree(place, tmp_path / "place")
+    folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
     assert command(text, folder) == 2
     said = capsys.readouterr().err
     assert "error: LlamaForCausalLM failed inside transformers (KeyError: " in said.splitlines()[-1]
@@ -522,10 +522,10 @@ def test_answers_of_the_base_that_stay_but_were_asked_otherwise_are_refused(
     place, command, tmp_path, capsys, monkeypatch
 ):
     folder = shutil.copytree(place, tmp_path / "place", symlinks=True)
-    answers, _ = paths.answer_files(folder / "results", "Hindi", "base", "questions", 1)
+    answers, _ = paths.answer_files(folder / "results", "Hindi", "chat", "questions", 1)
     made = {"chat_template": False, "max_new_tokens": 512, "language": "Hindi", "dtype": "float32"}
     files.write_json(paths.facts_file(answers), {"columns": {"BASE ANSWER": made}})
-    assert command(plan(do_base="no"), folder) == 0
+    assert command(plan(do_base="no", base="chat"), folder) == 0
     for name, value, named in (
         ("CHAT_TEMPLATE", "yes", "chat_template (True, False)"),
         ("MAX_NEW_TOKENS", "7", "max_new_tokens (7, 512)"),
@@ -534,9 +534,9 @@ def test_answers_of_the_base_that_stay_but_were_asked_otherwise_are_refused(
         with monkeypatch.context() as otherwise:
             otherwise.setenv(f"SOTERIA_{name}", value)
             capsys.readouterr()
-            assert command(plan(do_base="no"), folder) == 2
+            assert command(plan(do_base="no", base="chat"), folder) == 2
             assert named in capsys.readouterr().err
-            assert command(plan(do_base="yes"), folder) == 0  # the base is asked again too
+            assert command(plan(do_base="yes", base="chat"), folder) == 0  # the base is asked again too
 
 
 def test_what_a_later_step_would_not_write_over_is_refused_before_anything_is_steered(place, command, tmp_path, capsys):
@@ -613,7 +613,7 @@ def options_of(script: str) -> list[str]:
 
 @pytest.fixture
 def hostile_place(place, tmp_path) -> Path:
-    folder = shutil.copytree(place, tmp_path / "in" / "place")
+    folder = shutil.copytree(place, tmp_path / "in" / "place", symlinks=True)
     os.mkfifo(folder / "fifo")
     (folder / "folder").mkdir()
     (folder / "dangling").symlink_to("nowhere")

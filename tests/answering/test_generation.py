@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,8 @@ from transformers import AutoTokenizer
 import generate as script
 from soteria import cli
 from soteria.answering import columns, generation
-from soteria.answering.columns import AnswerColumn
 from soteria.answering.generation import all_inputs, answer_questions, generate
 from soteria.answering.progress import AnswerProgress
-from soteria.answering.questions import QuestionSet
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.loading import load_model
@@ -344,24 +341,3 @@ def test_two_processes_and_two_runs_at_once_write_what_one_process_writes(run_ge
     assert at_once["b.csv"] == at_once["a.csv"] == one["a.csv"]
     journals = [text for name, text in at_once.items() if name.endswith(".jsonl")]
     assert [len(text.splitlines()) for text in journals] == [1 + len(QUESTIONS)] * 2
-
-
-def test_two_columns_written_to_one_file_at_once_are_both_there(tmp_path, monkeypatch):
-    settings, write, others = {"language": "English", "max_new_tokens": N_NEW}, columns.write_table, []
-
-    def save(column: str) -> None:
-        asked = QuestionSet("asked", QUESTIONS, None)
-        AnswerColumn(tmp_path / "a.csv", column, asked, "model", settings).save(["x"] * len(QUESTIONS), None)
-
-    def write_late(table: pd.DataFrame, path: Path) -> None:
-        if not others:
-            others.append(threading.Thread(target=save, args=("BASE ANSWER",)))
-            others[0].start()
-            others[0].join(0.5)  # it must not write before this one has
-        write(table, path)
-
-    monkeypatch.setattr(columns, "write_table", write_late)
-    save("SAFE ANSWER")
-    others[0].join()
-    assert list(read_table(tmp_path / "a.csv").columns) == ["Question", "SAFE ANSWER", "BASE ANSWER"]
-    assert set(json.loads((tmp_path / "a.json").read_text())["columns"]) == {"SAFE ANSWER", "BASE ANSWER"}

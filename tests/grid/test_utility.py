@@ -302,7 +302,9 @@ def test_bad_input_ends_in_one_sentence_and_status_2(lm_eval, no_network, comman
     monkeypatch.setattr(utility, "_task_manager", lambda _: manager)
     monkeypatch.chdir(tmp_path)
     files.write_json(tmp_path / "other" / "polyglot-base_base.json", ["mine"])
-    files.write_json(tmp_path / "safe" / "soteria.json", {"format": "checkpoint", "base_weights": "other"})
+    steered = {"base_model": "x", "finetune_model": "y", "language": "Hindi", "scaling_factor": 1, "n_heads": 1}
+    steered |= {"format": "checkpoint", "base_weights": "other", "share_of_parameters_changed": 0.1}
+    files.write_json(tmp_path / "safe" / "soteria.json", steered)
     for case, (options, named) in BAD.items():
         assert command(**options) == 2, case
         told = capsys.readouterr().err.strip()

@@ -4,16 +4,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, shipped
 from tiny_models import tiny_tokenizer
 
 from soteria.errors import UserError
 from soteria.models.geometry import read_geometry
 from soteria.models.loading import LoadedModel
-from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor
 from soteria.scoring.heads import count_heads, mean_effect, rank_heads
-from soteria.scoring.run import ScoringSettings, score_datasets
 from soteria.storage import files, paths
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -40,8 +38,7 @@ def test_layers_without_heads_are_absent_from_scores_and_lists(tmp_path):
     loaded = LoadedModel("jamba", model, tiny_tokenizer(), read_geometry(model))
     assert loaded.geometry.layers == (1, 3) and loaded.geometry.n_layers == 4
     assert (0, 0) not in loaded.geometry and (3, 3) in loaded.geometry
-    settings = ScoringSettings(n_shots=2, n_trials=2, device="cpu")
-    score_datasets(settings, ["antonym_English"], tmp_path, Processes("cpu"), lambda: loaded)
+    shipped(loaded, tmp_path, "antonym_English", n_shots=2)
     stored = load_tensor(paths.effect_path(tmp_path, "antonym_English"))
     assert stored.shape == (2, 2, 4)
     effect = mean_effect(tmp_path, "English", ["antonym"])

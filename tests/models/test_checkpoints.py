@@ -162,7 +162,7 @@ def test_links_that_lead_out_of_a_model_are_not_copied_but_the_hub_caches_and_th
         ("self", "."),
     ]:
         (snapshot / name).symlink_to(target)
-        with pytest.raises(UserError, match=f"{name} is a link"):
+        with pytest.raises(UserError, match=name):
             Checkpoint.open(str(snapshot)).copy_to(tmp_path)
         (snapshot / name).unlink()
     own = shutil.copytree(base, tmp_path / "own")

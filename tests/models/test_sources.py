@@ -76,7 +76,7 @@ def test_a_gguf_file_that_cannot_be_used_is_refused_in_one_sentence_and_nothing_
     for name, said in {"two.gguf": "could not be read", "none.gguf": "no file", ".": "has 2 GGUF files"}.items():
         with pytest.raises(UserError, match=said):
             located(str(tmp_path / name))
-    (tmp_path / "results" / "models" / "one_gguf").mkdir()
+    (tmp_path / "results" / "models" / "one_gguf").mkdir(parents=True)
     (tmp_path / "results" / "models" / "one_gguf" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
         unpacked(tmp_path / "one.gguf")

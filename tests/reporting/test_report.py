@@ -100,7 +100,7 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         if self._cell:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")  # within intervals
         if self._open and self._open[-1] != "style":
             self.text += data
 

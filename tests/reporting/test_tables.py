@@ -162,7 +162,9 @@ def write_cells(results, given: dict[str, dict[str, str]], judge: str = "refusal
             words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY, "F": FILTERED}[letter] for letter in letters]
             pd.DataFrame({"Question": list("abcd"), f"Verdict_{model}": words}).to_csv(path, index=False)
             if n := letters.count("E") + letters.count("F"):
-                path.with_suffix(".json").write_text(json.dumps({model.lower(): {"unjudged": {"content filter": n}}}))
+                noted = {"judge": judge, "judge_description": judge, "rows": len(words), "inputs_sha256": ""}
+                noted[model.lower()] = {"unjudged": {"content filter": n}}
+                path.with_suffix(".json").write_text(json.dumps(noted))
 
 
 def test_rows_without_a_verdict_stand_beside_every_rate_and_both_sides_of_a_difference_are_over_the_same_rows(tmp_path):

@@ -74,7 +74,7 @@ def score_datasets(
     """
     from soteria.models.checkpoints import Checkpoint, model_digest
 
-    digest = model_digest(Checkpoint.open(settings.model_name))
+    digest = model_digest(Checkpoint.open(settings.model_name, whole=True))
     runs = [DatasetRun(dataset, root, settings, digest) for dataset in datasets]
     return runs, score_runs(runs, processes, load)
 
@@ -153,11 +153,11 @@ class DatasetRun:
     def is_finished(self) -> bool:
         """Whether the scores are complete. Raises UserError for any, even partial, that other settings made."""
         found, advice = self._noted(), "give another --save_path_root or remove that folder"
-        outputs.check_file(self.settings_file, bool(found), mend=advice)
         self.is_unsigned = bool(found) and "model_sha256" in self.described and not found.get("model_sha256")
         if not found:
             if any(path.exists() for path in (self.effect_file, self.means_file, self.partial_file)):
                 raise UserError(f"{self.folder} has scores but no readable {self.settings_file.name}; {advice}")
+            outputs.check_file(self.settings_file, is_ours=False, mend=advice)
             return False
         found = EARLIER_SETTINGS | found
         for name, now in self.described.items():
