@@ -199,12 +199,19 @@ def test_a_question_without_an_answer_is_named_and_asked_again_by_the_same_comma
     assert "engine" not in facts(tmp_path) and found(tmp_path)[0] != f"to {lost[0]}"
 
 
-def test_what_a_server_calls_reasoning_is_the_answers_thinking(endpoint, ask, chat_folder, tmp_path):
+def test_what_a_server_calls_reasoning_is_the_answers_thinking(endpoint, ask, chat_folder, tmp_path, capfd):
     message = {"content": " Yes.", "reasoning_content": "Is it?"}
     server = endpoint(lambda prompt, n: (200, {"message": message}), usage=counter(chat_folder))
     assert ask("--chat_template", model=chat_folder) == 0
     assert set(found(tmp_path)) == {"Yes."} and set(found(tmp_path, "SAFE THINKING")) == {"Is it?"}
     assert f"{ENGLISH.instruction}\n\n{QUESTIONS[0]}" in server.asked
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer.add_tokens(["[THINK]", "[/THINK]"], special_tokens=True)  # which servers leave out of texts
+    tokenizer.save_pretrained(chat_folder)
+    endpoint(lambda prompt, n: (200, "Is it? Yes."), usage=counter(chat_folder))
+    for flags, named in [([], "ask it through its chat template"), (["--chat_template"], "reasoning parser")]:
+        assert ask(*flags, model=chat_folder) == 2
+        assert named in capfd.readouterr().err and set(found(tmp_path)) == {"Yes."}
 
 
 def test_engines_that_cannot_be_used_are_refused_before_anything_is_done(endpoint, ask, tmp_path, monkeypatch, capfd):

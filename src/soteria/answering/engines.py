@@ -91,7 +91,7 @@ class ServerEngine:
         if not chats and thinking_tokens(described.tokenizer):
             raise UserError(
                 f"{described.name!r} marks its thinking by special tokens, which servers leave out of completions; "
-                "ask it with --chat_template, or with the engine vllm"
+                "ask it through its chat template, or with the engine vllm"
             )
 
         def call(row: int, each: Asked) -> Call:
@@ -146,14 +146,11 @@ class ServerEngine:
                     f"{self.name}: the answer to question {row} was cut off at {n_new} tokens, not at {asked.limit}; "
                     "serve the model with a longer context, or give --max_new_tokens that the server keeps to"
                 )
-            if asked.messages is None:
-                thought, text = None, choice["text"]
-            else:
-                message = choice["message"]
-                thought, text = (
-                    message.get("reasoning_content") or message.get("reasoning"),
-                    text_of(message["content"]),
-                )
+            message = choice["message"] if asked.messages else {}
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            text = text_of(message["content"]) if asked.messages else choice["text"]
+            if not thought and thinking_tokens(described.tokenizer):
+                return Outcome(reason="thinking and answer not told apart; serve the model with a reasoning parser")
             opened = f"<think>{thought}</think>" if thought else opened_thinking(described.tokenizer, [asked.ids])[0]
             return Outcome(f"{opened}{text}".strip())
 

@@ -167,14 +167,13 @@ class CellWork:
 
     def _measure(self, pending: list[str]) -> None:
         subject, cell = self.subject, self.cell
-        sets, needs_cost, log_probs = [name for name in pending if name != "facts"], False, None
+        sets, log_probs = [name for name in pending if name != "facts"], None
+        needs_cost = "facts" in pending and cell.with_cost
         if subject.serving and sets:
             with self.served() as engine:
                 self._answer(sets, engine)
-        if "facts" in pending and cell.with_cost:
-            needs_cost = True
-            if self.grid.benign:
-                log_probs = subject.base_log_probs(cell.language)  # while the model is the base
+        if needs_cost and self.grid.benign:
+            log_probs = subject.base_log_probs(cell.language)  # while the model is the base
         with nullcontext() if subject.serving and not needs_cost else self.steered():
             if not subject.serving:
                 self._answer(sets)
