@@ -130,7 +130,7 @@ def test_killed_at_any_moment_and_resumed_the_adapter_has_the_same_bytes(words, 
     run("warm")
     seconds, expected = run("whole"), (tmp_path / "whole" / "out" / ADAPTER).read_bytes()
     draw, stages = random.Random(0), set()
-    for index in range(5):
+    for index in range(8):
         run(str(index), draw.uniform(0.2 * seconds, seconds))
         stages.add(tuple(sorted(path.name for path in (tmp_path / str(index)).glob("*.partial/*"))))
         run(str(index))

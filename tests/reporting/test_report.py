@@ -131,7 +131,7 @@ def test_cells_are_as_given_and_an_index_of_names_is_the_first_column():
 def test_only_cells_that_were_not_run_are_empty_and_they_are_counted():
     table = pd.DataFrame({"heads": ["top", "", "all"], "ASR": ["1%", "", "–"], "KL": [0.1, None, np.nan]})
     page = read_table(table)
-    assert page.rows[1:] == [["top", "1%", "0.1000"], ["\xa0", "", ""], ["all", "–", ""]]
+    assert page.rows[1:] == [["top", "1%", "0.1000"], [" ", "", ""], ["all", "–", ""]]
     assert "3 empty cells were not run." in page.text
     assert "1 empty cell was not run." in read_table(table[["heads", "ASR"]]).text
     assert "not run." not in read_table(table[["heads"]]).text

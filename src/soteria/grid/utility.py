@@ -359,7 +359,7 @@ def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> di
     outputs.check_json(path, "inputs")
     found = read_noted(path, Measurement)
     # A hash of the model is among the rest, and earlier versions noted a path as its name.
-    if found.get("inputs", {}) | {"base_model": inputs["base_model"]} != inputs:
+    if found.get("inputs", {}) | {name: inputs[name] for name in ("base_model",) if name in inputs} != inputs:
         found = {"inputs": inputs, **measure()}
         files.write_json(path, found)
     return found

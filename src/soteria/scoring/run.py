@@ -166,6 +166,8 @@ class DatasetRun:
                 continue
             if name in NOT_NOTED_EARLIER and was is None:
                 continue
+            if name == "dtype" and now == found.get("model_dtype"):  # what `auto` was
+                continue
             if name == "model_sha256" and was != now:
                 what = f"{self.described['model_name']!r} had other weights, another config or tokenizer"
                 raise UserError(f"{self.folder} was made when {what}; {advice}")
