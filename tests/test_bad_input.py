@@ -590,7 +590,14 @@ HOSTILE = [
     *("true", "null", "{}", "[]", '{"input": "\\ud800"}', '{"nothing": 1}', "[" * 2000, "--", "-", "=", "a=b", "meta"),
     *("cpu", "cpu:7", "cuda:99", "English", "all", "*", "[", "questions.csv", "answers.csv", "icl", "base", "tuned"),
 ]
-SOUND = [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, TUNE + "--min_scaling 1 --max_scaling 2 "]
+PLAN = "reproduce grid.yaml --plan --results results "
+FETCH = "fetch_original --only icl --output fetched --git_url http://127.0.0.1:9/x "
+UTILITY = (
+    "evaluate_utility --base_model base --finetune_model tuned --language Hindi --scaling_factor 1 --head_folder heads "
+    "--tasks soteria_text --limit 1 --output out --device cpu "
+)
+TUNED = TUNE + "--min_scaling 1 --max_scaling 2 "
+SOUND = [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, TUNED, PLAN, FETCH, UTILITY]
 
 
 class _Parser(Exception):
@@ -608,7 +615,8 @@ def options_of(script: str) -> list[str]:
         try:
             importlib.import_module(script).main()
         except _Parser as caught:
-            return [action.option_strings[-1] for action in caught.args[0]._actions if action.dest != "help"]
+            found = [action for action in caught.args[0]._actions if action.option_strings and action.dest != "help"]
+            return [action.option_strings[-1] for action in found]
 
 
 @pytest.fixture
@@ -621,6 +629,8 @@ def hostile_place(place, tmp_path) -> Path:
     for name in ("deep.json", "deep.yaml"):
         (folder / name).write_text("[" * 5000 + "]" * 5000)
     (folder / "zeros.bin").write_bytes(bytes(1000))
+    grid = {"name": "g", "models": [{"base": "base", "tuned": "tuned"}], "languages": ["Hindi"], "scaling_factor": 1}
+    files.write_json(folder / "grid.yaml", grid | {"prompt_sets": ["policy"]})
     return folder
 
 
@@ -642,7 +652,7 @@ def ends_in_time(run: Callable[[], int]) -> int:
 def test_a_hostile_value_of_any_option_is_read_or_refused_in_one_sentence(text, hostile_place, command, capsys):
     before, script = listing(hostile_place), text.split()[0]
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(st.sampled_from(options_of(script)), st.sampled_from(HOSTILE)), min_size=1, max_size=2))
     def holds(given_values):
         words = " ".join(f"{option} {shlex.quote(value)}" for option, value in given_values)

@@ -129,7 +129,7 @@ class Trial(TypedDict):
 
 @side_file
 class Measured(TypedDict):
-    value: float | None  # None where there is nothing to divide by
+    value: float
 
 
 @side_file
@@ -239,7 +239,7 @@ class Tuning:
         return self._measured_from | {"n_trials": self.n_trials} | self.limits.model_dump()
 
     def journal(self) -> Journal:
-        return Journal(self.path.with_suffix(".jsonl"), self._measured_from)
+        return Journal(self.path.with_suffix(".jsonl"), self._measured_from, Base | Trial)
 
     def finished(self) -> dict | None:
         """What the file holds where it came from the same inputs, None otherwise.

@@ -152,7 +152,7 @@ def read_heads(path: Path) -> list[Head]:
         raise UserError(f"{path} is not a list of [layer, head]")
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 2 or not all(type(x) is int and x >= 0 for x in row):
-            raise UserError(f"{path}: entry {i} is {row!r}, not [layer, head]")
+            raise UserError(f"{path}: entry {i} is {row!r:.80}, not [layer, head]")
     heads = [(layer, head) for layer, head in rows]
     head, count = Counter(heads).most_common(1)[0]
     if count > 1:

@@ -172,7 +172,7 @@ class DatasetRun:
                 what = f"{self.described['model_name']!r} had other weights, another config or tokenizer"
                 raise UserError(f"{self.folder} was made when {what}; {advice}")
             if name not in INDECISIVE and was != now:
-                raise UserError(f"{self.folder} was made with {name} {repr(was)[:200]}, not {now!r}; {advice}")
+                raise UserError(f"{self.folder} was made with {name} {was!r:.80}, not {now!r:.80}; {advice}")
         # The partial file is removed last: while it exists, the run that scored the dataset was killed at its end.
         if self.partial_file.exists() or not (self.effect_file.exists() and self.means_file.exists()):
             return False

@@ -27,8 +27,8 @@ class Journal:
     """A file of finished rows, each any JSON value under its number. Its first line is the job's settings.
 
     A journal of other settings is ignored, as is everything from a broken line on: one that is not JSON, whose number
-    is not one of `rows`, or whose value does not fit the schema `values`. Rows are added inside a `with` block, which
-    one process enters at a time; the others wait.
+    was there before or is not one of `rows`, or whose value does not fit the schema `values`. Rows are added inside a
+    `with` block, which one process enters at a time; the others wait.
     """
 
     def __init__(self, path: Path, settings: dict, values: object = Any, rows: range | None = None):
@@ -48,7 +48,7 @@ class Journal:
                     found = disk.parse_json(line, str(self.path), strict=False)
                     if not isinstance(found, list) or not fits(tuple(found), self._line):
                         return
-                    if self._rows is not None and found[0] not in self._rows:
+                    if found[0] in self.done or (self._rows is not None and found[0] not in self._rows):
                         return
                     self.done[found[0]] = found[1]
                 self._sound += len(line)
