@@ -648,16 +648,21 @@ def ends_in_time(run: Callable[[], int]) -> int:
         signal.alarm(0)
 
 
-@pytest.mark.parametrize("text", SOUND, ids=lambda text: text.split()[0])
+@pytest.mark.parametrize("text", [*SOUND, plan()], ids=lambda text: text.split()[0])
 def test_a_hostile_value_of_any_option_is_read_or_refused_in_one_sentence(text, hostile_place, command, capsys):
-    before, script = listing(hostile_place), text.split()[0]
+    """Options are given again, which overrides the first; the arguments of run.sh are replaced."""
+    before, (script, *sound) = listing(hostile_place), text.split()
+    options = range(len(sound)) if text == plan() else options_of(script)
 
     @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.tuples(st.sampled_from(options_of(script)), st.sampled_from(HOSTILE)), min_size=1, max_size=2))
+    @given(st.lists(st.tuples(st.sampled_from(options), st.sampled_from(HOSTILE)), min_size=1, max_size=2))
     def holds(given_values):
-        words = " ".join(f"{option} {shlex.quote(value)}" for option, value in given_values)
+        if text == plan():
+            words = shlex.join(dict(given_values).get(at, word) for at, word in enumerate(sound))
+        else:
+            words = text.removeprefix(script) + shlex.join(word for pair in given_values for word in pair)
         try:
-            status = ends_in_time(lambda: command(f"{text} {words}", hostile_place))
+            status = ends_in_time(lambda: command(f"{script} {words}", hostile_place))
             error, after = capsys.readouterr().err, listing(hostile_place)
             assert status in (0, 2), given_values
             assert not [name for name in before if after.get(name) != before[name]], given_values
