@@ -92,8 +92,8 @@ def _run(main: Callable[[], None]) -> None:
         _say(f"error: {sentence}")
         sys.exit(2)
     finally:
-        if not _is_script():
-            _handle(before)
+        # What comes now is the interpreter taking down its modules, which takes seconds: nothing is left to interrupt.
+        _handle(dict.fromkeys(_STOPPED, signal.SIG_IGN) if _is_script() else before)
 
 
 def _end(number: int) -> int:
