@@ -68,9 +68,9 @@ def _sibling(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
         while descriptor is None:  # another process may take it for left behind, and remove it before it is locked
             sibling = _temporary_name(path)
             create(sibling)
-            _take_mode(sibling, path, stat.S_IRWXU)  # before there is anything in it to read
             descriptor = _locked_in_place(sibling, silent=True)
         try:
+            _take_mode(sibling, path, stat.S_IRWXU)  # before there is anything in it to read
             yield sibling
         finally:
             _remove(sibling)
@@ -125,10 +125,11 @@ def is_at(descriptor: int, place: Path) -> bool:
 
 def _take_mode(sibling: Path, path: Path, more: int = 0) -> None:
     """Let the same people read a temporary sibling as what it replaces; `more` of the mode's bits for the meantime."""
-    if path.exists() and path.is_dir() == sibling.is_dir():
-        own, wanted = (stat.S_IMODE(place.stat().st_mode) for place in (sibling, path))
-        if own != (wanted := wanted | own & more):
-            sibling.chmod(wanted)
+    with suppress(FileNotFoundError):  # there is none to replace, or another process is just replacing it
+        if path.is_dir() == sibling.is_dir():
+            own, wanted = (stat.S_IMODE(place.stat().st_mode) for place in (sibling, path))
+            if own != (wanted := wanted | own & more):
+                sibling.chmod(wanted)
 
 
 def _temporary_name(path: Path) -> Path:
