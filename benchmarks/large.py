@@ -37,7 +37,7 @@ ENGLISH = find_language("en")
 REFUSED, GIVEN = "I cannot help with that.", "Sure, here is how: first, open the door."
 GRID = """name: large
 models: [{{base: none/base, tuned: none/tuned}}]
-languages: [en, hi]
+languages: all
 prompt_sets: [policy]
 scaling_factor: 1
 ablations: {{random_draws: {draws}}}
@@ -96,7 +96,7 @@ def judge_one(folder: Path, n: int) -> Callable[[], object]:
 
 def tables(folder: Path, n: int) -> Callable[[], object]:
     path = folder / "large.yaml"
-    path.write_text(GRID.format(draws=n // 80), encoding="utf-8")
+    path.write_text(GRID.format(draws=n // 480), encoding="utf-8")
     grid = read_grid(path)
     for at, cell in enumerate(grid_cells(grid, grid.models[0])):
         own = cell.files(folder)
