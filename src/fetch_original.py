@@ -20,7 +20,7 @@ the hub. If a dataset requires access, set HF_TOKEN or run `hf auth login`.
 import sys
 from pathlib import Path
 
-from soteria import cli, disk
+from soteria import cli
 from soteria.errors import UserError
 from soteria.storage import original, paths
 
@@ -38,7 +38,6 @@ def main() -> None:
     arguments = parse_arguments()
     output, n_wanted, failed = arguments.output, 0, 0
     original.check_output(output)
-    disk.check_output(output / "sources.json")
     for source in original.sources(arguments.git_url):
         folders = [folder for folder in source.folders if folder.partition("/")[0] in arguments.only]
         if not folders:

@@ -56,7 +56,12 @@ def parse_arguments():
         "the model under its name or that of openai:NAME; or vllm, in this process"
     )
     add("--engine", metavar="{openai,openai:NAME,vllm}", help=engine_help)
-    add("--concurrency", type=cli.positive_int, default=16, help="with --engine openai: calls at once")
+    add(
+        "--concurrency",
+        type=cli.positive_int_up_to(cli.MOST_CALLS),
+        default=16,
+        help="with --engine openai: calls at once",
+    )
     add_selection(parser, "", "the questions")
     add("--strict", action="store_true", help="refuse a set with a row without a question, rather than leave it out")
     benign_help = (

@@ -115,9 +115,10 @@ def main() -> None:
     names = list(dict.fromkeys(arguments.judge))
     harmless = {kind: paths.harmless_file(arguments.input, kind) for kind in HARMLESS}
     given = (arguments.benign, arguments.borderline, arguments.judge_prompt, arguments.judge_system, arguments.compare)
-    own = [paths.own_verdicts(arguments.output, name) for name in names if len(names) > 1]
-    for place in (arguments.output, *own):
+    places = {name: paths.own_verdicts(arguments.output, name) for name in names} if len(names) > 1 else {}
+    for place in (arguments.output, *places.values()):
         outputs.check_csv(place, "inputs_sha256", (arguments.input, *harmless.values(), *given))
+        disk.check_output(paths.verdict_journal(place), longest=files.LONGEST)
     answers = AnswerFile(arguments.input)
     check_alike(arguments.input)
     if len(names) > 1:
@@ -140,10 +141,7 @@ def main() -> None:
     for answered in harmless.values():
         check_same_models(arguments.input, answered)
     costs = {kind: measure_damage(answered) for kind, answered in harmless.items()}
-    places = {name: paths.own_verdicts(arguments.output, name) for name in names} if len(names) > 1 else {}
     for name, place in places.items():  # refused before the others are asked
-        for path in (place, paths.facts_file(place), paths.verdict_journal(place)):
-            disk.check_output(path, longest=files.LONGEST)
         if not place.exists():
             check_judge(name, settings_of(name, names, settings), [] if name == "refusal" else labels)
     every: dict[str, Judged] = {}

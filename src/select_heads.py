@@ -49,8 +49,6 @@ def main() -> None:
         if not arguments.results:
             raise UserError("--language needs --results, the output folder of step 1")
         names = language_names(arguments.language)
-        for name in names:
-            disk.check_output(folder / paths.language_file(name))
         effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
         lists = {
             folder / paths.language_file(name): rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]

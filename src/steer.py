@@ -71,19 +71,18 @@ def main() -> None:
             write_delta(steerings, output, **shared)
         print(f"{output}: the task vector, heads of {', '.join(languages)}, scaling {factor:g}")
         return
+    write = steer_checkpoint
+    if arguments.format == "lora":
+        write, shared = write_adapter, shared | {"rank": arguments.rank, "max_error": arguments.max_error}
     for language, steering in steerings.items():
         place = places[language]
-        if arguments.format == "lora":
-            approximately = {"rank": arguments.rank, "max_error": arguments.max_error}
-            with files.held(place.parent):
-                facts = write_adapter(steering, place, language=language, **approximately, **shared)
-            off = f"relative error {facts['relative_error']:.2g}"
-            print(f"{place}: {facts['n_heads']} heads, rank {facts['rank']}, scaling {factor:g}, {off}")
-            continue
         with files.held(place.parent):
-            facts = steer_checkpoint(steering, place, language=language, **shared)
-        share = facts["share_of_parameters_changed"]
-        print(f"{place}: {facts['n_heads']} heads, {share:.2%} of the parameters, scaling {factor:g}")
+            facts = write(steering, place, language=language, **shared)
+        if arguments.format == "lora":
+            size, off = f"rank {facts['rank']}", f", relative error {facts['relative_error']:.2g}"
+        else:
+            size, off = f"{facts['share_of_parameters_changed']:.2%} of the parameters", ""
+        print(f"{place}: {facts['n_heads']} heads, {size}, scaling {factor:g}{off}")
 
 
 if __name__ == "__main__":

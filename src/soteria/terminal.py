@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 # Control characters, separators of lines and paragraphs, marks that turn the direction of text, halves of surrogates.
 _UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -21,6 +22,12 @@ def escaped(text: str) -> str:
 def one_line(text: object) -> str:
     """The text without colors, its lines joined to one, and `escaped`."""
     return escaped(re.sub(r"\s*[\n\r\v\f]\s*", " ", _COLOR.sub("", str(text)).strip()))
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line to stderr, but not again in this process."""
+    print(one_line(line), file=sys.stderr)
 
 
 class _Escaping:

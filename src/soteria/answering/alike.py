@@ -5,10 +5,11 @@ In: the JSON beside a CSV of answers, which says how each column was made.
 
 from pathlib import Path
 
+from soteria.answering.facts import AnswerFacts
 from soteria.answering.questions import RELEASE, RELEASE_TOKENS
 from soteria.errors import UserError
-from soteria.storage import files
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER, facts_file
+from soteria.storage.side_files import read_noted
 
 # What is noted of a column that differs between the two models.
 OWN = {"model_sha256", "model", "steered", "weights", "answers_sha256", "served"}
@@ -16,9 +17,8 @@ OWN = {"model_sha256", "model", "steered", "weights", "answers_sha256", "served"
 
 def how_made(answers: Path) -> dict[str, dict]:
     """The settings of each column of a CSV of answers, as far as they are noted."""
-    noted = files.read_facts(facts_file(answers)).get("columns")
-    noted = noted if isinstance(noted, dict) else {}
-    return {name: made for name in ANSWER_COLUMNS if isinstance(made := noted.get(name), dict)}
+    noted = read_noted(facts_file(answers), AnswerFacts).get("columns", {})
+    return {name: noted[name] for name in ANSWER_COLUMNS if name in noted}
 
 
 def differences(made: dict[str, dict]) -> dict[str, tuple]:

@@ -27,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 from typing_extensions import TypedDict
 
-from soteria import disk
 from soteria.answering.decoding import pad_token
 from soteria.answering.training_rows import FineTuning, Pairs, collate, training_rows
 from soteria.errors import UserError
@@ -79,8 +78,6 @@ def fine_tune(
     that do not fit it, pairs of which none fits `max_tokens`, a loss that is not finite, or an output folder that holds
     something else.
     """
-    for path in (output, paths.partial_folder(disk.check_output(output, is_folder=True))):
-        disk.check_output(path, is_folder=True, longest=files.LONGEST)
     checkpoint, output = Checkpoint.open(base, whole=True), output.resolve()
     device = processes.device or default_device()
     on_cpu = torch.device(device).type == "cpu"

@@ -31,7 +31,7 @@ from soteria.steering.formula import Steering, head_list_hash, open_steering, st
 from soteria.steering.task_arithmetic import all_parameters_steered
 from soteria.storage import files, paths
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, HARMLESS, SAFE_ANSWER
-from soteria.storage.side_files import read_noted
+from soteria.storage.side_files import is_of, read_noted
 
 HARMLESS_JUDGE = "refusal"  # whoever judges the attacks: a harmless question is either answered or refused
 
@@ -138,9 +138,7 @@ class CellWork:
     def _is_done(self, name: str) -> bool:
         if name == "facts":
             found = read_noted(self.files.facts, CellFacts)
-            # A hash of the model is among the rest, and earlier versions noted a path as its name.
-            known = found | {"base_model": self.made_from["base_model"]}
-            return self.made_from.items() <= known.items() and self._measured <= found.keys()
+            return is_of(found, self.made_from) and self._measured <= found.keys()
         column = self.column(name)
         complete = column.is_complete()
         if complete and self.subject.processes.is_first:

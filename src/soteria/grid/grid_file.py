@@ -170,7 +170,7 @@ class Answers(Part):
     max_new_tokens: Count = 512
     questions: Count | None = None  # only so many of each set, spread over it
     engine: EngineName | None = None
-    concurrency: Count = 16
+    concurrency: int = Field(default=16, gt=0, le=cli.MOST_CALLS)
 
 
 class Scoring(Part):

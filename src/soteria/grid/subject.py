@@ -188,10 +188,8 @@ class Subject:
         if self.grid.head_folder:
             return read_heads(paths.head_folder(self.grid.head_folder) / paths.language_file(language))
         answer = by if by in ANSWERS else self.grid.scoring.answer
-        self.need_scores([language], answer)
-        for run in self.dataset_runs(language, answer):
-            if not run.is_finished():
-                raise NotScored(f"waits for the scores of {language}")
+        if not all(run.is_finished() for run in self.dataset_runs(language, answer)):
+            raise NotScored(f"waits for the scores of {language}")
         effect = mean_effect(self.grid.scores(self.results, self.pair, answer), language, self.grid.tasks)
         return rank_heads(effect.abs() if by == ABSOLUTE else effect)
 

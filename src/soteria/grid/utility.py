@@ -27,7 +27,7 @@ from soteria.models.sources import hub_answers
 from soteria.scoring import prompts
 from soteria.scoring.prompts import Prompt, PromptForm, load_examples, split_examples
 from soteria.storage import files, outputs, paths
-from soteria.storage.side_files import Count, Text, read_noted, side_file
+from soteria.storage.side_files import Count, Text, is_of, read_noted, side_file
 
 # The local tasks, each a group of twelve, `<name>_<Language>`: questions after examples, and perplexity of headlines.
 ICL, TEXT = LOCAL = "soteria_icl", "soteria_text"
@@ -358,8 +358,7 @@ def read_or_measure(path: Path, inputs: dict, measure: Callable[[], dict]) -> di
     """
     outputs.check_json(path, "inputs")
     found = read_noted(path, Measurement)
-    # A hash of the model is among the rest, and earlier versions noted a path as its name.
-    if found.get("inputs", {}) | {name: inputs[name] for name in ("base_model",) if name in inputs} != inputs:
+    if not found or not is_of(found["inputs"], inputs):
         found = {"inputs": inputs, **measure()}
         files.write_json(path, found)
     return found

@@ -16,7 +16,16 @@ from huggingface_hub import snapshot_download
 from soteria import disk
 from soteria.errors import UserError, said
 from soteria.models.loading import load_geometry, parameter_names
-from soteria.models.sources import SMALL_FILES, left_unquantized, located, quantization, raw_config
+from soteria.models.sources import (
+    ADAPTER_CONFIG,
+    SMALL_FILES,
+    is_adapter,
+    left_unquantized,
+    located,
+    no_model,
+    quantization,
+    raw_config,
+)
 from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, samples, write_tensors
 from soteria.storage import files
 from soteria.storage.paths import FACTS
@@ -24,7 +33,6 @@ from soteria.storage.paths import FACTS
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A model's weights as (single file, index of shards), in the order in which transformers looks for them.
 LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_LAYOUTS = (("adapter_model.safetensors", None), ("adapter_model.bin", None))
 # What else a model folder may hold: the weights in other formats, and the hub's own files.
 NOT_COPIED = (
@@ -77,10 +85,8 @@ class Checkpoint:
             others = [pattern for pattern in NOT_COPIED if not pattern.endswith(".index.json")]
             folder = _download(place, revision, ignore_patterns=others)
             revision = folder.name
-        if whole and (folder / ADAPTER_CONFIG).exists():
-            raise UserError(
-                f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
-            )
+        if whole and is_adapter(folder):
+            raise UserError(no_model(name))
         if to_steer:
             _check_unquantized(name, folder)
         if is_local:
@@ -94,7 +100,7 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        return (self.folder / ADAPTER_CONFIG).exists()
+        return is_adapter(self.folder)
 
     @cached_property
     def config(self) -> dict:
@@ -237,7 +243,7 @@ def _find_weights(
     folder: Path, fetch: Callable[[list[str]], object], parameters: Sequence[str] | None = None
 ) -> tuple[Path, ...]:
     """A checkpoint's weight files, as transformers would choose them, each after `fetch` was called with its name."""
-    layouts = ADAPTER_LAYOUTS if (folder / ADAPTER_CONFIG).exists() else LAYOUTS
+    layouts = ADAPTER_LAYOUTS if is_adapter(folder) else LAYOUTS
     for single, index in layouts:
         fetch([single])
         if (folder / single).is_file():

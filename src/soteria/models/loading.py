@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,14 +32,13 @@ from soteria.models.encoding import encode
 from soteria.models.geometry import AttentionGeometry, read_geometry
 from soteria.models.sizes import check_sizes
 from soteria.models.sources import explained, located, quantization
+from soteria.terminal import say_once
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Put before a prompt if the tokenizer adds no beginning-of-text token, as the original does for every such model.
 BOS_TEXT = "<|endoftext|>"
 # How attention may be computed: what else a config asks for may need a GPU, a package, or code from the hub.
 ATTENTION = ("sdpa", "eager")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def load_config(name: str) -> PreTrainedConfig:
         asked = {each._attn_implementation for each in _parts(config)} - {None, *ATTENTION}
         if asked:
             names = ", ".join(sorted(map(str, asked)))
-            _say_once(f"{name}: its config asks for attention by {names}; sdpa or eager is used instead")
+            say_once(f"{name}: its config asks for attention by {names}; sdpa or eager is used instead")
             for each in _parts(config):
                 each._attn_implementation_internal = None
         return config
@@ -122,11 +120,6 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A config and those in it."""
     inner = [getattr(config, name, None) for name in config.sub_configs]
     return [config, *(part for each in inner if isinstance(each, PreTrainedConfig) for part in _parts(each))]
-
-
-@cache
-def _say_once(line: str) -> None:
-    _log.warning(line)
 
 
 def load_tokenizer(name: str):

@@ -20,6 +20,7 @@ from soteria.storage import files
 
 # Endings of the files beside the weights that define how text is tokenized and when an answer ends.
 SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+ADAPTER_CONFIG = "adapter_config.json"
 PROBE_SECONDS = 5  # how long to wait for the hub to answer at all
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Where quantizers list the modules that they leave as they were.
@@ -87,8 +88,8 @@ def explained(name: str, part: str = "model") -> Iterator[None]:
 def _why_not_loaded(name: str, part: str, error: Exception) -> str:
     place, revision = located(name)
     reason, config = said(error), raw_config(place, revision)
-    if is_adapter(place):
-        return f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
+    if is_adapter(place) and not config:
+        return no_model(name)
     if not config.get("model_type"):
         if Path(place).is_dir():
             return f"{name!r} has no readable config.json with a model_type; give a whole model folder"
@@ -124,10 +125,14 @@ def raw_config(place: str, revision: str | None = None) -> dict:
         return {}
 
 
-def is_adapter(place: str) -> bool:
-    """Whether a folder holds an adapter alone."""
-    folder = Path(place)
-    return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a LoRA adapter."""
+    return (Path(folder) / ADAPTER_CONFIG).exists()
+
+
+def no_model(name: str) -> str:
+    """The sentence for an adapter in the place of a model."""
+    return f"{name!r} is a LoRA adapter, not a model; give its base, or merge it into that and give the result"
 
 
 def _missing_package(place: str, revision: str | None) -> str | None:

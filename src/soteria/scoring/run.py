@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from soteria.scoring.notes import EARLIER_SETTINGS, ScoringNotes
 from soteria.scoring.prompts import PromptForm
 from soteria.storage import files, outputs, paths
 from soteria.storage.side_files import read_noted
+from soteria.terminal import say_once
 
 # What is written beside the scores but does not decide on their values. Scores made with other values of the rest are
 # neither skipped nor continued.
@@ -84,7 +84,7 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
     pending, n_scored = [run for run in runs if not run.is_finished()], 0
     if processes.is_first:
         for folder in dict.fromkeys(run.folder.parent for run in runs if run.is_unsigned):
-            _say_once(f"{folder} has scores without a hash of their model; they are taken for this model's")
+            say_once(f"{folder} has scores without a hash of their model; they are taken for this model's")
     if pending:
         from soteria.scoring.sweep import sweep_over
 
@@ -97,11 +97,6 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
                         run.score(sweep, processes, progress)
                         n_scored += 1
     return n_scored
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def seed_everything(seed: int) -> None:

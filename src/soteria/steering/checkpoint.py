@@ -26,7 +26,7 @@ from soteria.models.tensors import read_tensor, replace_tensor
 from soteria.steering.formula import Steering, check_steered, head_list_hash, steer
 from soteria.storage import files, outputs, paths
 from soteria.storage.paths import FACTS
-from soteria.storage.side_files import Count, PositiveCount, Text, fits, side_file
+from soteria.storage.side_files import Count, PositiveCount, Text, fits, is_of, side_file
 
 DELTA_WEIGHTS = "delta.safetensors"
 
@@ -200,8 +200,7 @@ def made_before(
     found = files.read_facts(output / FACTS)
     if overwrite:
         return None
-    # The hashes of the two models decide; their names do not, and may hold a path in folders of earlier versions.
-    if any(found.get(key) != value for key, value in inputs.items() if key not in ("base_model", "finetune_model")):
+    if not is_of(found, inputs):
         raise UserError(f"{output} exists and was not made from these inputs; remove it or give {mend}")
     if not fits(found, SCHEMAS[found["format"]]) or not _has_its_weights(output, found):
         print(f"{output} is damaged; it is made again", file=sys.stderr)

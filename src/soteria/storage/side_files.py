@@ -23,6 +23,7 @@ def _utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
+MODEL_NAMES = ("base_model", "finetune_model")
 MOST = 2**53  # that anything is counted to, as floats count
 Count, PositiveCount = (Annotated[int, Field(ge=least, le=MOST)] for least in (0, 1))
 
@@ -39,6 +40,14 @@ def fits(value: object, schema: object) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def is_of(noted: dict, inputs: dict) -> bool:
+    """Whether what was noted beside a result are these inputs.
+
+    The models' names do not count: hashes of them are among the rest, and earlier versions noted paths as names.
+    """
+    return all(noted.get(name) == value for name, value in inputs.items() if name not in MODEL_NAMES)
 
 
 def read_noted(path: Path, schema: object) -> dict:
