@@ -58,7 +58,7 @@ def main() -> None:
     # torch takes seconds to import, so the inputs above are checked first
     from soteria.models.task_vector import TaskVector
     from soteria.steering.adapter import write_adapter
-    from soteria.steering.checkpoint import steer_checkpoint
+    from soteria.steering.checkpoint import check_replaceable, steer_checkpoint, steering_inputs
     from soteria.steering.delta import write_delta
     from soteria.steering.formula import open_steering
 
@@ -74,6 +74,9 @@ def main() -> None:
     write = steer_checkpoint
     if arguments.format == "lora":
         write, shared = write_adapter, shared | {"rank": arguments.rank, "max_error": arguments.max_error}
+    for language, steering in steerings.items():  # before the first is written
+        inputs = steering_inputs(steering, arguments.format, language, arguments.dtype, arguments.rank)
+        check_replaceable(places[language], inputs, (vector.base, vector.tuned), arguments.overwrite)
     for language, steering in steerings.items():
         place = places[language]
         with files.held(place.parent):

@@ -152,6 +152,17 @@ def test_several_languages_as_checkpoints_give_a_folder_each_and_take_no_output(
     assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{x}_base_scaling_2.5" for x in LANGUAGES}
 
 
+def test_no_language_is_written_where_another_was_made_from_other_inputs(models, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr("soteria.storage.paths.RESULTS", tmp_path)
+    given = [word for word in words(models, tmp_path) if not word.startswith("--output")]
+    other = (*models[:2], shutil.copytree(models[2], tmp_path / "others"))
+    write_heads(other[2] / "Hindi_Heads.json", [(1, 1)])
+    hindi = tmp_path / "models" / "Hindi_base_scaling_2.5"
+    assert run_script(steer, *words(other, hindi, "--language", "hi")) == 0
+    assert run_script(steer, *given, *ALL) == 2
+    assert list((tmp_path / "models").iterdir()) == [hindi]
+
+
 # Refusals
 
 

@@ -43,8 +43,7 @@ def write_adapter(
     where an adapter of that rank is further than `max_error` from the steering.
     """
     vector, geometry = steering.vector, steering.vector.geometry
-    inputs = steering_inputs(steering, "lora", language, dtype or "float32")
-    inputs["max_rank"] = None if vector.tuned.is_adapter else rank
+    inputs = steering_inputs(steering, "lora", language, dtype, rank)
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     layers = tqdm(geometry.layers, desc="factors", unit="layer", disable=None)

@@ -98,7 +98,7 @@ def steer_checkpoint(
     the output folder holds something else.
     """
     vector, base = steering.vector, steering.vector.base
-    inputs = steering_inputs(steering, "checkpoint", language, dtype or "base")
+    inputs = steering_inputs(steering, "checkpoint", language, dtype)
     if made := made_before(output, inputs, (vector.base, vector.tuned), overwrite):
         return made
     base.check_links()
@@ -141,16 +141,17 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
     return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()
 
 
-def steering_inputs(steering: Steering, kind: str, language: str, dtype: str) -> dict:
-    """What a folder of one language's steering is made from; `kind` is its format."""
+def steering_inputs(steering: Steering, kind: str, language: str, dtype: str | None, rank: int | None = None) -> dict:
+    """What a folder of one language's steering is made from. `kind` is its format, `rank` what an adapter may have."""
+    vector, is_lora = steering.vector, kind == "lora"
     return {
         "format": kind,
-        **input_facts(steering.vector),
+        **input_facts(vector),
         "language": language,
         "scaling_factor": steering.scaling_factor,
-        "dtype": dtype,
+        "dtype": dtype or ("float32" if is_lora else "base"),
         "head_list_sha256": head_list_hash(steering.heads),
-    }
+    } | ({"max_rank": None if vector.tuned.is_adapter else rank} if is_lora else {})
 
 
 def steered_heads(steering: Steering) -> dict:
@@ -178,6 +179,20 @@ def versions() -> dict[str, str]:
 
 
 def made_before(
+    output: Path, inputs: dict, models: Iterable[Checkpoint], overwrite: bool = False, **words
+) -> dict | None:
+    """The facts of a folder already made from these inputs, or None if it has yet to be made.
+
+    Raises UserError as `check_replaceable` does, which gets `words`.
+    """
+    found = check_replaceable(output, inputs, models, overwrite, **words)
+    if found and not (fits(found, SCHEMAS[found["format"]]) and _has_its_weights(output, found)):
+        print(f"{output} is damaged; it is made again", file=sys.stderr)
+        return None
+    return found
+
+
+def check_replaceable(
     output: Path,
     inputs: dict,
     models: Iterable[Checkpoint],
@@ -187,7 +202,7 @@ def made_before(
     key: str = "finetune_model",
     mend: str = "--overwrite",
 ) -> dict | None:
-    """The facts of a folder already made from these inputs, or None if it has yet to be made.
+    """The facts in a folder that says it was made from these inputs; None if there is none, or it may be replaced.
 
     `key` is in the facts of every such folder. Raises UserError for a folder that lacks it, was made from other inputs
     unless `overwrite`, holds one of the models read, or cannot be written; `kind` and `mend` are words of its sentence.
@@ -195,16 +210,11 @@ def made_before(
     if any(model.folder.resolve().is_relative_to(output.resolve()) for model in models):
         raise UserError(f"{output} holds one of the models to read; give another --output")
     outputs.check_folder(output, key, kind)
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if overwrite or not output.exists() or not any(output.iterdir()):
         return None
     found = files.read_facts(output / FACTS)
-    if overwrite:
-        return None
     if not is_of(found, inputs):
         raise UserError(f"{output} exists and was not made from these inputs; remove it or give {mend}")
-    if not fits(found, SCHEMAS[found["format"]]) or not _has_its_weights(output, found):
-        print(f"{output} is damaged; it is made again", file=sys.stderr)
-        return None
     return found
 
 
