@@ -68,7 +68,6 @@ def main() -> None:
     from tqdm import tqdm
 
     from soteria.grid import utility
-    from soteria.models.checkpoints import fingerprint
     from soteria.models.loading import default_device, load_model, resolve_dtype
     from soteria.models.task_vector import TaskVector
     from soteria.steering.formula import head_list_hash, open_steering, steered_in_place
@@ -86,7 +85,7 @@ def main() -> None:
         vector = TaskVector.open(base, arguments.finetune_model)
         for name in names:
             steerings[name] = open_steering(vector, heads[name], factor, source=str(folder / paths.language_file(name)))
-            made[name] = {"finetune_weights": fingerprint(vector.tuned), "scaling_factor": factor}
+            made[name] = {"finetune_weights": vector.tuned.fingerprint, "scaling_factor": factor}
             made[name]["heads_sha256"] = head_list_hash(heads[name])
     output = arguments.output or paths.RESULTS / "utility"
     places = {name: paths.utility_file(output, base, name, factor) for name in (None, *names)}
@@ -117,13 +116,13 @@ def main() -> None:
 
 def written_model(base: str, safe: str) -> tuple[str, float]:
     """Language and scaling factor of a steered model. Raises UserError if steer.py did not make it from the base."""
-    from soteria.models.checkpoints import Checkpoint, fingerprint
+    from soteria.models.checkpoints import Checkpoint
     from soteria.steering.checkpoint import CheckpointFacts
 
     facts = read_noted(Path(safe) / paths.FACTS, CheckpointFacts)
     if facts.get("format") != "checkpoint":
         raise UserError(f"{safe} has no {paths.FACTS} of a steered checkpoint; make one with steer.py")
-    if facts["base_weights"] != fingerprint(Checkpoint.open(base)):
+    if facts["base_weights"] != Checkpoint.open(base).fingerprint:
         raise UserError(f"{safe} was not made from {base!r}; give the --base_model it was made from")
     return facts["language"], facts["scaling_factor"]
 

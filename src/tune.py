@@ -70,7 +70,7 @@ def main() -> None:
     from soteria.judging.costs import read_tasks
     from soteria.judging.judges import judge_basis
     from soteria.judging.refusal import RefusalJudge
-    from soteria.models.checkpoints import fingerprint, model_digest
+    from soteria.models.checkpoints import model_digest
     from soteria.models.loading import load_model
     from soteria.models.task_vector import TaskVector
     from soteria.scoring.notes import scored_split
@@ -100,9 +100,9 @@ def main() -> None:
             paths.tuning_file(paths.RESULTS, slug, name),
             {
                 "base_model": arguments.base_model,
-                "base_weights": fingerprint(vector.base),
+                "base_weights": vector.base.fingerprint,
                 "finetune_model": arguments.finetune_model,
-                "finetune_weights": fingerprint(vector.tuned),
+                "finetune_weights": vector.tuned.fingerprint,
                 "language": name,
                 "policy": arguments.policy,
                 "benign": arguments.benign,

@@ -200,6 +200,20 @@ def test_a_file_is_copied_whole_whether_or_not_the_kernel_can(tmp_path, monkeypa
     assert sum(told) == 300_000
 
 
+def test_one_changed_byte_anywhere_makes_another_model(tmp_path):
+    folder = write(tmp_path / "model", vocab_size=20_000)  # some megabytes
+    path = folder / "model.safetensors"
+    found, place = {Checkpoint.open(str(folder)).fingerprint}, read_places(path)["model.norm.weight"]
+    for at in (place.start, place.end - 1, path.stat().st_size // 2):
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+        found.add(Checkpoint.open(str(folder)).fingerprint)
+    assert len(found) == 4 and path.stat().st_size > 4 * 2**20
+
+
 def test_too_small_a_disk_is_refused_before_anything_is_written(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="GB free"):

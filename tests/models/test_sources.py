@@ -63,6 +63,9 @@ def test_a_gguf_file_is_a_model_wherever_one_is_taken_and_is_unpacked_once(tmp_p
     assert model_settings(str(file), find_language("hi"), 1, False)
     assert TaskVector.open(str(file), str(file)).head_changes.max() == 0
     assert folder.stat().st_mtime_ns == before and paths.model_slug(str(file)) == "tiny"
+    (folder / "model.safetensors").unlink()
+    found = load_model(str(file), "cpu").model.state_dict()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in want.items())
     want = save_tiny_gguf(file, seed=1).state_dict()
     found = load_model(str(file), "cpu").model.state_dict()
     assert torch.equal(want["lm_head.weight"], found["lm_head.weight"])

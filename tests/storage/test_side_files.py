@@ -38,7 +38,7 @@ from soteria.scoring.heads import mean_effect, read_heads, write_heads
 from soteria.scoring.notes import describe_first_tokens, scored_split
 from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.scoring.safety import mean_divergence
-from soteria.steering.checkpoint import made_before
+from soteria.steering.checkpoint import made_before, result_in
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table
 from soteria.storage.original import recorded
@@ -126,7 +126,8 @@ def steered_model(folder: Path) -> tuple[Path, Callable]:
     }
     inputs |= {"scaling_factor": 2.0}
     safetensors.torch.save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    files.write_json(folder / paths.FACTS, inputs | {"n_heads": 3, "share_of_parameters_changed": 0.1})
+    noted = {"n_heads": 3, "share_of_parameters_changed": 0.1, "weights": result_in(folder, inputs).fingerprint}
+    files.write_json(folder / paths.FACTS, inputs | noted)
 
     def read() -> None:
         facts = made_before(folder, inputs, [])
@@ -370,6 +371,8 @@ def test_a_steered_model_without_its_weights_is_made_again(tmp_path, capsys):
     inputs, weights = json.loads(path.read_text()), tmp_path / "model.safetensors"
     assert made_before(tmp_path, inputs, []) == inputs
     whole = weights.read_bytes()
-    for damage in (whole[:-1], None):
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    for damage in (whole[:-1], flipped, None):
         weights.unlink() if damage is None else weights.write_bytes(damage)
         assert made_before(tmp_path, inputs, []) is None and "damaged" in capsys.readouterr().err

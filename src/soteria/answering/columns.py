@@ -24,7 +24,7 @@ from soteria.answering.questions import QuestionSet
 from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.languages import Language
-from soteria.models.checkpoints import Checkpoint, fingerprint, model_digest, small_files
+from soteria.models.checkpoints import Checkpoint, model_digest, small_files
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
@@ -168,7 +168,7 @@ class AnswerColumn:
 
     @cached_property
     def _weights(self) -> str:
-        return fingerprint(Checkpoint.open(self.model))
+        return Checkpoint.open(self.model).fingerprint
 
     @property
     def _made(self) -> dict:

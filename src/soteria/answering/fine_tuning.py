@@ -30,7 +30,7 @@ from typing_extensions import TypedDict
 from soteria.answering.decoding import pad_token
 from soteria.answering.training_rows import FineTuning, Pairs, collate, training_rows
 from soteria.errors import UserError
-from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS, Checkpoint, fingerprint
+from soteria.models.checkpoints import ADAPTER_CONFIG, ADAPTER_LAYOUTS, Checkpoint
 from soteria.models.loading import LoadedModel, default_device, load_model
 from soteria.models.lora import LoraAdapter
 from soteria.models.processes import Processes
@@ -88,7 +88,7 @@ def fine_tune(
         "format": "merged" if merge else "adapter",
         "base_model": paths.model_name(base),
         "base_revision": checkpoint.revision,
-        "base_weights": fingerprint(checkpoint),
+        "base_weights": checkpoint.fingerprint,
         "dataset": dataset,
         "pairs_sha256": hashlib.sha256(json.dumps([*pairs.values()]).encode()).hexdigest(),
         "languages": [language.name for language in pairs],

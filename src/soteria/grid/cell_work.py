@@ -25,7 +25,6 @@ from soteria.judging.judges import check_judge, make_judge
 from soteria.judging.statistics import summarise
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers
 from soteria.languages import find_language
-from soteria.models.checkpoints import fingerprint
 from soteria.scoring.heads import Head
 from soteria.steering.formula import Steering, head_list_hash, open_steering, steered_in_place
 from soteria.steering.task_arithmetic import all_parameters_steered
@@ -68,9 +67,9 @@ class CellWork:
         if self.cell.treatment:
             vector, base = self.subject.vector, settings["model_sha256"]
             if self.steers_all:
-                steered = [fingerprint(vector.whole_tuned), ALL_PARAMETERS]
+                steered = [vector.whole_tuned.fingerprint, ALL_PARAMETERS]
             else:
-                steered = [fingerprint(vector.tuned), head_list_hash(self.heads)]
+                steered = [vector.tuned.fingerprint, head_list_hash(self.heads)]
             settings["model_sha256"] = _sha256([base, *steered, self.scaling_factor])
             settings["max_new_tokens"] = self.grid.longest(SAFE_ANSWER)
         return settings

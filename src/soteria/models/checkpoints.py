@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from soteria.models.sources import (
     quantization,
     raw_config,
 )
-from soteria.models.tensors import Place, Planned, Wrote, read_places, read_tensor, samples, write_tensors
+from soteria.models.tensors import Place, Planned, Wrote, file_hash, read_places, read_tensor, write_tensors
 from soteria.storage import files
 from soteria.storage.paths import FACTS
 
@@ -132,6 +133,18 @@ class Checkpoint:
         """The parameter that transformers loads each key into."""
         return parameter_names(str(self.folder), self.places)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all bytes of the weight files, and of an adapter's settings, since those scale its weights.
+
+        It shows when the same name stands for another model.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode() if self.is_adapter else b"")
+        with ThreadPoolExecutor() as threads:
+            for path, found in zip(self.weight_files, threads.map(file_hash, self.weight_files), strict=True):
+                digest.update(f"{path.name} {found}".encode())
+        return digest.hexdigest()
+
     def copied_bytes(self, dtype: torch.dtype | None = None) -> int:
         """The size of a copy of the weights, floating-point ones in `dtype` if it is given."""
         if dtype is None:
@@ -210,24 +223,9 @@ def _check_unquantized(name: str, folder: Path) -> None:
         )
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of 256 samples of each weight file, and of an adapter's settings, since those scale its weights.
-
-    It costs next to nothing, and shows when the same name stands for another model.
-    """
-    digest = hashlib.sha256()
-    if checkpoint.is_adapter:
-        digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for path in checkpoint.weight_files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        for piece in samples(path):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def model_digest(checkpoint: Checkpoint) -> str:
-    """A hash of a model: its `fingerprint`, and the files that define its config and how text is tokenized and ends."""
-    digest = hashlib.sha256(fingerprint(checkpoint).encode())
+    """A hash of a model: its weights, and the files that define its config and how text is tokenized and ends."""
+    digest = hashlib.sha256(checkpoint.fingerprint.encode())
     for path in small_files(checkpoint):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 The folder lies below the results and is used again for as long as the file is the same.
 """
 
-import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from soteria.errors import UserError, said
-from soteria.models.tensors import samples
+from soteria.models.tensors import file_hash
 from soteria.storage import files, paths
 
 
@@ -31,10 +30,8 @@ def gguf_file(path: Path) -> Path | None:
 
 def unpacked(gguf: Path) -> Path:
     """The folder of a GGUF file's model, made if it is not there. Raises UserError for a file that cannot be read."""
-    folder, digest = paths.unpacked_folder(paths.RESULTS, gguf), hashlib.sha256()
-    for piece in samples(gguf):
-        digest.update(piece)
-    facts = {"gguf": gguf.name, "size": gguf.stat().st_size, "sha256_of_samples": digest.hexdigest()}
+    folder = paths.unpacked_folder(paths.RESULTS, gguf)
+    facts = {"gguf": gguf.name, "xxh3": file_hash(gguf)}
     if _was_made(folder, facts):
         return folder
     with files.held(folder.parent):
@@ -48,7 +45,12 @@ def _was_made(folder: Path, facts: dict) -> bool:
     found = files.read_facts(folder / paths.FACTS)
     if folder.exists() and "gguf" not in found:
         raise UserError(f"{folder} is needed for the model of {facts['gguf']}, but holds something else; move it")
-    return found == facts
+    return found == facts | {"weights": _weights(folder)}
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """The hashes of a folder's weight files."""
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def unpack(gguf: Path, output: Path, facts: dict | None = None) -> int:
@@ -77,5 +79,5 @@ def unpack(gguf: Path, output: Path, facts: dict | None = None) -> int:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if facts:
-            files.write_json(folder / paths.FACTS, facts)
+            files.write_json(folder / paths.FACTS, facts | {"weights": _weights(folder)})
     return model.num_parameters()

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 import soteria
 from soteria.errors import UserError
 from soteria.languages import find_language
-from soteria.models.checkpoints import Checkpoint, fingerprint
+from soteria.models.checkpoints import Checkpoint
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import read_tensor, replace_tensor
@@ -64,7 +64,7 @@ class AdapterFacts(SteeredFacts):
 class DeltaFacts(Facts):
     languages: dict[Text, str]
     scaling_factor: NonNegativeFloat
-    base_projections: str
+    base_projections_xxh3: str
 
 
 @side_file
@@ -168,7 +168,7 @@ def input_facts(vector: TaskVector) -> dict:
         for fact, value in (
             ("model", paths.model_name(model.name)),
             ("revision", model.revision),
-            ("weights", fingerprint(model)),
+            ("weights", model.fingerprint),
         )
     }
 
@@ -221,7 +221,7 @@ def check_replaceable(
 def _has_its_weights(folder: Path, facts: dict) -> bool:
     """Whether the weights that a folder was made with are there and, as far as their hash is noted, unchanged."""
     try:
-        weights = fingerprint(result_in(folder, facts))
+        weights = result_in(folder, facts).fingerprint
     except (OSError, UserError):
         return False
     return facts.get("weights", weights) == weights
@@ -250,7 +250,7 @@ def describe(
     tags: Sequence[str] = ("safety", "steering"),
 ) -> None:
     """Write `soteria.json` and the model card, and add a hash of the folder's weights to the facts."""
-    facts["weights"] = fingerprint(result_in(folder, facts))
+    facts["weights"] = result_in(folder, facts).fingerprint
     data = ModelCardData(
         base_model=facts["base_model"].partition("@")[0],
         language=[find_language(language).code.split("-")[0] for language in languages],

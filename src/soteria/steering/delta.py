@@ -4,20 +4,20 @@ A delta folder holds `delta.safetensors` (tuned minus base of every layer's outp
 `heads/<Language>_Heads.json`, a model card and `soteria.json`.
 """
 
-import hashlib
 from functools import partial
 from pathlib import Path
 
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from soteria.errors import UserError
 from soteria.languages import find_language
-from soteria.models.checkpoints import Checkpoint, fingerprint
+from soteria.models.checkpoints import Checkpoint
 from soteria.models.geometry import read_geometry
 from soteria.models.loading import DTYPES, LoadedModel, load_geometry, load_weights
 from soteria.models.task_vector import TaskVector
-from soteria.models.tensors import Place, Planned, read_tensor, write_tensors
+from soteria.models.tensors import Place, Planned, read_tensor, tensor_bytes, write_tensors
 from soteria.scoring.heads import read_heads, write_heads
 from soteria.steering import formula
 from soteria.steering.checkpoint import (
@@ -34,8 +34,6 @@ from soteria.steering.formula import Steering, head_list_hash, open_steering
 from soteria.storage import files, paths
 from soteria.storage.paths import FACTS, language_file
 from soteria.storage.side_files import read_noted
-
-SAMPLES = 4096  # values hashed of each projection, to recognize the base
 
 
 def write_delta(
@@ -72,7 +70,7 @@ def write_delta(
             write_tensors(planned, folder / DELTA_WEIGHTS, bar.update)
         for language, steering in steerings.items():
             write_heads(folder / "heads" / language_file(language), steering.heads)
-        facts = inputs | {"base_projections": projections_hash(places), "versions": versions()}
+        facts = inputs | {"base_projections_xxh3": projections_hash(places), "versions": versions()}
         describe(folder, delta_card(vector.base.name, list(steerings)), list(steerings), facts)
     return facts
 
@@ -86,11 +84,10 @@ def _has_list(delta: Path, language: str, noted: str) -> bool:
 
 
 def projections_hash(places: list[Place]) -> str:
-    """A hash of samples of the output projections, the same whatever files or lossless dtype hold them."""
-    digest = hashlib.sha256()
+    """A hash (XXH3) of the output projections, the same whatever files or lossless dtype hold them."""
+    digest = xxhash.xxh3_128()
     for place in places:
-        values = read_tensor(place).reshape(-1)
-        digest.update(values[:: max(1, len(values) // SAMPLES)].float().numpy().tobytes())
+        digest.update(tensor_bytes(read_tensor(place).float()))
     return digest.hexdigest()
 
 
@@ -143,10 +140,10 @@ def load_steered(
     checkpoint = Checkpoint.open(base, [f"{name}.weight" for name in geometry.projection_names], to_steer=True)
     vector = DeltaVector(checkpoint, result_in(delta, facts), geometry)
     places = [vector.place(checkpoint, layer) for layer in geometry.layers]
-    if projections_hash(places) != facts["base_projections"]:
+    if projections_hash(places) != facts["base_projections_xxh3"]:
         raise UserError(f"{base!r} has other weights than {facts['base_model']!r} had when {delta} was made from it")
     vector.check_projections()
-    if facts.get("weights") not in (None, fingerprint(vector.tuned)):
+    if facts.get("weights") not in (None, vector.tuned.fingerprint):
         raise UserError(f"{delta} has other weights than it was written with; make it again with steer.py")
     model = load_weights(base, device, dtype)
     loaded = LoadedModel(base, model, None, read_geometry(model))
