@@ -379,6 +379,12 @@ def test_every_option_of_lora_steers_as_pefts_merge_or_is_refused(tmp_path, base
         torch.testing.assert_close(loaded(found)[name], want[name], rtol=1e-5, atol=2e-6)
 
 
+def test_an_adapter_that_holds_an_output_projection_whole_is_refused(tmp_path, base, refused):
+    first, second = (f"layers.{layer}.self_attn.o_proj" for layer in (0, 1))
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=[first], modules_to_save=[second])
+    assert f"more than LoRA factors for model.{second}" in refused(finetune_model=adapter)
+
+
 @pytest.mark.parametrize("rename", [(".lora_A.", ".lora_A.default."), ("model.model.", "model.model.language_model.")])
 def test_an_adapters_keys_may_name_it_or_a_text_part(tmp_path, base, run_steer, rename):
     adapter = write_adapter(tmp_path / "adapter", base)

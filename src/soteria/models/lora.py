@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from soteria.errors import UserError
-from soteria.models.checkpoints import Checkpoint, is_parameter
+from soteria.models.checkpoints import Checkpoint
 from soteria.models.tensors import Place, read_tensor
 
 # Initializations that leave the base's weights alone, so that B @ A is all that training changed.
@@ -43,11 +43,6 @@ def _not_understood(config: dict) -> list[str]:
     )
 
 
-def _is_factor(key: str, name: str) -> bool:
-    """Whether a key names a factor, also where the adapter was trained on a model that has a text part."""
-    return is_parameter(key, name) or is_parameter(key.replace(".language_model.", "."), name)
-
-
 class LoraAdapter:
     """The adapter in a checkpoint. Raises UserError unless it is a plain LoRA."""
 
@@ -74,21 +69,31 @@ class LoraAdapter:
     def modules(self) -> list[str]:
         """The names of the modules that the adapter changes, as the base model has them."""
         ending = ".lora_A.weight"
-        keys = [key.removesuffix(ending) for key in self._places if key.endswith(ending)]
-        return [key.removeprefix("base_model.model.") for key in keys]
+        return [key.removesuffix(ending) for key in self._places if key.endswith(ending)]
 
     @cached_property
     def _places(self) -> dict[str, Place]:
-        """The factors by their keys, without the name that PEFT gives a loaded adapter."""
-        return {key.replace(".default.weight", ".weight"): place for key, place in self.checkpoint.places.items()}
+        """The tensors by their names in the base model, without those that PEFT puts around them.
+
+        An adapter may have been trained on a model that has the base as its text part.
+        """
+        return {
+            key.removeprefix("base_model.model.")
+            .replace(".default.weight", ".weight")
+            .replace("language_model.", "", 1): place
+            for key, place in self.checkpoint.places.items()
+        }
 
     def factors(self, module: str) -> tuple[Place, Place] | None:
         """A (rank, in) and B (out, rank) of a module, or None if the adapter does not change it."""
-        a, b = (
-            [place for key, place in self._places.items() if _is_factor(key, f"{module}.lora_{x}.weight")] for x in "AB"
-        )
-        if not a and not b:
+        own = {key: place for key, place in self._places.items() if key.startswith(f"{module}.")}
+        if not own:
             return None
+        a, b = ([place for key, place in own.items() if key.endswith(f".lora_{letter}.weight")] for letter in "AB")
+        if len(own) > len(a) + len(b):  # such as a module of `modules_to_save`, whole
+            raise UserError(
+                f"{self._what} has more than LoRA factors for {module}; merge it into its base and give the result"
+            )
         if len(a) != 1 or len(b) != 1 or len(a[0].shape) != 2 or a[0].shape[:1] != b[0].shape[1:]:
             raise UserError(f"{self._what} does not have two factors of one rank for {module}; save it again")
         return a[0], b[0]
