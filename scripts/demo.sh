@@ -4,7 +4,7 @@
 #   bash scripts/demo.sh --all  the paper's twelve languages
 # A second call reuses what is done. Everything it writes is under results/ (or $SOTERIA_RESULTS).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 
 case "${1:-}" in
   "") options=() ;;

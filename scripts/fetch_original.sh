@@ -3,7 +3,7 @@
 # Needs git and a network, or mirrors. A second call fetches nothing that is there and sound.
 set -euo pipefail
 started_in=$PWD
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 root=$PWD
 source scripts/environment.sh
 cd "$started_in"

@@ -20,7 +20,7 @@ for word in "$@"; do
 done
 set -- ${words[@]+"${words[@]}"}
 # Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 if [ ! -f "$root/src/reproduce.py" ]; then root=$SLURM_SUBMIT_DIR; fi
 cd "$root"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then

@@ -34,7 +34,7 @@ USAGE
 fi
 finetune_model=$1 base_model=$2 language=$3 dataset=$4 scaling_factor=$5 do_base=$6 batch_size=$7 head_folder=$8
 
-src=$(cd "$(dirname "${BASH_SOURCE[0]}")/../src" && pwd)
+src=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")/src
 export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, the layers of the library, then every test on all cores; the notebooks are executed for real.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 extras=(requirements-test.txt requirements-utility.txt)
 source scripts/environment.sh
 ruff check .

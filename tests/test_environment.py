@@ -95,6 +95,18 @@ def test_of_two_at_once_one_waits_and_says_so(fresh):
     assert installed(fresh) == ["requirements.txt"]
 
 
+def test_scripts_are_found_through_links_and_whatever_cdpath_holds(fresh):
+    other = fresh / "other"
+    (other / "scripts").mkdir(parents=True)
+    (other / "reproduce").symlink_to(fresh / "scripts" / "reproduce.sh")
+    (other / "demo").symlink_to(fresh / "scripts" / "demo.sh")
+    for command in ("bash other/reproduce x", "bash other/demo", "bash scripts/demo.sh"):
+        child = start(fresh, command, CDPATH=str(other))
+        assert child.communicate() == ("", "") and child.returncode == 0
+        assert (fresh / "words").read_text().startswith("src/reproduce.py\n")
+        (fresh / "words").unlink()
+
+
 def test_reproduce_takes_the_users_paths_from_the_users_folder(fresh):
     (fresh / "user").mkdir()
     (fresh / "user" / "a grid.yaml").touch()
