@@ -35,26 +35,25 @@ fi
 finetune_model=$1 base_model=$2 language=$3 dataset=$4 scaling_factor=$5 do_base=$6 batch_size=$7 head_folder=$8
 
 src=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")/src
-export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results}
+export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results} PYTHONPATH=$src${PYTHONPATH:+:$PYTHONPATH}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
-# All arguments are checked first; the names of the three results come from the library.
-mapfile -d '' -t plan < <(PYTHONPATH=$src exec "$python" -m soteria.judging.pipeline "$@")
+step() {
+  "$python" "$src/$1" "${@:2}"
+}
+
+# All arguments are checked first; the names of the three results and the options come from the library.
+mapfile -d '' -t plan < <(exec "$python" -m soteria.judging.pipeline "$@")
 wait "$!" # a refusal ends this script
-safe_model=${plan[0]} answers=${plan[1]} evaluated=${plan[2]} options=("${plan[@]:3}")
+safe_model=${plan[0]} answers=${plan[1]} evaluated=${plan[2]}
+judge=("${plan[@]:4:plan[3]}") answer=("${plan[@]:4+plan[3]}")
 
 # With = a value that begins with a dash is no option.
-"$python" "$src/steer.py" --finetune_model="$finetune_model" --base_model="$base_model" --language="$language" \
+step steer.py --finetune_model="$finetune_model" --base_model="$base_model" --language="$language" \
   --scaling_factor="$scaling_factor" --head_folder="$head_folder" --output="$safe_model"
-answer=("$python" "$src/generate.py" --dataset="$dataset" --language="$language" --output="$answers"
-  --batch_size="$batch_size" ${options[@]+"${options[@]}"})
-"${answer[@]}" --model="$safe_model" --column "SAFE ANSWER"
+answer+=(--dataset="$dataset" --language="$language" --output="$answers" --batch_size="$batch_size")
+step generate.py "${answer[@]}" --model="$safe_model" --column "SAFE ANSWER"
 if [ "$do_base" = yes ]; then
-  "${answer[@]}" --model="$base_model" --column "BASE ANSWER"
+  step generate.py "${answer[@]}" --model="$base_model" --column "BASE ANSWER"
 fi
-read -ra judges <<<"${SOTERIA_JUDGE:-refusal}"
-judge_preset=${SOTERIA_JUDGE_PRESET:-}
-if [ "${judges[*]}" != refusal ]; then judge_preset=${judge_preset:-${SOTERIA_PRESET:-}}; fi
-"$python" "$src/judge.py" --input="$answers" --output="$evaluated" --judge "${judges[@]}" \
-  ${judge_preset:+--judge_preset "$judge_preset"} \
-  ${SOTERIA_JUDGE_FORMAT:+--judge_format "$SOTERIA_JUDGE_FORMAT"}
+step judge.py "${judge[@]}" --input="$answers" --output="$evaluated"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from soteria.judging import pipeline
+from soteria.storage import paths
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Stands for python3.11, and for the python of a virtual environment: pip notes what it installs in `installed`.
@@ -93,6 +96,30 @@ def test_of_two_at_once_one_waits_and_says_so(fresh):
     (fresh / "hold").unlink()
     assert (first.wait(), second.wait()) == (0, 0)
     assert installed(fresh) == ["requirements.txt"]
+
+
+def test_run_sh_hands_on_the_judges_and_options_that_were_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    pair = [str(ROOT / "data" / "models" / f"polyglot-{kind}") for kind in ("tuned", "base")]
+    arguments = [*pair, "Hindi", "policy_Hindi", "2", "yes", "8", str(tmp_path)]
+    cases = {
+        (): ["2", "--judge", "refusal"],
+        (("JUDGE", " "), ("QUESTION_COLUMN", " ")): ["2", "--judge", "refusal"],
+        (("JUDGE", "refusal\u00a0refusal"), ("PRESET", "release")): ["2", "--judge", "refusal"],
+        (("JUDGE", "refusal\nopenai:m"), ("PRESET", "release")): [
+            *("4", "--judge", "refusal", "openai:m", "--judge_preset=release")
+        ],
+        (("JUDGE", "openai:m"), ("PRESET", "release"), ("JUDGE_PRESET", "harmbench")): [
+            *("3", "--judge", "openai:m", "--judge_preset=harmbench")
+        ],
+    }
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    for variables, handed_on in cases.items():
+        with monkeypatch.context() as patch:
+            for name, value in variables:
+                patch.setenv(f"SOTERIA_{name}", value)
+            words = pipeline.plan(arguments)
+        assert words[3 : 4 + int(words[3])] == handed_on and "--question_column= " not in words
 
 
 def test_scripts_are_found_through_links_and_whatever_cdpath_holds(fresh):

@@ -1,8 +1,8 @@
 """The plan of `scripts/run.sh`, before anything is computed: are its arguments sound, and what are its files called?
 
 Run as `python -m soteria.judging.pipeline` with the eight arguments of run.sh. Prints the folder of the steered model,
-the CSV of the answers and the CSV of the verdicts, then the options of generate.py that the environment asks for, each
-ended by a zero byte, which no path or option holds.
+the CSV of the answers, the CSV of the verdicts, then the options that the environment asks for: the number of those of
+judge.py, they themselves, and those of generate.py. Each ends with a zero byte, which no path or option holds.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from soteria.answering.questions import RELEASE, benign_set, dataset_slug, longe
 from soteria.errors import UserError
 from soteria.judging.formats import FORMATS
 from soteria.judging.judges import check_judge, settings_of
-from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
+from soteria.judging.presets import PRESETS, make_settings
 from soteria.judging.refusal import phrase_lists
 from soteria.languages import Language, find_language
 from soteria.storage import outputs, paths
@@ -69,7 +69,7 @@ def plan(given: list[str]) -> list[str]:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{name}: {error}") from None
     language, dataset = arguments.language, arguments.dataset_file
-    judges = (os.environ.get("SOTERIA_JUDGE") or "refusal").split()
+    judges = list(dict.fromkeys((os.environ.get("SOTERIA_JUDGE") or "").split())) or ["refusal"]
     strict, with_template = (_truth(f"SOTERIA_{name}") for name in ("STRICT", "CHAT_TEMPLATE"))
     selected, selected_benign = _selection(""), _selection("BENIGN_")
     _read(dataset, language, selected, strict)
@@ -85,7 +85,8 @@ def plan(given: list[str]) -> list[str]:
         from soteria.models.loading import check_chat_template  # transformers takes seconds to import
 
         check_chat_template(arguments.base_model, "SOTERIA_CHAT_TEMPLATE=yes")
-    settings = _settings()
+    judging = _judging("" if judges == ["refusal"] else preset)
+    settings = make_settings(**judging)
     for judge in judges:
         check_judge(judge, settings_of(judge, judges, settings))  # better refused now than after all answers
     named = (language.name, arguments.base_model)
@@ -96,7 +97,8 @@ def plan(given: list[str]) -> list[str]:
         _check_base(answers, wanted | ({"preset": preset} if preset else {}))
     sets = [find_local(name) for name in (dataset, *(name for given in harmless.values() for name in given))]
     _check_outputs(steered, (answers, verdicts), [kind for kind, given in harmless.items() if given], judges, sets)
-    words = [steered, answers, verdicts]
+    asked = [f"--judge_{name}={value}" for name, value in judging.items() if value]
+    words = [steered, answers, verdicts, 1 + len(judges) + len(asked), "--judge", *judges, *asked]
     options = [("preset", [preset] if preset else []), ("max_new_tokens", [longest] if longest else [])]
     options += [*harmless.items(), *selected.items()]
     options += [(f"benign_{name}", values) for name, values in selected_benign.items()]
@@ -133,7 +135,8 @@ def _selection(prefix: str) -> dict[str, list[str]]:
     """What the environment says of the part of a set to ask, by option of generate.py; `;` parts conditions."""
     given = {option: os.environ.get(f"SOTERIA_{prefix}{name}") for option, name in SELECTION.items()}
     found = {option: text.split(";") if option == "where" else [text] for option, text in given.items() if text}
-    return {option: [text for text in texts if text.strip()] for option, texts in found.items()}
+    found = {option: [text for text in texts if text.strip()] for option, texts in found.items()}
+    return {option: texts for option, texts in found.items() if texts}
 
 
 def _read(dataset: str, language: Language, selected: dict[str, list[str]], strict: bool) -> None:
@@ -182,15 +185,15 @@ def _check_outputs(
         outputs.check_csv(place, "inputs_sha256", inputs)
 
 
-def _settings() -> JudgeSettings:
-    """How the environment has the judge asked. Raises UserError for a name that is none."""
+def _judging(preset: str) -> dict[str, str | None]:
+    """How the environment has judges asked, by a preset if it says no other. Raises UserError for unknown names."""
     given = {}
     for name, known in (("preset", PRESETS), ("format", FORMATS)):
         variable = f"SOTERIA_JUDGE_{name.upper()}"
         given[name] = os.environ.get(variable) or None
         if given[name] and given[name] not in known:
             raise UserError(f"{variable} is {given[name]!r}; give one of {', '.join(known)}")
-    return make_settings(**given)
+    return given | {"preset": given["preset"] or preset or None}
 
 
 if __name__ == "__main__":
