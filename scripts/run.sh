@@ -38,8 +38,22 @@ src=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")/src
 export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results} PYTHONPATH=$src${PYTHONPATH:+:$PYTHONPATH}
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
-step() {
-  "$python" "$src/$1" "${@:2}"
+stop() { # end the step that runs, which says so; where none does, say it here
+  trap '' INT TERM
+  ended=0
+  if [ -n "${!-}" ]; then
+    kill "$!" 2>/dev/null || :
+    wait "$!" || ended=$?
+  fi
+  case $ended in 130 | 143) ;; *) echo "$1; run the same command again to resume" >&2 ;; esac
+  exit "$2"
+}
+trap 'stop interrupted 130' INT
+trap 'stop terminated 143' TERM
+
+step() { # in the background, so that a signal to this script alone ends it, too
+  "$python" "$src/$1" "${@:2}" &
+  wait "$!"
 }
 
 # All arguments are checked first; the names of the three results and the options come from the library.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -46,11 +47,16 @@ def fresh(tmp_path) -> Path:
 def start(root: Path, command: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "PATH": f"{root / 'bin'}:{os.environ['PATH']}", **variables}
     environment.pop("SOTERIA_RESULTS", None) if "SOTERIA_RESULTS" not in variables else None
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(["bash", "-c", f"set -euo pipefail; {command}"], cwd=root, env=environment, **pipes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(["bash", "-c", f"set -euo pipefail; {command}"], cwd=root, env=environment, **options)
 
 
 SETUP = "cd .; source scripts/environment.sh"
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def installed(root: Path) -> list[str]:
@@ -86,11 +92,42 @@ def test_an_installation_that_fails_ends_in_one_sentence_and_is_tried_again(fres
     assert installed(fresh) == ["requirements.txt"] * 2
 
 
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_during_the_set_up_is_not_taken_for_a_network_that_fails(fresh, number, said):
+    (fresh / "hold").touch()
+    child = start(fresh, SETUP)
+    wait_for(fresh / "installed")
+    os.killpg(child.pid, number)
+    shown = child.communicate()[1]  # the shell itself notes a command that a signal ends
+    assert shown.endswith(f"{said}; run the same command again to resume\n") and "error" not in shown
+    assert child.returncode == 128 + number
+
+
+# Stands for the python of run.sh: its plan, and a first step that works until it is told to end.
+STEPS = """#!/bin/bash
+case "$*" in
+  "-m soteria.judging.pipeline "*) printf '%s\\0' model answers verdicts 2 --judge refusal ;;
+  *) trap 'echo "terminated; run" >&2; exit 143' TERM; touch started; while :; do sleep 0.01; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_run_sh_ends_the_step_that_runs_and_says_so_once(fresh, number, whole_group):
+    (fresh / "bin" / "python3").write_text(STEPS)
+    child = start(fresh, "exec bash scripts/run.sh 1 2 3 4 5 6 7 8")
+    wait_for(fresh / "started")
+    (os.killpg if whole_group else os.kill)(child.pid, number)
+    assert child.communicate()[1].count("; run") == 1 and child.returncode == 128 + number
+    with pytest.raises(ProcessLookupError):  # nothing goes on
+        os.killpg(child.pid, 0)
+
+
 def test_of_two_at_once_one_waits_and_says_so(fresh):
     (fresh / "hold").touch()
     first = start(fresh, SETUP)
-    while not (fresh / "installed").exists():
-        time.sleep(0.01)
+    wait_for(fresh / "installed")
     second = start(fresh, SETUP)
     assert second.stderr.readline() == "waiting for another process that is making .venv\n"
     (fresh / "hold").unlink()
