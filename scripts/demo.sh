@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 
-case "${1:-}" in
+case "$*" in
   "") options=() ;;
   --all) options=(--language all --name demo_all) ;;
   *) echo "usage: bash scripts/demo.sh [--all]" >&2; exit 2 ;;

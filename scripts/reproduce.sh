@@ -13,15 +13,23 @@ set -euo pipefail
 words=() previous=
 for word in "$@"; do
   case $word in --results=*) word=${word#*=} previous=--results words+=(--results) ;; esac
-  if [[ $word != /* ]] && { [ "$previous" = --results ] || { [ ${#words[@]} = 0 ] && [ -f "$word" ]; }; }; then
-    word=$PWD/$word
+  if [[ $previous = --results || ( -f $word && ( ${#words[@]} = 0 || $word = *.y*ml ) ) ]]; then
+    case $word in /*) ;; *) word=$PWD/$word ;; esac
   fi
   words+=("$word") previous=$word
 done
 set -- ${words[@]+"${words[@]}"}
 # Slurm runs a copy of this file that lies elsewhere: submit from the repository's root.
 root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
-if [ ! -f "$root/src/reproduce.py" ]; then root=$SLURM_SUBMIT_DIR; fi
+if [ ! -f "$root/src/reproduce.py" ]; then root=${SLURM_SUBMIT_DIR:-$root}; fi
+processes=${SOTERIA_PROCESSES:-1}
+if [ ! -f "$root/src/reproduce.py" ]; then
+  echo "error: $root is not the repository; call or submit scripts/reproduce.sh from the repository's root" >&2
+  exit 2
+elif [[ ! $processes =~ ^[1-9][0-9]{0,2}$ ]]; then
+  echo "error: SOTERIA_PROCESSES must be a whole number from 1 to 999; set it, or leave it out" >&2
+  exit 2
+fi
 cd "$root"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   set -- "$@" --shard "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"
@@ -29,5 +37,5 @@ fi
 extras=(requirements-utility.txt) # lm-eval
 source scripts/environment.sh
 launcher=(python)
-[ "${SOTERIA_PROCESSES:-1}" -gt 1 ] && launcher=(torchrun --standalone --nproc_per_node "$SOTERIA_PROCESSES")
+[ "$processes" -gt 1 ] && launcher=(torchrun --standalone --nproc_per_node "$processes")
 exec "${launcher[@]}" src/reproduce.py "$@"

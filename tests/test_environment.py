@@ -124,17 +124,6 @@ def test_a_signal_to_run_sh_ends_the_step_that_runs_and_says_so_once(fresh, numb
         os.killpg(child.pid, 0)
 
 
-def test_of_two_at_once_one_waits_and_says_so(fresh):
-    (fresh / "hold").touch()
-    first = start(fresh, SETUP)
-    wait_for(fresh / "installed")
-    second = start(fresh, SETUP)
-    assert second.stderr.readline() == "waiting for another process that is making .venv\n"
-    (fresh / "hold").unlink()
-    assert (first.wait(), second.wait()) == (0, 0)
-    assert installed(fresh) == ["requirements.txt"]
-
-
 def test_run_sh_hands_on_the_judges_and_options_that_were_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     pair = [str(ROOT / "data" / "models" / f"polyglot-{kind}") for kind in ("tuned", "base")]
@@ -171,6 +160,39 @@ def test_scripts_are_found_through_links_and_whatever_cdpath_holds(fresh):
         (fresh / "words").unlink()
 
 
+@pytest.mark.parametrize(
+    ("command", "variables", "said"),
+    [
+        ("reproduce.sh x", {"SOTERIA_PROCESSES": "two"}, "error: SOTERIA_PROCESSES"),
+        ("reproduce.sh x", {"SOTERIA_PROCESSES": "0"}, "error: SOTERIA_PROCESSES"),
+        ("demo.sh --all --results x", {}, "usage: "),
+    ],
+)
+def test_words_that_a_script_would_pass_over_are_refused(fresh, command, variables, said):
+    child = start(fresh, f"bash scripts/{command}", **variables)
+    shown = child.communicate()[1]
+    assert child.returncode == 2 and shown.startswith(said) and shown.count("\n") == 1
+    assert not (fresh / ".venv").exists()
+
+
+def test_a_copy_of_reproduce_sh_elsewhere_says_where_to_call_it_from(fresh):
+    (fresh / "spool" / "job").mkdir(parents=True)
+    shutil.copy(fresh / "scripts" / "reproduce.sh", fresh / "spool" / "job")
+    child = start(fresh, "unset SLURM_SUBMIT_DIR; bash spool/job/reproduce.sh x")
+    assert child.communicate()[1].startswith("error: ") and child.returncode == 2
+
+
+def test_of_two_at_once_one_waits_and_says_so(fresh):
+    (fresh / "hold").touch()
+    first = start(fresh, SETUP)
+    wait_for(fresh / "installed")
+    second = start(fresh, SETUP)
+    assert second.stderr.readline() == "waiting for another process that is making .venv\n"
+    (fresh / "hold").unlink()
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert installed(fresh) == ["requirements.txt"]
+
+
 def test_reproduce_takes_the_users_paths_from_the_users_folder(fresh):
     (fresh / "user").mkdir()
     (fresh / "user" / "a grid.yaml").touch()
@@ -178,6 +200,7 @@ def test_reproduce_takes_the_users_paths_from_the_users_folder(fresh):
     cases = {
         "'a grid.yaml' --results 'my out'": [f"{user}/a grid.yaml", "--results", f"{user}/my out"],
         "configs/x.yaml --results=/out --plan": ["configs/x.yaml", "--results", "/out", "--plan"],
+        "--plan 'a grid.yaml'": ["--plan", f"{user}/a grid.yaml"],
         "--results ../out configs/x.yaml": ["--results", f"{user}/../out", "configs/x.yaml"],
     }
     for words, handed_on in cases.items():
