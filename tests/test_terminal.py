@@ -40,3 +40,12 @@ def test_whatever_is_printed_logged_or_warned_of_reaches_the_terminal_escaped(mo
         assert not set("\x1b\x07\x08\x9b\u202e\u2066\udc80\x7f") & set(text)
     assert "\nfirst second third" in shown and "third " * 100 not in shown
     assert warned == "warning: a \\x1bb\n"
+
+
+def test_what_the_terminals_encoding_lacks_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with safe_terminal():
+        print("50% – 100%", "हिन्दी"[:1])
+    out.flush()
+    assert out.buffer.getvalue() == b"50% \\u2013 100% \\u0939\n"

@@ -31,15 +31,19 @@ def say_once(line: str) -> None:
 
 
 class _Escaping:
-    """A stream that escapes what is written to it, but for what progress bars write: returns and steps upwards."""
+    """A stream that escapes what is written to it, but for what progress bars write: returns and steps upwards.
+
+    What the stream's encoding lacks is escaped too.
+    """
 
     def __init__(self, stream, *, with_bars: bool):
-        self._stream = stream
+        self._stream, self._encoding = stream, getattr(stream, "encoding", None) or "utf-8"
         self._parts = re.compile(f"(\r|\x1b\\[A|{_UNSAFE})" if with_bars else f"({_UNSAFE})")
         self._kept = ("\r", "\x1b[A") if with_bars else ()
 
     def write(self, text: str) -> int:
-        self._stream.write(self._parts.sub(lambda it: it[0] if it[0] in self._kept else escaped(it[0]), text))
+        shown = self._parts.sub(lambda it: it[0] if it[0] in self._kept else escaped(it[0]), text)
+        self._stream.write(shown.encode(self._encoding, "backslashreplace").decode(self._encoding))
         return len(text)
 
     def __getattr__(self, name: str):
