@@ -28,6 +28,7 @@ from soteria.answering.progress import AnswerProgress
 from soteria.errors import UserError
 from soteria.languages import find_language
 from soteria.models.loading import load_model
+from soteria.models.processes import Processes
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.paths import first_token_file
 
@@ -322,6 +323,14 @@ def test_both_columns_at_once_come_out_as_one_after_the_other(run_generate, argu
     run_at_once(script, *every)
     one, at_once = contents(tmp_path / "one"), contents(tmp_path / "at_once")
     assert {name: sorted(text) for name, text in at_once.items()} == {name: sorted(text) for name, text in one.items()}
+
+
+def test_a_world_size_that_is_no_number_is_refused_and_an_empty_one_is_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
+        Processes("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert Processes("cpu").count == 1
 
 
 def test_two_processes_and_two_runs_at_once_write_what_one_process_writes(run_generate, arguments, tmp_path):

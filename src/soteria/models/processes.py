@@ -15,7 +15,10 @@ class Processes:
 
     def __init__(self, device: str | None):
         self.count, self.index, self.device, self._state = 1, 0, device, None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # set by the launchers
+        size = os.environ.get("WORLD_SIZE") or "1"  # set by the launchers
+        if not size.isdecimal():
+            raise UserError(f"WORLD_SIZE is {size!r}; unset it, or start with torchrun or accelerate launch")
+        if int(size) > 1:
             from accelerate import PartialState
 
             self._state = PartialState(cpu=device == "cpu")
