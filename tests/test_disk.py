@@ -44,8 +44,8 @@ def test_an_output_needs_a_name_and_folders_that_can_be_made(tmp_path, monkeypat
             with pytest.raises(UserError, match=r"name"):
                 disk.check_output(Path(path), is_folder=is_folder)
     Path("file").touch()
-    for path, is_folder in (("file/below", False), ("file", True), ("\0", False)):
-        with pytest.raises(UserError, match=r"cannot be written|not a folder"):
+    for path, is_folder in (("file/below", False), ("file", True), ("\0", False), ("\udcff/new", False)):
+        with pytest.raises(UserError, match=r"cannot be written|not a folder|not UTF-8"):
             disk.check_output(Path(path), is_folder=is_folder)
     for path in ("file", "new/sub/file"):
         assert disk.check_output(Path(path)) == Path(path)

@@ -152,6 +152,8 @@ def check_output(path: Path, *, is_folder: bool = False, longest: int = MAX_NAME
     wanted = "folder" if is_folder else "file"
     if path.name in ("", ".."):
         raise UserError(f"{str(path)!r} cannot be written: it names no new {wanted}; give it a name")
+    if any("\ud800" <= c <= "\udfff" for c in str(path.absolute())):
+        raise UserError(f"{str(path)!r} is not UTF-8, which not all libraries can write to; give another output")
     if len(name := os.fsencode(path.name)) > longest:
         start = name[:40].decode(errors="replace")
         raise UserError(f"the name {start!r}… of {len(name)} bytes is too long; give one of at most {longest}")
