@@ -143,6 +143,13 @@ def test_a_copy_has_only_the_weights_that_transformers_would_load_and_can_be_wri
     assert all(path.stat().st_mode & 0o200 for path in [target, *target.iterdir()])
 
 
+def test_a_folder_that_is_no_model_is_refused_without_reading_through_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"has no model.safetensors and no other weights"):
+        Checkpoint.open(str(tmp_path))
+
+
 def test_links_that_lead_out_of_a_model_are_not_copied_but_the_hub_caches_and_those_of_weights_are(tmp_path, base):
     (tmp_path / "secret.txt").write_text("key")
     (tmp_path / "keys").mkdir()

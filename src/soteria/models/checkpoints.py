@@ -91,7 +91,8 @@ class Checkpoint:
         if to_steer:
             _check_unquantized(name, folder)
         if is_local:
-            disk.check_tree(folder, NOT_COPIED)
+            if (folder / "config.json").exists() or is_adapter(folder):  # no model is refused below, unread
+                disk.check_tree(folder, NOT_COPIED)
             found = _find_weights(folder, lambda names: None)
         else:
             found = _find_weights(folder, lambda names: _download(place, revision, allow_patterns=names), parameters)
