@@ -223,7 +223,7 @@ def test_one_changed_byte_anywhere_makes_another_model(tmp_path):
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="MB free"):
         Checkpoint.open(str(base)).copy_to(tmp_path)
     assert not list(tmp_path.iterdir())
 

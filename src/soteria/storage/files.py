@@ -211,6 +211,6 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free but {needed / 1e9:.2f} GB are needed; "
+            f"{folder.parent} has {free / 1e6:,.1f} MB free but {needed / 1e6:,.1f} MB are needed; "
             "free some space or give another --output"
         )
