@@ -70,6 +70,19 @@ def test_sigterm_ends_a_script_with_143_after_it_cleaned_up(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_second_signal_does_not_interrupt_the_cleaning_up(tmp_path, capsys):
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            (tmp_path / "cleaned").touch()
+
+    assert exit_status(main) == 130 and (tmp_path / "cleaned").exists()
+    assert capsys.readouterr().err.count("interrupted; run") == 1
+
+
 WRITES = {
     "tensor": lambda folder, big: save_tensor(big, folder / "a.pt"),
     "pickle": lambda folder, big: torch.save(big, folder / "b.pt"),

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ from soteria.terminal import one_line, safe_terminal
 
 DEBUG = "--debug"
 MODEL = "hub id (id@revision too), folder, or .gguf file"  # what a model may be given as
+GRACE_S = 5  # after a signal, in which another one is taken for the same
 _STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -41,8 +43,17 @@ def _leave(number: int, _frame: object) -> NoReturn:
     os._exit(128 + number)
 
 
-def _terminate(_number: int, _frame: object) -> NoReturn:
-    raise _Terminated
+def _stopper() -> Callable[[int, object], None]:
+    """What a signal does during work: it ends it. Another one soon after does not interrupt the cleaning up."""
+    stopped_at = -math.inf
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped_at
+        if time.monotonic() - stopped_at > GRACE_S:
+            stopped_at = time.monotonic()
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+
+    return stop
 
 
 def _handle(handlers: dict[int, Callable]) -> dict[int, Callable]:
@@ -71,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _run(main: Callable[[], None]) -> None:
-    before = _handle({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate})
+    before = _handle(dict.fromkeys(_STOPPED, _stopper()))
     try:
         try:
             main()
