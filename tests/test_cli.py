@@ -83,6 +83,37 @@ def test_a_second_signal_does_not_interrupt_the_cleaning_up(tmp_path, capsys):
     assert capsys.readouterr().err.count("interrupted; run") == 1
 
 
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("raise ModuleNotFoundError('no', name='sklearn')", "error: the package sklearn is not installed; run `source"),
+        ("raise ValueError('TQDM_NCOLS')", "error: the modules cannot be loaded (TQDM_NCOLS); check the environment"),
+    ],
+)
+def test_modules_that_cannot_be_loaded_are_one_sentence(module, said, tmp_path):
+    (tmp_path / "sklearn.py").write_text(module)
+    command = [sys.executable, SRC / "compute_indirect_effect.py", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
+    assert exit_status(fails(ModuleNotFoundError("no", name="sklearn"))) == 2
+
+
+def test_python_without_docstrings_is_refused():
+    command = [sys.executable, SRC / "select_heads.py", "--results", "x", "--language", "hi", "--head_folder", "x"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONOPTIMIZE": "2"}, capture_output=True, text=True)
+    assert ended.returncode == 2 and "PYTHONOPTIMIZE" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_closed_streams_are_no_traceback_and_nothing_printed_gets_into_files(tmp_path):
+    command = f"exec {sys.executable} {SRC / 'select_heads.py'}"
+    for arguments, status in (("--help", 0), ("--results x --language hi --head_folder x", 2)):
+        shell = ["bash", "-c", f"{command} {arguments} <&- >&- 2>{tmp_path / 'shown'}"]
+        assert subprocess.run(shell, cwd=tmp_path).returncode == status
+        assert "Traceback" not in (tmp_path / "shown").read_text()
+        assert subprocess.run(["bash", "-c", f"{command} {arguments} <&- >&- 2>&-"], cwd=tmp_path).returncode == status
+
+
 WRITES = {
     "tensor": lambda folder, big: save_tensor(big, folder / "a.pt"),
     "pickle": lambda folder, big: torch.save(big, folder / "b.pt"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from soteria import disk
-from soteria.errors import UserError, explain
+from soteria.errors import UserError, explain, said
 from soteria.terminal import one_line, safe_terminal
 
 DEBUG = "--debug"
@@ -66,8 +66,34 @@ def _handle(handlers: dict[int, Callable]) -> dict[int, Callable]:
     return before
 
 
+def _cannot_load(_kind: type, error: BaseException, _trace: object) -> NoReturn:
+    """End a script that cannot load its modules."""
+    if wants_tracebacks():
+        traceback.print_exception(error)
+    failed = f"the modules cannot be loaded ({said(error)}); check the environment variables and the packages"
+    _say(f"error: {_missing(error) or failed}")
+    os._exit(2)
+
+
+def _missing(error: BaseException) -> str | None:
+    """What to do about a package that is not installed; None for another error."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    fix = "run `source .venv/bin/activate`, or `pip install -r requirements.txt`"
+    return f"the package {error.name} is not installed; {fix}"
+
+
+def _open_closed() -> None:
+    """Have standard streams that are closed lead nowhere: the next file opened would get what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the lowest number is free, which is its own
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+
+
 if _is_script():
     _handle(dict.fromkeys(_STOPPED, _leave))
+    _open_closed()
+    sys.excepthook = _cannot_load
 
 
 def run(main: Callable[[], None]) -> None:
@@ -83,8 +109,11 @@ def run(main: Callable[[], None]) -> None:
 
 def _run(main: Callable[[], None]) -> None:
     before = _handle(dict.fromkeys(_STOPPED, _stopper()))
+    sys.excepthook = sys.__excepthook__
     try:
         try:
+            if sys.flags.optimize > 1:
+                raise UserError("transformers needs the docstrings that PYTHONOPTIMIZE=2 takes away; unset it")
             main()
         finally:
             _flush()
@@ -144,8 +173,9 @@ def _sentence(error: Exception) -> str | None:
     """What to say of an error; None for a fault of this project's own, which needs its traceback."""
     if known := disk.explained(error):
         return str(known)
-    found = explain(error)
-    return found and f"{found}; {DEBUG} shows where"
+    if found := explain(error):
+        return f"{found}; {DEBUG} shows where"
+    return _missing(error)
 
 
 class _Flag(argparse.Action):
