@@ -21,8 +21,10 @@ from soteria.answering.decoding import (
     token_budget,
 )
 from soteria.errors import UserError
+from soteria.judging.costs import icl_accuracy
 from soteria.models import memory
 from soteria.models.memory import TokenBudget
+from soteria.scoring.prompts import Example, Split
 
 END = 0
 WORLD = 10**9  # room for everything
@@ -173,3 +175,18 @@ def test_texts_of_unlike_lengths_share_no_batch_where_padding_is_read(tiny_loade
     assert decode(loaded, prompts, [5] * 9, TokenBudget(WORLD)) == want[0]
     torch.testing.assert_close(first_token_log_probs(loaded, prompts, 4), want[1], rtol=0, atol=1e-4)
     assert all(len(each) == 1 for each in lengths)
+
+
+def test_a_model_whose_numbers_are_not_finite_gives_no_answers(tiny_loaded, monkeypatch):
+    """Its most probable token would be the first one, again and again."""
+    loaded, split = tiny_loaded("llama"), Split(*[[Example("hot", "cold")] * 20] * 3)
+    monkeypatch.setattr(
+        loaded.model.lm_head, "forward", lambda states: states @ torch.full((32, VOCABULARY), torch.nan)
+    )
+    for ask in (
+        lambda: decode(loaded, [[5, 6]], [2], TokenBudget(WORLD)),
+        lambda: first_token_log_probs(loaded, [[5, 6]], 1),
+        lambda: icl_accuracy(loaded, {"antonym": split}, 0, 1),
+    ):
+        with pytest.raises(UserError, match="not finite in float32"):
+            ask()

@@ -112,7 +112,7 @@ class Batch:
 
     def __init__(self, loaded: LoadedModel, texts: list[list[int]]):
         """`texts`: token ids of each row."""
-        self.model, self.length = loaded.model, max(map(len, texts))
+        self.loaded, self.length = loaded, max(map(len, texts))
         self._ids, self._mask = left_padded(texts, pad_token(loaded))
         self._cache = None
         self._takes_positions = takes_positions(loaded.model)
@@ -126,9 +126,9 @@ class Batch:
         return self._cache is None or type(self._cache) is DynamicCache
 
     def logits(self) -> Tensor:
-        """Feed the new tokens; returns float logits (rows, vocabulary) at each row's last token."""
-        device, at = self.model.device, positions(self._mask)[:, -self._ids.shape[1] :]
-        output = self.model(
+        """Feed the new tokens; returns logits (rows, vocabulary) at each row's last token. Raises UserError for NaN."""
+        device, at = self.loaded.model.device, positions(self._mask)[:, -self._ids.shape[1] :]
+        output = self.loaded.model(
             input_ids=self._ids.to(device),
             attention_mask=self._mask.to(device),
             past_key_values=self._cache,
@@ -137,7 +137,7 @@ class Batch:
             **({"position_ids": at.to(device)} if self._takes_positions else {}),
         )
         self._cache = getattr(output, "past_key_values", None)
-        return output.logits[:, -1]
+        return self.loaded.finite(output.logits[:, -1])
 
     def extend(self, kept: list[int], tokens: list[int]) -> None:
         """Drop all rows but `kept` (indices into this batch) and give each of those one more token."""

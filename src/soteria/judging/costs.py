@@ -86,7 +86,8 @@ def _answered_in_full(loaded: LoadedModel, ids: list[list[int]], n_prompt: list[
     given = {"position_ids": positions(mask)} if takes_positions(loaded.model) else {}
     n_answers = [len(row) - start for row, start in zip(ids, n_prompt, strict=True)]
     keep = {"logits_to_keep": max(n_answers) + 1}
-    choices = loaded.model(input_ids=tokens, attention_mask=mask, **given, **keep).logits.argmax(-1).cpu()
+    logits = loaded.model(input_ids=tokens, attention_mask=mask, **given, **keep).logits
+    choices = loaded.finite(logits).argmax(-1).cpu()
     for chosen, row, n in zip(choices, ids, n_answers, strict=True):
         yield chosen[-n - 1 : -1].tolist() == row[-n:]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,6 +73,16 @@ class LoadedModel:
     def vocabulary(self) -> int:
         """How many tokens the model has embeddings of, which may be more or fewer than its tokenizer has."""
         return self.model.get_input_embeddings().num_embeddings
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """Logits (..., vocabulary) as they are. Raises UserError for NaN and infinity, of which argmax says nothing."""
+        if not logits.amax(-1).isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.name!r} gives numbers that are not finite in {dtype}: it is broken or needs another dtype; "
+                "give another model"
+            )
+        return logits
 
     @property
     def context_length(self) -> int | None:
