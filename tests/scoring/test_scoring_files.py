@@ -23,6 +23,7 @@ from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import indirect_effect as ie
 from soteria.scoring.heads import mean_effect
 from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
+from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.storage import files, paths
 from soteria.storage.paths import effect_path
 
@@ -114,6 +115,11 @@ def test_three_files_with_the_contracts_names_shapes_dtypes_and_arguments(classe
     dtypes = ("bfloat16", "bfloat16") if classes else ("auto", "float32")
     assert said["device"] == "cpu" and (said["dtype"], said["model_dtype"]) == dtypes
     assert said["versions"]["torch"] == torch.__version__ and said["seconds"] >= 0
+
+
+def test_the_settings_beside_scores_do_not_say_where_the_repository_lies(tmp_path):
+    run = DatasetRun("ag_news_Hindi", tmp_path, ScoringSettings(), "hash")
+    assert run.described["root_data_dir"] == "data/icl" and str(paths.ROOT) not in str(run.described)
 
 
 def test_scores_go_under_the_models_slug_by_default_and_those_of_whole_answers_beside(

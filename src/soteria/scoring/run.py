@@ -130,7 +130,7 @@ class DatasetRun:
         prompts.check_shots(prompts.split_examples(self.examples, settings.test_split, settings.seed), settings.n_shots)
         self.described = {  # as it is written to the settings file
             "dataset_name": dataset,
-            **{name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+            **{name: paths.from_root(it) if isinstance(it, Path) else it for name, it in vars(settings).items()},
             "data_sha256": hashlib.sha256(data_file.read_bytes()).hexdigest(),
             "model_sha256": model_sha256,
         }
@@ -165,7 +165,7 @@ class DatasetRun:
                 continue
             if name == "model_sha256" and was != now:
                 what = f"{self.described['model_name']!r} had other weights, another config or tokenizer"
-                raise UserError(f"{self.folder} was made when {what}; {advice}")
+                raise UserError(f"{self.folder} was made when {what}, or by an earlier version; {advice}")
             if name not in INDECISIVE and was != now:
                 raise UserError(f"{self.folder} was made with {name} {was!r:.80}, not {now!r:.80}; {advice}")
         # The partial file is removed last: while it exists, the run that scored the dataset was killed at its end.

@@ -42,6 +42,11 @@ def model_name(name: str) -> str:
     return path.resolve().name if path.is_dir() or path.is_absolute() else name
 
 
+def from_root(path: Path) -> str:
+    """A path in files that people publish: without this machine's folders if it lies below the repository."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def list_name(source: str) -> str:
     """A head list's name in files that people publish: its folder's and its own, of a path."""
     return "/".join(Path(source).parts[-2:])
