@@ -48,8 +48,8 @@ def main() -> None:
     if arguments.language:
         if not arguments.results:
             raise UserError("--language needs --results, the output folder of step 1")
-        names = language_names(arguments.language)
-        effects = {name: mean_effect(arguments.results, name, arguments.tasks) for name in names}
+        names, tasks = language_names(arguments.language), list(dict.fromkeys(arguments.tasks))
+        effects = {name: mean_effect(arguments.results, name, tasks) for name in names}
         lists = {
             folder / paths.language_file(name): rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]
             for name, effect in effects.items()
@@ -59,7 +59,7 @@ def main() -> None:
         for (name, effect), (path, heads) in zip(effects.items(), lists.items(), strict=True):
             write_heads(path, heads)
             print(f"{path}: {len(heads)} of {count_heads(effect)} heads")
-            warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in arguments.tasks])
+            warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in tasks])
             for line in describe_first_tokens(arguments.results, warned):
                 print(line)
     if arguments.group:

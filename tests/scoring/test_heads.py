@@ -200,6 +200,8 @@ def test_select_heads_averages_over_the_named_tasks_only(tmp_path, select):
     write_effect(tmp_path, "sentiment_Hindi", torch.tensor([[[9.0, 0.0]]]))
     select("--results", tmp_path, "--language", "Hindi", "--tasks", "antonym", "--top", 1)
     assert selected(tmp_path) == [[0, 1]]
+    select("--results", tmp_path, "--language", "Hindi", "--tasks", *["antonym"] * 10, "sentiment", "--top", 1)
+    assert selected(tmp_path) == [[0, 0]]  # a name that is given twice counts once
 
 
 def test_select_heads_of_all_languages_and_their_groups_with_and_without_effects(tmp_path, select):

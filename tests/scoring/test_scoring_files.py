@@ -397,6 +397,14 @@ def test_bad_input_ends_with_one_sentence_and_status_2(step_1, tmp_path, capsys,
         assert not contents(tmp_path)
 
 
+@pytest.mark.parametrize("row", [{"input": "", "output": "a"}, {"input": "a", "output": " "}, {"output": "\ta"}])
+def test_a_row_whose_answer_would_be_white_space_is_refused(row, step_1, data, tmp_path, capsys):
+    rows = [{"input": "hot", "output": "cold"}] * 20 + [{"input": "hot"} | row]
+    files.write_json(tmp_path / "icl" / "hot_Hindi.json", rows)
+    assert step_1("hot_Hindi", root_data_dir=tmp_path / "icl") == 2
+    assert "row 20" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_command_works_by_path_from_another_folder(data, tiny_folder, tmp_path):
     model = tiny_folder("llama")
     here = tmp_path / "elsewhere"

@@ -138,6 +138,10 @@ def load_examples(path: Path) -> list[Example]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in ("input", "output")):
             raise UserError(f"{path}: row {i} must have the texts 'input' and 'output'")
+        if empty := next((key for key in ("input", "output") if not row[key].strip()), None):
+            raise UserError(f"{path}: row {i} has an empty {empty!r}; fill it in, or remove the row")
+        if row["output"][0].isspace():  # which would be the first token of the answer
+            raise UserError(f"{path}: the 'output' of row {i} begins with white space; remove that")
     return [Example(row["input"], row["output"]) for row in rows]
 
 
