@@ -20,7 +20,7 @@ from soteria.judging.interface import (
     fill_prompt,
     read_judge_prompt,
 )
-from soteria.judging.judges import make_judge
+from soteria.judging.judges import judge_basis, make_judge
 from soteria.judging.presets import JudgeSettings
 from soteria.judging.refusal import RefusalJudge
 from soteria.models import loading as models
@@ -70,6 +70,16 @@ def test_a_local_models_replies_are_read_as_labels(local_judge, monkeypatch):
     assert found[1:3] == [EMPTY, EMPTY]  # longer than its context; blank
     monkeypatch.setattr("soteria.judging.local.generate", lambda *_, **__: iter([{1: "unsafe\nS2"}, {0: "safe"}]))
     assert verdicts(judge, ["No", "", "Sure"]) == [NOT_HARMFUL, EMPTY, HARMFUL]
+
+
+def test_verdicts_of_a_local_judge_that_has_other_weights_by_now_are_not_reused(tmp_path, tiny_folder):
+    guard = shutil.copytree(tiny_folder("llama"), tmp_path / "guard")
+    before = judge_basis(f"hf:{guard}")
+    assert judge_basis(f"hf:{tiny_folder('llama')}") == before
+    weights = safetensors.numpy.load_file(guard / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    safetensors.numpy.save_file(weights, guard / "model.safetensors", metadata={"format": "pt"})
+    assert judge_basis(f"hf:{guard}") != before
 
 
 def test_a_guard_model_is_recognized_by_its_template_and_shown_the_conversation(local_judge):

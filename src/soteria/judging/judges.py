@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from soteria.errors import UserError
 from soteria.judging.interface import Judge
@@ -12,14 +14,26 @@ from soteria.judging.refusal import BASIS, RefusalJudge
 def judge_basis(name: str, settings: JudgeSettings | None = None, harmful_labels: Sequence[str] = ()) -> str:
     """A hash of the judge's phrases and grammar, or of its settings; verdicts made with others are not reused.
 
-    Raises UserError for settings that the judge does not have.
+    The weights of a local model count; those of a hub id do not, which a revision pins. Raises UserError for settings
+    that the judge does not have.
     """
     settings = settings or JudgeSettings()
     if name == "refusal":
         _refuse(settings, harmful_labels)
         return hashlib.sha256(b"".join(path.read_bytes() for path in BASIS)).hexdigest()
-    labels = ",".join(sorted(harmful_labels))
-    return hashlib.sha256((settings.basis + labels).encode()).hexdigest() if labels else settings.basis
+    more, model = ",".join(sorted(harmful_labels)), Path(name.removeprefix("hf:"))
+    if name.startswith("hf:") and model.exists():
+        found = {path: path.stat() for path in (sorted(model.iterdir()) if model.is_dir() else [model])}
+        more += _local_digest(model, *((path.name, it.st_size, it.st_mtime_ns) for path, it in found.items()))
+    return hashlib.sha256((settings.basis + more).encode()).hexdigest() if more else settings.basis
+
+
+@cache
+def _local_digest(model: Path, *_state: tuple) -> str:
+    """A hash of a model's files. `_state` is theirs: the cells of a grid ask again and again."""
+    from soteria.models.checkpoints import Checkpoint, model_digest  # torch takes seconds to import
+
+    return model_digest(Checkpoint.open(str(model), whole=True))
 
 
 def make_judge(
