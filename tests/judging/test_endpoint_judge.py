@@ -183,6 +183,17 @@ def test_variables_that_lead_nowhere_are_refused_at_once_in_a_sentence(endpoint,
         ({"OPENAI_BASE_URL": "localhost:8000/v1"}, "http://"),
         ({"OPENAI_BASE_URL": "http://localhost:8000/v1\n"}, "OPENAI_BASE_URL is not an address"),
         ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:99999/v1"}, "OPENAI_BASE_URL is not an address"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:port/v1"}, "OPENAI_BASE_URL is not an address"),
+        ({"OPENAI_BASE_URL": "http://[::1/v1"}, "OPENAI_BASE_URL is not an address"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:8000\\v1"}, "OPENAI_BASE_URL is not an address"),
+        ({"OPENAI_BASE_URL": f"http://a.example/{'v' * 100_000}"}, "OPENAI_BASE_URL is not an address"),
+        ({"OPENAI_ORG_ID": "org\nanization"}, "OPENAI_ORG_ID"),
+        ({"OPENAI_PROJECT_ID": "\u00e4"}, "OPENAI_PROJECT_ID"),
+        ({"SSL_CERT_FILE": "/none.pem"}, "SSL_CERT_FILE"),
+        ({"HTTP_PROXY": "http://127.0.0.1:99999"}, "HTTP_PROXY is not an address"),
+        ({"HTTPS_PROXY": "http://a\n"}, "HTTPS_PROXY is not an address"),
+        ({"ALL_PROXY": "http://[::1"}, "ALL_PROXY is not an address"),
         ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "proxy"),
         (azure, "OPENAI_API_VERSION"),
         (azure | {"AZURE_OPENAI_ENDPOINT": "a.example", "OPENAI_API_VERSION": "2025-01-01"}, "AZURE_OPENAI_ENDPOINT"),
@@ -195,6 +206,9 @@ def test_variables_that_lead_nowhere_are_refused_at_once_in_a_sentence(endpoint,
             with pytest.raises(UserError, match=named) as caught:
                 make_judge(NAME)
             assert KEY not in str(caught.value)
+    endpoint()
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        make_judge(f"{NAME}\udcff")
 
 
 def test_a_nonsense_reply_is_asked_once_more_and_then_is_no_verdict(endpoint):

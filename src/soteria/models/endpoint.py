@@ -11,14 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import openai
 from anyio.from_thread import start_blocking_portal
 
 from soteria.errors import UserError, form_of
+from soteria.storage.csv_files import is_text
 
 TIME_LIMIT_S = 60.0  # per request
+MOST_ADDRESS = 2_000  # characters
 MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
 BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
 LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
@@ -71,6 +76,8 @@ class Endpoint:
 
         Raises UserError for variables that lead to no endpoint, without asking any.
         """
+        if not is_text(model):
+            raise UserError(f"the model's name {model!r} is not UTF-8 text; give the name that the endpoint knows")
         self.description, self.model, self.path = description, model, path
         self.concurrency, self.time_limit = concurrency, time_limit
         self._names: dict[str, str | None] = {}  # other names of options, None for those that are refused
@@ -87,11 +94,14 @@ class Endpoint:
         azure = "AZURE_OPENAI_ENDPOINT" if os.environ.get("AZURE_OPENAI_ENDPOINT") else None
         name = azure or "OPENAI_BASE_URL"
         address = os.environ.get(name) or "https://default"
-        if not re.fullmatch(r"https?://[^/\s]\S*", address) or not address.isprintable():
+        if not re.fullmatch(r"https?://[^/\s]\S*", address) or not _is_address(address):
             raise UserError(f"{name} is not an address; give one line that begins with http:// or https://")
+        for kind, proxy in getproxies().items():
+            if kind != "no" and not _is_address(proxy):
+                raise UserError(f"the proxy variable {kind.upper()}_PROXY is not an address; set it again")
         try:
             client = openai.AsyncAzureOpenAI if azure else openai.AsyncOpenAI
-            return client(timeout=self.time_limit, max_retries=MAX_RETRIES)
+            made = client(timeout=self.time_limit, max_retries=MAX_RETRIES)
         except openai.OpenAIError:
             raise UserError(
                 "the endpoint needs a key; set OPENAI_API_KEY, or for Azure AZURE_OPENAI_API_KEY or "
@@ -105,6 +115,18 @@ class Endpoint:
             lacks = azure and not os.environ.get("OPENAI_API_VERSION")
             what = "OPENAI_API_VERSION" if lacks else f"{name} and the proxy variables (HTTPS_PROXY, ALL_PROXY)"
             raise UserError(f"the endpoint cannot be reached as the variables are set; set {what}") from None
+        except OSError as error:
+            raise UserError(
+                f"the certificates for the endpoint cannot be read ({error.strerror}); set SSL_CERT_FILE again"
+            ) from None
+        keys = ("authorization", "api-key")  # which are checked by themselves
+        told = [value for name, value in made.default_headers.items() if name.lower() not in keys]
+        if not all(value.isascii() and value.isprintable() for value in told if isinstance(value, str)):
+            raise UserError(
+                "the endpoint cannot be sent what the variables say; set OPENAI_ORG_ID, OPENAI_PROJECT_ID and "
+                "OPENAI_CUSTOM_HEADERS again, in ASCII"
+            )
+        return made
 
     def ask(self, calls: Iterable[tuple[int, Call | Outcome]], probe: Call) -> Iterator[tuple[int, Outcome]]:
         """(row, outcome) in any order; a row that comes with an outcome has it. Calls are read as they are needed.
@@ -252,6 +274,14 @@ class Endpoint:
                 portal.call(client.close)
         version = told.get("version") if isinstance(told, dict) else None
         return version if isinstance(version, str) else None
+
+
+def _is_address(address: str) -> bool:
+    """Whether an address, with or without its http://, has a host, a port that there is, and no control characters."""
+    with suppress(ValueError):
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        return bool(parts.hostname) and parts.port != 0 and address.isprintable() and len(address) <= MOST_ADDRESS
+    return False
 
 
 def _completion(reply: str) -> dict:
