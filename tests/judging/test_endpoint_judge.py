@@ -330,6 +330,8 @@ def test_a_reply_of_another_form_is_read_or_is_no_verdict(endpoint, monkeypatch,
         (401, {}, "", "what it gave so far is kept"),
         (404, {}, {"code": "model_not_found"}, "status 404; check .* ends in /v1.* the model's name"),
         (405, {}, "", "status 405; check"),
+        (302, {"Location": "/v1/models"}, "", "status 302, a redirect, which is not followed; check its key"),
+        (308, {}, "", "status 308, a redirect"),
         (200, {"Content-Type": "text/html"}, b"<html>Sign in", "broken reply; its address mostly ends in /v1"),
     ],
 )

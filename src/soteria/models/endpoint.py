@@ -37,6 +37,7 @@ HINTS = {
 }
 NO_SUCH = (401, 404, 405, 410)  # statuses that every row would get
 REFUSED = "status 403"  # a bad key, or what a moderating proxy says of one row
+NO_REDIRECT = {"follow_redirects": False}  # which would make a GET of a POST, or show the rows to another host
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 
 
@@ -211,12 +212,14 @@ class Endpoint:
                 async with asyncio.timeout(self.time_limit * (MAX_RETRIES + 1)):
                     body = {"model": self.model} | call.bodies[form] | options
                     # `client.chat.completions.create` without its type checks, which take a third of the time.
-                    reply = _completion(await client.post(self.path, cast_to=str, body=body))
+                    reply = _completion(await client.post(self.path, cast_to=str, body=body, options=NO_REDIRECT))
                 outcome = call.read(reply)
             except openai.APIStatusError as error:
                 whole = f"{error.code} {error.param} {error.body}".casefold()
                 reason, said = f"status {error.status_code}", str(error.body or "")
                 is_malformed = error.status_code in (400, 422)
+                if error.status_code < 400:
+                    raise UserError(self._refusal(f"{reason}, a redirect, which is not followed")) from None
                 if error.status_code in NO_SUCH or "insufficient_quota" in whole:
                     raise UserError(self._refusal(reason)) from None
                 if wait := error.response.headers.get("retry-after"):
