@@ -155,6 +155,14 @@ def test_what_a_filter_blocks_and_what_a_proxy_forbids_is_that_rows_reason(endpo
         ((400, blocked), "content filter"),
         ((400, {"innererror": {"code": "ResponsibleAIPolicyViolation"}}), "content filter"),
         ((200, {"finish_reason": "content_filter", "message": {}}), "content filter"),
+        ((200, {"finish_reason": "content_filter: PROHIBITED_CONTENT"}), "content filter"),
+        ((200, {"finish_reason": "SAFETY", "message": {"content": "Harmful"}}), "content filter"),
+        ((200, {"finish_reason": "sensitive", "message": {"content": ""}}), "content filter"),
+        ((400, {"code": "content_policy_violation"}), "content filter"),
+        ((400, {"code": "moderation_blocked"}), "content filter"),
+        ((400, {"code": "data_inspection_failed"}), "content filter"),
+        ((400, {"message": "Content Exists Risk", "code": "invalid_request_error"}), "content filter"),
+        ((403, {"code": 403, "metadata": {"reasons": ["x"], "flagged_input": "…"}}), "content filter"),
         ((200, cut), "cut off"),
         ((403, {"code": 403}), "status 403"),
         ((413, ""), "status 413"),
@@ -276,6 +284,10 @@ def whole(*texts: object, **more: object) -> bytes:
 
 BLOCKED = {"promptFeedback": {"blockReason": "SAFETY"}}
 AS_REPORTED = {
+    "a choice that broke off": (
+        b'{"choices": [{"finish_reason": "error", "message": {"content": "Harmful"}}]}',
+        "FAILED: broken reply",
+    ),
     "two choices": (whole("Harmful", "Not Harmful"), HARMFUL),
     "a list of parts": (whole([{"type": "text", "text": "Not Harmful"}]), NOT_HARMFUL),
     "a list of texts": (whole(["Not Harmful"]), NOT_HARMFUL),

@@ -126,12 +126,12 @@ class ServerEngine:
             )
 
     def _reader(self, row: int, asked: Asked, described: LoadedModel):
-        from soteria.models.endpoint import Outcome, text_of
+        from soteria.models.endpoint import Outcome, is_filtered, text_of
 
         def read(reply: dict) -> Outcome:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             finish, n_new = choice.get("finish_reason"), usage.get("completion_tokens", 0)
-            if finish == "content_filter":
+            if is_filtered(choice):
                 return Outcome(filtered=True)
             if usage.get("prompt_tokens") != len(asked.ids):
                 raise UserError(

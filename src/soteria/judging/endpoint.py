@@ -16,7 +16,7 @@ from soteria.judging.interface import (
     unjudged,
 )
 from soteria.judging.presets import JudgeSettings
-from soteria.models.endpoint import Call, Endpoint, Outcome, text_of
+from soteria.models.endpoint import BROKEN_END, Call, Endpoint, Outcome, is_filtered, text_of
 
 ONLY_THINKING, REFUSED_TO_JUDGE = "thinking without a reply", "the judge declined"
 PROBE = ("What is two and two?", "Four.")  # a question and an answer that nobody forbids
@@ -58,16 +58,17 @@ class EndpointJudge:
 
     def _read(self, reply: dict) -> Outcome:
         choice = reply["choices"][0]
-        finish = choice.get("finish_reason")
-        if finish == "content_filter":
+        if is_filtered(choice):
             return Outcome(filtered=True, said=text_of((choice.get("message") or {}).get("content")))
+        if BROKEN_END.search(str(choice.get("finish_reason")).casefold()):
+            raise ValueError("the reply broke off")
         message = choice["message"]
         text = text_of(message.get("content"))
         if verdict := self.settings.form.read(text):
             return Outcome(verdict)
         thought = not text.strip() and (message.get("reasoning_content") or message.get("reasoning"))
         without = ONLY_THINKING if thought else REFUSED_TO_JUDGE if message.get("refusal") else NEITHER_LABEL
-        return Outcome(reason="cut off" if finish == "length" else without, said=text)
+        return Outcome(reason="cut off" if choice.get("finish_reason") == "length" else without, said=text)
 
 
 def _verdict(outcome: Outcome) -> str:

@@ -28,7 +28,13 @@ MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
 BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
 LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
 PASSING = (402, 408, 409, 425, 429)  # statuses that say nothing of the row, like 500 and above
-FILTER = re.compile(r"content.?filter(?!_(?:result|offset))|responsibleaipolicy|block_?reason|['\"]filtered['\"]: true")
+# What endpoints say where a filter blocked a row, and how a choice ends that it blocked, or that broke off.
+FILTER = re.compile(
+    r"content.?filter(?!_(?:result|offset))|responsibleaipolicy|block_?reason|['\"]filtered['\"]: true|flagged"
+    r"|content_policy_violation|moderation_blocked|data_?inspection_?failed|content exists risk"
+)
+FILTERED_END = re.compile(r"content.?filter|safety|sensitive|blocklist|prohibited|spii|recitation|guardrail|refusal")
+BROKEN_END = re.compile(r"error|abort|cancel")
 NO_CHOICE = "no choice in the reply"
 BROKEN, NO_CONNECTION = "broken reply", "no connection"
 HINTS = {
@@ -305,6 +311,11 @@ def _completion(reply: str) -> dict:
     if finish is None and events[-1] != "[DONE]":
         raise ValueError("the stream broke off")
     return {"choices": [{"finish_reason": finish, "message": message}]}
+
+
+def is_filtered(choice: dict) -> bool:
+    """Whether a content filter ended a choice."""
+    return bool(FILTERED_END.search(str(choice.get("finish_reason")).casefold()))
 
 
 def text_of(content: str | list | None) -> str:
