@@ -307,6 +307,8 @@ AS_REPORTED = {
     "HTML": (b"<!DOCTYPE html><title>Sign in</title>Harmful", "FAILED: broken reply"),
     "JSON as text": (whole("Harmful"), HARMFUL),
     "nothing": (b"", "FAILED: broken reply"),
+    "a reply of 17 MB": (whole("Harmful" + " " * 17_000_000), "FAILED: broken reply"),
+    "a byte-order mark": ("\ufeff".encode() + whole("Harmful"), HARMFUL),
     "deep JSON": (b"[" * 100_000, "FAILED: broken reply"),
     "a stream": (stream(piece("Not", role="assistant"), piece(" Harmful"), piece("", "stop"), "[DONE]"), NOT_HARMFUL),
     "a stream of thoughts": (
@@ -316,6 +318,11 @@ AS_REPORTED = {
     "a stream of two choices": (stream(piece("Harmful"), piece("Not ", index=1), "[DONE]"), HARMFUL),
     "a stream without an end": (stream(piece("Harmful")), "FAILED: broken reply"),
     "a stream that a filter ends": (stream(piece("Harmful"), piece("", "content_filter")), "EMPTY: content filter"),
+    "a stream of no error": (stream({"error": None} | piece("Harmful", "stop"), "[DONE]"), HARMFUL),
+    "a stream of a whole message": (
+        stream({"choices": [{"finish_reason": "stop", "message": {"content": "Harmful"}}]}),
+        HARMFUL,
+    ),
     "a stream of an error": (stream({"error": {"code": 500}}), "FAILED: broken reply"),
 }
 

@@ -25,6 +25,7 @@ from soteria.storage.csv_files import is_text
 TIME_LIMIT_S = 60.0  # per request
 MOST_ADDRESS = 2_000  # characters
 MAX_RETRIES = 6  # by the client: after 408, 409, 429, 5xx and lost connections
+MOST_REPLY = 2**24  # characters, more than any answer has
 BROKEN_REPLIES = 4  # replies that are not JSON or not of the right shape, before a row counts as failed
 LEAST_FAILURES = 32  # consecutive failed rows that end a run: the endpoint is down, and no row would fare better
 PASSING = (402, 408, 409, 425, 429)  # statuses that say nothing of the row, like 500 and above
@@ -294,18 +295,24 @@ def _is_address(address: str) -> bool:
 
 
 def _completion(reply: str) -> dict:
-    """What a reply holds, whatever type it is sent as: JSON, or an event stream, whose pieces are put together."""
+    """What a reply holds, whatever type it is sent as: JSON, or an event stream, whose pieces are put together.
+
+    Raises ValueError for one that is neither, and for one that would take minutes to read.
+    """
+    if len(reply) > MOST_REPLY:
+        raise ValueError("the reply is too long")
+    reply = reply.removeprefix("\ufeff")
     events = [line[5:].strip() for line in reply.split("\n") if line.startswith("data:")]
     if not events:
         return json.loads(reply)
     message, finish = {}, None
     for chunk in map(json.loads, filter(lambda event: event != "[DONE]", events)):
-        if "error" in chunk:
+        if chunk.get("error"):
             return chunk
         for choice in chunk.get("choices") or []:
             if not choice.get("index"):
                 finish = choice.get("finish_reason") or finish
-                for name, piece in (choice.get("delta") or {}).items():
+                for name, piece in (choice.get("delta") or choice.get("message") or {}).items():
                     if isinstance(piece, str):
                         message[name] = message.get(name, "") + piece
     if finish is None and events[-1] != "[DONE]":
