@@ -392,6 +392,17 @@ def test_a_proxy_is_asked_and_one_that_is_not_there_is_named(endpoint, monkeypat
         verdicts(["Sure"])
 
 
+def test_an_address_where_nobody_listens_is_named_after_one_row(endpoint, monkeypatch):
+    """With one call at once, 32 rows with all their retries would be eleven minutes without a word."""
+    endpoint()
+    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    started, rows = time.monotonic(), ((row, "Why?", "Sure") for row in range(40))
+    with pytest.raises(UserError, match="failed from the start, with 'All connection attempts failed'"):
+        dict(make_judge(NAME, concurrency=1).judge(rows))
+    assert time.monotonic() - started < 10 and next(rows)[0] <= 2
+
+
 # judge.py
 
 

@@ -91,6 +91,7 @@ class Endpoint:
         self._names: dict[str, str | None] = {}  # other names of options, None for those that are refused
         self._form = 0  # of the bodies, the one that is taken
         self._wait = ""  # what it says of when to ask again
+        self._is_reached = False
         client = self._client()
         token = getattr(client, "_azure_ad_token", None)
         self.key = token if token is not None else client.api_key
@@ -220,8 +221,10 @@ class Endpoint:
                     body = {"model": self.model} | call.bodies[form] | options
                     # `client.chat.completions.create` without its type checks, which take a third of the time.
                     reply = _completion(await client.post(self.path, cast_to=str, body=body, options=NO_REDIRECT))
+                self._is_reached = True
                 outcome = call.read(reply)
             except openai.APIStatusError as error:
+                self._is_reached = True
                 whole = f"{error.code} {error.param} {error.body}".casefold()
                 reason, said = f"status {error.status_code}", str(error.body or "")
                 is_malformed = error.status_code in (400, 422)
@@ -244,8 +247,12 @@ class Endpoint:
                     continue
             except (openai.APITimeoutError, TimeoutError):
                 reason, failed = "time limit", True
-            except openai.APIConnectionError:
+            except openai.APIConnectionError as error:
                 reason, failed = NO_CONNECTION, True
+                # Of an address where nobody listens, or with a bad certificate, no row would fare better.
+                if not self._is_reached and type(error.__cause__).__name__ == "ConnectError":
+                    why = form_of(str(error.__cause__), self.key)
+                    raise UserError(self._failure(f"from the start, with {why}", Counter([reason]))) from None
             except (openai.OpenAIError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
                 n_broken += 1
                 if FILTER.search(str(reply).casefold()):
