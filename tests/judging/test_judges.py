@@ -339,6 +339,7 @@ def test_a_file_that_cannot_be_compared_is_refused_before_anything_is_judged(eva
         ({"Question": questions, "Verdict_Safe": [HARMFUL, EMPTY, "maybe", ""]}, "Verdict_Safe in row 2 is 'maybe'"),
         ({"Question": questions, "Verdict": HARMFUL}, "Verdict_Safe or Verdict_Base"),
         ({"Question": questions[::-1], "Verdict_Safe": HARMFUL}, "same questions"),
+        ({"Question": questions, "SAFE ANSWER": "Sure.", "Verdict_Safe": HARMFUL}, "verdicts on another SAFE ANSWER"),
         ({"Question": questions[:1], "Verdict_Safe": HARMFUL}, "same questions"),
     ]:
         write_table(pd.DataFrame(other), tmp_path / "other.csv")

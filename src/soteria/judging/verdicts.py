@@ -310,7 +310,8 @@ def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list
 def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
     """Another judge's verdicts per answer column, on the same questions in the same order.
 
-    Raises UserError for other questions, for a file without verdicts, and, naming the row, for an unknown verdict.
+    Raises UserError for other questions, for verdicts that stand beside other answers, for a file without verdicts,
+    and, naming the row, for an unknown verdict.
     """
     other, names = read_table(path, ["Question"]), answers.columns
     if list(other.get("Question", [])) != [question for _, question, _ in answers.texts(next(iter(names)))]:
@@ -321,6 +322,8 @@ def read_verdicts(path: Path, answers: AnswerFile) -> dict[str, list[str]]:
     if not found:
         raise UserError(f"{path} has no column {' or '.join(names.values())}")
     for column, verdicts in found.items():
+        if column in other.columns and column_digest(other, column) != answers.digests[column]:
+            raise UserError(f"{path} has verdicts on another {column} than {answers.path}; give verdicts on the same")
         for row, word in enumerate(other[names[column]]):
             if (verdict := known.get(word.strip().casefold())) is None:
                 where = f"{path}: {names[column]} in row {row}"
