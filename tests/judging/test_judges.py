@@ -209,6 +209,19 @@ def test_nothing_is_judged_twice_however_often_a_run_is_interrupted_or_repeated(
     assert len(list((tmp_path / "out").glob("*.*"))) == 4
 
 
+def test_verdicts_that_were_changed_by_hand_are_neither_counted_nor_overwritten(evaluate, tmp_path, capsys):
+    assert evaluate() == 0 and evaluate() == 0
+    output = tmp_path / "out" / "Evaluated.csv"
+    changed = read_table(output)
+    changed["Verdict_Base"] = HARMFUL
+    write_table(changed, output)
+    before = finished(tmp_path)
+    capsys.readouterr()
+    assert evaluate() == 2
+    assert "Evaluated.csv has other verdicts than refusal gave; give another --output" in capsys.readouterr().err
+    assert finished(tmp_path) == before
+
+
 def test_what_safety_costs_on_harmless_questions_is_shown_beside_the_attack_success(
     evaluate, tmp_path, capsys, monkeypatch
 ):

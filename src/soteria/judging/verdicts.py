@@ -79,6 +79,7 @@ class VerdictFacts(TypedDict):
     rows: Count
     judge_description: Text
     inputs_sha256: str
+    verdicts_sha256: NotRequired[str]
     safe: NotRequired[VerdictCounts]
     base: NotRequired[VerdictCounts]
 
@@ -172,6 +173,7 @@ class Judged:
 
         Old facts never stand beside new rows, whenever a run is killed. Where calls failed, the journal stays.
         """
+        summary |= {"verdicts_sha256": _digest(self.given)}
         if self.n_failed:
             summary |= {FAILED_CALLS: self.n_failed}
         with files.held(self.output.parent):  # another judge may be writing the same files
@@ -279,12 +281,21 @@ def _judge_column(
         return [every[row] for row in range(answers.n_rows)]
 
 
+def _digest(given: dict[str, list[str]]) -> str:
+    """The hash of what the file of verdicts says."""
+    words = [(column, [(word_of(each), refusal_of(each)) for each in given[column]]) for column in sorted(given)]
+    return hashlib.sha256(str(words).encode()).hexdigest()
+
+
 def _is_read(verdict: str) -> bool:
     return reason_of(verdict) in (None, CONTROVERSIAL)
 
 
 def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
-    """What a finished run on the same inputs was given, per answer column; nothing if there is no such run."""
+    """What a finished run on the same inputs was given, per answer column; nothing if there is no such run.
+
+    Raises UserError where its verdicts were changed since: they are not the judge's, and might be somebody's work.
+    """
     facts = read_noted(facts_file(output), VerdictFacts)
     if not (output.exists() and inputs.items() <= facts.items()) or FAILED_CALLS in facts:
         return {}
@@ -304,6 +315,8 @@ def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list
             unjudged(CONTENT_FILTER) if word == FILTERED else with_refusal(word, told.get(refused))
             for word, refused in zip(table[name], refusals, strict=True)
         ]
+    if facts.get("verdicts_sha256", digest := _digest(found)) != digest:
+        raise UserError(f"{output} has other verdicts than {facts['judge']} gave; give another --output, or remove it")
     return found
 
 
