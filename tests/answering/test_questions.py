@@ -5,6 +5,8 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -116,6 +118,28 @@ def test_a_broken_file_is_refused_by_its_row(tmp_path):
 
 
 # Columns, languages and names
+
+
+def test_values_that_cannot_be_read_compressed_files_and_no_name_are_refused(tmp_path, monkeypatch):
+    asked = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    for values in ({"question": asked}, {"question": ["Why?"], "at": pyarrow.array([2**62], pyarrow.timestamp("us"))}):
+        pyarrow.parquet.write_table(pyarrow.table(values), tmp_path / "asked.parquet")
+        with pytest.raises(UserError, match=r"asked\.parquet has a value that cannot be read"):
+            read_questions(str(tmp_path / "asked.parquet"), ENGLISH)
+    (tmp_path / "asked.csv.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(UserError, match="not a text file"):
+        read_questions(str(tmp_path / "asked.csv.gz"), ENGLISH)
+    (tmp_path / "asked.csv").write_text("question\nWhy?\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no question file ''"):
+        read_questions("", ENGLISH)
+
+
+def test_an_ending_in_capitals_is_an_ending(tmp_path):
+    for ending in ("json", "jsonl", "parquet"):
+        path = Path(write_asked(tmp_path, ending, ["Why?"]))
+        upper = path.rename(path.with_suffix(path.suffix.upper()))
+        assert read_questions(str(upper), ENGLISH).questions == ["Why?"]
 
 
 def test_the_users_column_is_asked_or_else_one_named_for_the_language(tmp_path):

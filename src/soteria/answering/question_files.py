@@ -38,6 +38,8 @@ class Table:
 
 def find_local(dataset: str) -> Path | None:
     """The file, or else the folder, of a path or of a name under `data/prompts/` with or without its ending."""
+    if not dataset:  # which as a path would be the folder that the command is started from
+        return None
     prompts = paths.DATA / "prompts"
     places = [Path(dataset), prompts / dataset, *(prompts / f"{dataset}{ending}" for ending in FILE_ENDINGS)]
     return next((path for path in places if path.is_file()), next((path for path in places if path.is_dir()), None))
@@ -59,9 +61,9 @@ def open_table(dataset: str, language: Language, split: str | None, subset: str 
     for kind, value in (("split", split), ("subset", subset)):
         if value is not None:
             raise UserError(f"{path} is a single file without {kind}s; leave out the {kind} {value!r}")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _from_parquet(path)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         return _from_json(path)
     return _from_csv(path, names)
 
@@ -127,12 +129,16 @@ def _from_parquet(path: Path) -> Table:
         table = pyarrow.parquet.read_table(disk.regular_file(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file ({str(error).strip().splitlines()[0]})") from None
-    return Table(table.column_names, iter(table.to_pylist()))
+    try:
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path} has a value that cannot be read ({error}); write its questions as text") from None
+    return Table(table.column_names, iter(rows))
 
 
 def _from_hub(dataset: str, language: Language, split: str | None, subset: str | None) -> Table:
     """A dataset by hub id or folder: the subset and split given, or else the language's own, or else the default."""
-    if not Path(dataset).is_dir() and not may_be_on_hub(dataset):
+    if not dataset or not (Path(dataset).is_dir() or may_be_on_hub(dataset)):
         raise UserError(f"no question file {dataset!r}, neither as a path nor in {paths.DATA / 'prompts'}")
     import datasets
 

@@ -14,7 +14,8 @@ from soteria.errors import UserError
 from soteria.storage import files
 
 DELIMITERS = ",;\t"
-NO_TEXT = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\xff\xfe", b"\xfe\xff")  # spreadsheets, Parquet, UTF-16
+# How spreadsheets, gzip, Parquet and UTF-16 begin.
+NO_TEXT = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x1f\x8b", b"PAR1", b"\xff\xfe", b"\xfe\xff")
 csv.field_size_limit(sys.maxsize)  # answers can be longer than csv's default limit of 131,072 characters
 
 
