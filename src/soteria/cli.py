@@ -94,6 +94,7 @@ if _is_script():
     _handle(dict.fromkeys(_STOPPED, _leave))
     _open_closed()
     sys.excepthook = _cannot_load
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; the user's may need a screen, or be none
 
 
 def run(main: Callable[[], None]) -> None:

@@ -27,6 +27,21 @@ def test_text_touches_nothing_and_is_not_small_and_the_figure_fits_a_page(name):
     assert plt.get_fignums() == []
 
 
+def test_the_users_own_style_changes_nothing(tmp_path):
+    own = {
+        "axes.grid": True,
+        "lines.linewidth": 9,
+        "font.family": "serif",
+        "savefig.facecolor": "red",
+        "pdf.compression": 0,
+    }
+    for folder, style in (("own", own), ("none", {})):
+        with plt.rc_context(style):
+            figures.save(next(iter(FIGURES.values()))(), tmp_path / folder / "a.png")
+    for name in ("a.png", "a.pdf"):
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "none" / name).read_bytes()
+
+
 def test_touching_texts_are_found():
     figure, axes = plt.subplots()
     plt.close(figure)

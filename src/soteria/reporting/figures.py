@@ -43,7 +43,7 @@ def printed(plot: Callable[..., plt.Figure]) -> Callable[..., plt.Figure]:
 
     @wraps(plot)
     def drawn(*arguments, **options) -> plt.Figure:
-        with plt.rc_context(PRINT | {"font.family": fonts.families()}):
+        with plt.style.context(["default", PRINT | {"font.family": fonts.families()}]):
             figure = plot(*arguments, **options)
         plt.close(figure)
         return figure
@@ -54,14 +54,14 @@ def printed(plot: Callable[..., plt.Figure]) -> Callable[..., plt.Figure]:
 def save(figure: plt.Figure, path: Path) -> list[Path]:
     """Write `path`, a PNG of 200 dpi, and a PDF beside it, both or neither; returns their paths.
 
-    The same figure gives the same bytes: the files hold no date.
+    The same figure gives the same bytes, whatever the user's own style: the files hold no date.
     """
     name = path.name.removesuffix(".png")
     png, pdf = (path.with_name(f"{name}.{kind}") for kind in ("png", "pdf"))
     # In the PDF, letters that DejaVu Sans lacks are shapes: Ghostscript and MuPDF leave Noto Sans CJK's blank as
     # matplotlib 3.11 embeds them. Publishers refuse fonts of type 3, matplotlib's default.
     others = [text for text in figure.findobj(Text) if not fonts.has_letters(fonts.FIRST, text.get_text())]
-    with ExitStack() as written, plt.rc_context({"pdf.fonttype": 42}):
+    with ExitStack() as written, plt.style.context(["default", {"pdf.fonttype": 42}]):
         figure.savefig(written.enter_context(files.whole_file(png)), format="png", dpi=200, bbox_inches="tight")
         for text in others:
             written.callback(text.set_path_effects, text.get_path_effects())
