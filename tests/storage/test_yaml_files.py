@@ -9,8 +9,9 @@ from soteria.storage.yaml_files import read_yaml
 
 def test_yaml_is_read_as_it_looks_or_refused(tmp_path):
     path = tmp_path / "grid.yaml"
-    path.write_text("a: 1\nb: [0.5, '1:30', x:1]\nc: {d: yes}\n", encoding="utf-8")
-    assert read_yaml(path, "") == {"a": 1, "b": [0.5, "1:30", "x:1"], "c": {"d": True}}
+    path.write_text("a: 1\nb: [0.5, '1:30', x:1, 0, 0.10, '010']\nc: {d: yes}\ne: 2026-13-01\n", encoding="utf-8")
+    found = {"a": 1, "b": [0.5, "1:30", "x:1", 0, 0.1, "010"], "c": {"d": True}, "e": "2026-13-01"}
+    assert read_yaml(path, "") == found
     for text, said in (
         ("a: 1\nb: 2\na: 3\n", "the key 'a' is given twice"),
         ("a: {b: 1, b: 2}", "the key 'b' is given twice"),
@@ -21,6 +22,19 @@ def test_yaml_is_read_as_it_looks_or_refused(tmp_path):
         ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)), "anchors"),
         ("a: &a [*a]", "nested too deep"),
         ("a: [", "not valid YAML"),
+        ("a: 010", "010 would be read as an octal number"),
+        ("a: [+0_17]", "octal"),
+        ('a: !!int "1:30"', "1:30 would be read"),
+        ("a: {<<: {b: 1}}", "merge keys (<<) are not read"),
+        ("a: !!set {b, c}", "not valid YAML"),
+        ("a: !!binary aGk=", "not valid YAML"),
+        *(
+            (f"a: !!{tag} {value}", "not valid YAML")
+            for tag in ("int", "float", "bool")
+            for value in ('""', "[1]", "x")
+        ),
+        ("a: !!map [b]", "not valid YAML"),
+        ("a: !!int -", "not valid YAML"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="not valid YAML") as error:
