@@ -206,9 +206,24 @@ def test_a_grid_file_with_a_mistake_is_refused_by_the_key(grid_file):
         ({"scoring": {"n_shots": 10**30}}, "n_shots: Input should be less"),
         ({"answers": {"max_new_tokens": 10**12}}, "max_new_tokens: Input should be less"),
         ({"judges": ["openai:m"], "judge_options": {"openai:m": {"temperature": 1e9}}}, "temperature"),
+        ({"judges": ["openai:a/b", "openai:a_b"]}, "two judges are named 'openai_a_b' and would share their files"),
+        ({"prompt_sets": [{"name": "policy.by_refusal", "dataset": "x"}]}, "cannot be named 'policy.by_refusal'"),
+        ({"scaling_factor": 2.0000001}, "scaling_factor: 2.0000001 has more than six digits"),
+        ({"ablations": {"shares": [0.3333333, 0.3333334]}}, "shares.0: 0.3333333 has more than six digits"),
+        ({"ablations": {"prompt_sets": []}}, "prompt_sets: List should have at least 1"),
+        ({"ablations": {"prompt_sets": ["policy", "policy"]}}, "twice"),
+        ({"utility": {"tasks": ["soteria_icl"], "languages": ["de"]}}, r"utility.languages names \['German'\]"),
+        ({"tasks": ["../../antonym"]}, "'../../antonym' is not a task's name"),
     ):
         with pytest.raises(UserError, match=named):
             read_grid(grid_file(**changes))
+
+
+def test_in_some_of_its_languages_a_grid_measures_utility_only_where_it_did(grid_file):
+    path = grid_file(languages=["en", "hi", "bn"], utility={"tasks": ["soteria_icl"], "languages": ["en", "hi"]})
+    assert read_grid(path, languages=["Hindi", "Bengali"]).utility.languages == ["Hindi"]
+    assert read_grid(path, languages=["Bengali"]).utility is None
+    assert read_grid(grid_file(utility={"tasks": ["soteria_icl"]}), languages=["Bengali"]).utility.languages is None
 
 
 def test_what_is_not_a_grid_is_refused_in_a_sentence(tmp_path):

@@ -50,6 +50,8 @@ def test_yaml_is_read_as_it_looks_or_refused(tmp_path):
         "scaling_factor: true",
         "scaling_factor: 1\nablations: {scaling_factors: [1, no]}",
         "scaling_factor: 1\nheads: yes",
+        "scaling_factor: 1\nlimits: {max_refusals: yes}",
+        "scaling_factor: 1\njudge_options: {'openai:m': {max_tokens: yes}}",
     ],
 )
 def test_a_truth_value_is_no_number(tmp_path, line):

@@ -12,7 +12,18 @@ from soteria.answering.questions import RELEASE, RELEASE_TOKENS, QuestionSet, be
 from soteria.errors import UserError
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.limits import Limits
-from soteria.grid.values import Count, Draw, EngineName, Languages, ScalingFactor, Share, distinct, in_order
+from soteria.grid.values import (
+    Count,
+    Draw,
+    EngineName,
+    Languages,
+    ScalingFactor,
+    Share,
+    TaskName,
+    distinct,
+    in_order,
+    no_truth_values,
+)
 from soteria.judging.pipeline import without_phrases
 from soteria.languages import find_language
 from soteria.models.sizes import MOST_HEADS, MOST_LAYERS, MOST_VOCABULARY
@@ -31,15 +42,7 @@ class Part(BaseModel):
     """A part of the grid file. An unknown key is an error: it would silently do nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_value_is_a_number(cls, given: object) -> object:
-        for name, value in given.items() if isinstance(given, dict) else ():
-            field, values = cls.model_fields.get(name), value if isinstance(value, list) else [value]
-            if field and "bool" not in str(field.annotation) and any(isinstance(each, bool) for each in values):
-                raise ValueError(f"{name}: yes, no, true and false are truth values in YAML; give what is asked for")
-        return given
+    _no_truth_values = model_validator(mode="before")(no_truth_values)
 
 
 class Shape(Part):
@@ -145,7 +148,7 @@ class Ablations(Part):
     scaling_factors: Annotated[list[ScalingFactor], AfterValidator(distinct)] = []
     shared: list[Literal["tier", "Universal"]] = [UNIVERSAL]
     transfer: bool = False
-    prompt_sets: list[str] | None = None
+    prompt_sets: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] | None = None
     rankings: Annotated[list[Literal[RIVALS]], AfterValidator(distinct)] = []
     all_parameters_factors: Annotated[list[ScalingFactor], AfterValidator(distinct)] = []  # default: those of heads
     draws: Draws | None = None
@@ -198,7 +201,7 @@ class Grid(Part):
     models: list[Pair] = Field(min_length=1)
     languages: Languages
     icl: Path = paths.DATA / "icl"
-    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] = list(TASKS)
+    tasks: Annotated[list[TaskName], Field(min_length=1), AfterValidator(distinct)] = list(TASKS)
     prompt_sets: list[PromptSet] = Field(min_length=1)
     benign: HarmlessQuestions | None = None
     borderline: HarmlessQuestions | None = None
@@ -223,12 +226,13 @@ class Grid(Part):
         for what, values in (
             ("model", [pair.slug for pair in self.models]),
             ("prompt set", [each.name for each in self.prompt_sets]),
+            ("judge", [paths.judge_slug(name) for name in self.judges]),
         ):
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"two {what}s are named {twice!r} and would share their files")
-        taken = next((each.name for each in self.prompt_sets if each.name in paths.RESERVED_SETS), None)
-        if taken:
-            raise ValueError(f"a prompt set cannot be named {taken!r}: each cell has a file of that name")
+        for name in (each.name for each in self.prompt_sets):
+            if name in paths.RESERVED_SETS or paths.BY in name:
+                raise ValueError(f"a prompt set cannot be named {name!r}: each cell has files that are named so")
         if unknown := [name for name in self.judges if not re.fullmatch(r"refusal|(openai|hf):.+", name)]:
             raise ValueError(f"judges: unknown judge {unknown[0]!r}; give refusal, openai:<model> or hf:<model>")
         if "refusal" in self.judges and (lacks := without_phrases(map(find_language, self.languages))):
@@ -253,8 +257,11 @@ class Grid(Part):
     @model_validator(mode="after")
     def _rivals_can_be_had(self) -> "Grid":
         wanted, own = {*self.ablations.rankings}, self.scoring.answer
-        if unknown := {*self.rival_languages} - {*self.languages}:
-            raise ValueError(f"ablations.rival_languages names {sorted(unknown)}, which are not among languages")
+        asked = {"ablations.rival_languages": self.ablations.rival_languages}
+        asked |= {"utility.languages": self.utility and self.utility.languages}
+        for key, names in asked.items():
+            if unknown := {*(names or [])} - {*self.languages}:
+                raise ValueError(f"{key} names {sorted(unknown)}, which are not among languages")
         if own in wanted:
             raise ValueError(f"ablations.rankings: {own} is how the method itself ranks heads; remove it")
         if self.head_folder and wanted & {*ANSWERS, ABSOLUTE}:
@@ -364,11 +371,15 @@ def _place(dataset: str) -> str:
     return str(found.resolve()) if found else dataset
 
 
-def _in_languages(ablations: Ablations, languages: list[str]) -> dict:
-    """Ablations in some of a grid's languages: rivals only where the grid has them."""
-    given = ablations.model_dump(exclude_unset=True)
-    kept = [name for name in ablations.rival_languages or languages if name in languages]
-    return given | ({"rival_languages": kept} if kept else {"rankings": [], "draws": None, "rival_languages": None})
+def _in_languages(grid: Grid, languages: list[str]) -> dict:
+    """A grid's keys in some of its languages: rivals and utility only where the grid has them."""
+    given, utility = grid.ablations.model_dump(exclude_unset=True), grid.utility
+    kept = [name for name in grid.ablations.rival_languages or languages if name in languages]
+    given |= {"rival_languages": kept} if kept else {"rankings": [], "draws": None, "rival_languages": None}
+    if utility and utility.languages:
+        measured = [name for name in utility.languages if name in languages]
+        utility = utility.model_copy(update={"languages": measured}) if measured else None
+    return {"ablations": given, "utility": utility}
 
 
 def read_grid(path: Path, **changes: object) -> Grid:
@@ -379,7 +390,7 @@ def read_grid(path: Path, **changes: object) -> Grid:
     try:
         grid = Grid.model_validate({"name": path.stem} | given)
         if wanted := changes.get("languages"):
-            changes["ablations"] = _in_languages(grid.ablations, in_order(wanted))
+            changes |= _in_languages(grid, in_order(wanted))
         return Grid.model_validate({"name": path.stem} | given | changes) if changes else grid
     except ValidationError as error:
         first = error.errors()[0]

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from soteria.cli import MOST, MOST_TEMPERATURE
+from soteria.grid.values import no_truth_values
 from soteria.judging.formats import FORMATS
 from soteria.judging.presets import PRESETS, JudgeSettings, make_settings
 
@@ -14,6 +15,7 @@ class JudgeOptions(BaseModel):
     """The options of judge.py that begin with --judge, and --harmful_labels. `prompt` and `system` are text files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _no_truth_values = model_validator(mode="before")(no_truth_values)
 
     preset: Literal[tuple(PRESETS)] | None = None
     format: Literal[tuple(FORMATS)] | None = None

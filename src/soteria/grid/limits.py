@@ -1,6 +1,8 @@
 """What steering may cost, and the point that is chosen within these limits: the rule for λ."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from soteria.grid.values import no_truth_values
 
 ROUNDING = 1e-9  # 98.4 % - 96.4 % is more than 2 % in floating point
 
@@ -9,6 +11,7 @@ class Limits(BaseModel):
     """What steering may cost against the base, as shares of the rows, and the choice of a point that keeps to it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _no_truth_values = model_validator(mode="before")(no_truth_values)
 
     max_refusals: float = Field(default=0.02, ge=0, le=1)
     max_accuracy_loss: float = Field(default=0.02, ge=0, le=1)

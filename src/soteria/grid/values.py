@@ -2,13 +2,22 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from soteria import cli
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, language_names
 
 ENGINES = ("openai", "vllm")
+
+
+def no_truth_values(cls: type[BaseModel], given: object) -> object:
+    """What is given for a part of the grid file. Raises ValueError where `yes` or `no` stand for anything else."""
+    for name, value in given.items() if isinstance(given, dict) else ():
+        field, values = cls.model_fields.get(name), value if isinstance(value, list) else [value]
+        if field and "bool" not in str(field.annotation) and any(isinstance(each, bool) for each in values):
+            raise ValueError(f"{name}: yes, no, true and false are truth values in YAML; give what is asked for")
+    return given
 
 
 def in_order(given: object) -> object:
@@ -37,8 +46,21 @@ def _engine(name: str) -> str:
     return name
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
-ScalingFactor = Annotated[float, Field(ge=0, le=cli.MOST_SCALING)]
+def _short(number: float) -> float:
+    if float(f"{number:g}") != number:
+        raise ValueError(f"{number!r} has more than six digits, and files are named by six; round it")
+    return number
+
+
+def _name(text: str) -> str:
+    if not text.strip() or "/" in text or not text.isprintable():
+        raise ValueError(f"{text!r} is not a task's name; name files in icl, without language and ending")
+    return text
+
+
+Share = Annotated[float, Field(gt=0, le=1), AfterValidator(_short)]
+ScalingFactor = Annotated[float, Field(ge=0, le=cli.MOST_SCALING), AfterValidator(_short)]
+TaskName = Annotated[str, AfterValidator(_name)]
 Count = Annotated[int, Field(gt=0, le=cli.MOST)]
 Draw = Annotated[int, Field(ge=0, le=cli.MOST_DRAWS)]
 Languages = Annotated[list[str], BeforeValidator(in_order), Field(min_length=1)]

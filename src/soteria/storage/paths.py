@@ -173,9 +173,17 @@ def base_answer_files(answers: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.jsonl", folder / f"{name}.first_token.safetensors"
 
 
+BY = ".by_"  # between a set of answers and the judge, in the name of verdicts
+
+
+def judge_slug(judge: str) -> str:
+    """A judge's name in file names."""
+    return model_slug(judge.replace(":", "_"))
+
+
 def own_verdicts(verdicts: Path, judge: str) -> Path:
     """Where one of several judges' verdicts go, beside those of the majority."""
-    return verdicts.with_name(f"{verdicts.stem}.by_{model_slug(judge.replace(':', '_'))}.csv")
+    return verdicts.with_name(f"{verdicts.stem}{BY}{judge_slug(judge)}.csv")
 
 
 def verdict_journal(verdicts: Path) -> Path:
@@ -200,7 +208,7 @@ class CellFiles:
         return self.folder / f"{prompt_set}.csv"
 
     def verdicts(self, prompt_set: str, judge: str) -> Path:
-        return self.folder / f"{prompt_set}.by_{model_slug(judge.replace(':', '_'))}.csv"
+        return self.folder / f"{prompt_set}{BY}{judge_slug(judge)}.csv"
 
     @property
     def facts(self) -> Path:
