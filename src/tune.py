@@ -99,13 +99,13 @@ def main() -> None:
         name: Tuning(
             paths.tuning_file(paths.RESULTS, slug, name),
             {
-                "base_model": arguments.base_model,
+                "base_model": paths.model_name(arguments.base_model),
                 "base_weights": vector.base.fingerprint,
-                "finetune_model": arguments.finetune_model,
+                "finetune_model": paths.model_name(arguments.finetune_model),
                 "finetune_weights": vector.tuned.fingerprint,
                 "language": name,
-                "policy": arguments.policy,
-                "benign": arguments.benign,
+                "policy": Path(arguments.policy).name,
+                "benign": Path(arguments.benign).name,
                 "questions_sha256": benches[name].sha256(),
                 "judge": RefusalJudge.description,
                 "judge_basis_sha256": judge_basis("refusal"),

@@ -369,6 +369,7 @@ def test_each_language_gets_a_file_a_table_and_its_own_base(tune, weighed, tmp_p
     assert weighed == ["English"] * 15 + ["Hindi"] * 15
     found = [files.read_json(tmp_path / "tuning" / f"base_{name}.json") for name in ("English", "Hindi")]
     assert [item["language"] for item in found] == ["English", "Hindi"]
+    assert not [name for name, text in written(tmp_path / "tuning").items() if str(tmp_path.parent).encode() in text]
     assert found[0]["ranking_sha256"] != found[1]["ranking_sha256"]
     out, error = capsys.readouterr()
     assert all(
