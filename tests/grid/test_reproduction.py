@@ -346,6 +346,17 @@ def test_a_missing_model_fails_its_own_cells_and_not_the_others(done, tmp_path, 
     assert table[table["model"] == "polyglot-base"]["asr"].notna().all()
 
 
+@pytest.mark.parametrize(
+    "missing", [{"models": [{"base": BASE, "tuned": "none"}]}, {"utility": {"tasks": ["no_such_task"]}}]
+)
+def test_a_missing_twin_or_task_of_utility_is_found_before_anything_is_scored(tmp_path, run_script, capsys, missing):
+    pytest.importorskip("lm_eval")
+    grid = write_grid(tmp_path, **missing)
+    assert run_script(reproduce, *arguments(grid, tmp_path / "results", "--steps", *STEPS, "utility")) in (1, 2)
+    assert "none" in (said := capsys.readouterr().err) or "no_such_task" in said
+    assert not (tmp_path / "results" / "indirect_effect").exists()
+
+
 def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done, tmp_path, monkeypatch):
     relative = [{"base": os.path.relpath(BASE, ROOT), "tuned": os.path.relpath(TUNED, ROOT)}]
     monkeypatch.setenv("SOTERIA_RESULTS", str(done))

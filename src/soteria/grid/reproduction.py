@@ -49,6 +49,10 @@ class Reproduction:
             names = [asked.dataset_in(language) for language in self.grid.languages]
             if not any(find_local(name) or may_be_on_hub(name) for name in names):
                 raise UserError(f"no question file {names[0]!r}, nor one in another language; check the grid's sets")
+        if "utility" in steps and self.grid.utility:
+            from soteria.grid.utility import check_tasks
+
+            check_tasks(self.grid.utility.tasks, self.grid.utility.languages or self.grid.languages)
         if "judge" in steps:
             cells = [cell for pair, language in self.units for cell in language_cells(self.grid, pair, language)]
             self.judges.check(self.grid, cells, self.results)
@@ -76,9 +80,10 @@ class Reproduction:
             self.processes.wait()
 
     def _score_and_answer(self, subject: Subject, languages: list[str], cells: list[Cell], steps: list[str]) -> None:
-        """The steps that need the model. A missing model is discovered once, not by each of its cells."""
+        """The steps that need the model. A missing one, or its twin, is discovered once, before any work on them."""
         slug = subject.pair.slug
-        if not self._opens(slug, lambda: subject.base_settings):
+        steered = {"models", "answer", "utility"} & set(steps)
+        if not self._opens(slug, lambda: (subject.base_settings, steered and subject.vector)):
             return
         if "score" in steps:
             for language in languages:
@@ -91,13 +96,12 @@ class Reproduction:
             if not self.grid.head_folder:
                 self._select(subject)
             self.processes.wait()  # the first one writes what all read
-        if {"models", "answer", "utility"} & set(steps) and self._opens(slug, lambda: subject.vector):
-            if "models" in steps:
-                self._each(subject, cells, "writing", CellWork.write_model)
-            if "answer" in steps:
-                self._each(subject, cells, "answering", CellWork.measure)
-            if "utility" in steps and self.grid.utility:
-                self._utility(subject, languages)
+        if "models" in steps:
+            self._each(subject, cells, "writing", CellWork.write_model)
+        if "answer" in steps:
+            self._each(subject, cells, "answering", CellWork.measure)
+        if "utility" in steps and self.grid.utility:
+            self._utility(subject, languages)
 
     def _opens(self, slug: str, ask: Callable) -> bool:
         """Whether a model can be opened: `ask` does not raise."""
