@@ -21,7 +21,7 @@ from soteria.errors import UserError
 from soteria.grid import cell_work, subject
 from soteria.grid.cells import grid_cells
 from soteria.grid.grid_file import Questions, read_grid
-from soteria.judging import costs
+from soteria.grid.plan import bill
 from soteria.judging.interface import HARMFUL
 from soteria.judging.judges import make_judge
 from soteria.judging.refusal import RefusalJudge
@@ -29,6 +29,7 @@ from soteria.languages import find_language
 from soteria.models.loading import load_model
 from soteria.models.processes import Processes
 from soteria.models.task_vector import TaskVector
+from soteria.reporting import output, write_up
 from soteria.scoring.heads import read_heads
 from soteria.scoring.prompts import load_examples, split_examples
 from soteria.steering.checkpoint import steer_checkpoint
@@ -51,16 +52,9 @@ GRID = {
     "ablations": {"shares": [0.25, 1], "random_draws": 1, "scaling_factors": [2], "transfer": True},
     "scoring": {"n_trials": 2, "n_shots": 3},
     "answers": {"batch_size": 64, "max_new_tokens": 64, "questions": 12},
+    "accuracy_prompts": 3,
 }
 STEPS = ("score", "answer", "judge", "tables")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_prompts():
-    """In-context accuracy on three prompts per task: how it is measured is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "N_PROMPTS", 3)
-        yield
 
 
 def write_grid(folder: Path, **changes) -> Path:
@@ -368,7 +362,7 @@ def test_the_notebook_of_the_tables_runs_from_top_to_bottom_and_shows_them(done,
 
 
 def test_tables_by_themselves_show_what_the_cells_hold_now_in_the_languages_asked_for(
-    done, grid_file, tmp_path, run_script
+    done, grid_file, tmp_path, run_script, capsys
 ):
     results = tmp_path / "results"
     shutil.copytree(done, results)
@@ -377,12 +371,88 @@ def test_tables_by_themselves_show_what_the_cells_hold_now_in_the_languages_aske
     assert run_script(*words) == 0
     assert tables(results) == tables(done)
     cell = next(results.rglob("Hindi/top_50_scaling_5/policy.by_refusal.csv"))
+    capsys.readouterr()
     cell.write_text(cell.read_text().replace("Not Harmful", "Harmful", 1))
     assert run_script(*words) == 0
-    assert tables(results)["small_main.md"] != tables(done)["small_main.md"]
+    assert "Hindi/top_50_scaling_5: left blank: policy.by_refusal.csv" in capsys.readouterr().out
+    main = pd.read_csv(results / "tables" / "small_main.csv").set_index(["name", "heads"])["asr"]
+    is_blank = main.xs("language-specific", level="heads").isna()
+    assert list(is_blank[is_blank].index) == ["Hindi", "all languages"]
+    cell.unlink()
     assert run_script(*words, "--language", "en", "--name", "english") == 0
     assert list(pd.read_csv(results / "tables" / "english_main.csv")["name"].unique()) == ["English"]
     assert "small.yaml --language en --name english" in (results / "report.html").read_text()
+
+
+def edit_json(path: Path, change) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def replace_cell(cell: Path, name: str) -> None:
+    shutil.rmtree(cell)
+    shutil.copytree(cell.with_name(name), cell)
+
+
+UNLIKE = {  # what is done to a cell, what the grid says instead, and why files are left out
+    "another cell's files": (lambda cell: replace_cell(cell, "random_50_0_scaling_5"), {}, "other heads or weights"),
+    "another language's scores": (
+        lambda cell: [
+            shutil.copy(effect.parent.with_name(f"{task}_Bengali") / f"{task}_Bengali_indirect_effect.pt", effect)
+            for task in GRID["tasks"]
+            for effect in [*cell.parents[3].rglob(f"{task}_Hindi_indirect_effect.pt")]
+        ],
+        {},
+        "other heads or weights",
+    ),
+    "answers edited": (
+        lambda cell: (cell / "policy.csv").write_text((cell / "policy.csv").read_text().replace(",", ",x", 5)),
+        {},
+        "other answers",
+    ),
+    "another judge's verdicts": (
+        lambda cell: edit_json(cell / "policy.by_refusal.json", lambda found: found.update(judge="openai:x")),
+        {},
+        "judge",
+    ),
+    "costs edited": (
+        lambda cell: edit_json(cell / "cell.json", lambda found: found.update(share_of_parameters=0.5)),
+        {},
+        "changed since",
+    ),
+    "fewer questions": (None, {"answers": GRID["answers"] | {"questions": 6}}, "other questions"),
+    "fewer tokens": (None, {"answers": GRID["answers"] | {"max_new_tokens": 8}}, "max_new_tokens 64, not 8"),
+    "another seed of accuracy": (None, {"accuracy_seed": 7}, "costs of other"),
+    "another dtype": (None, {"dtype": "bfloat16"}, "dtype"),
+    "other scores": (None, {"scoring": {"n_trials": 5, "n_shots": 3}}, "n_trials 2, not 5"),
+    "another tuned model": (
+        None,
+        {"models": [{"base": BASE, "tuned": "some/other"}]},
+        "polyglot-tuned, not some/other",
+    ),
+    "other weights of the tuned model": (None, {"models": [{"base": BASE, "tuned": BASE}]}, "other heads or weights"),
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_what_was_made_from_other_inputs_is_blank_in_tables_and_left_to_do_in_plans(done, tmp_path, monkeypatch, what):
+    damage, changes, reason = UNLIKE[what]
+    results = tmp_path / "results"
+    shutil.copytree(done, results)
+    if damage:
+        damage(results / "cells" / "polyglot-base" / "Hindi" / "top_50_scaling_5")
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    monkeypatch.setattr(write_up, "DRAWINGS", {})
+    grid = read_grid(write_grid(tmp_path, **changes))
+    found = write_up.compose(grid, results)
+    said = [line for line in output.not_run(found) if "Hindi/top_50_scaling_5: left blank" in line]
+    assert any(reason in line for line in said), output.not_run(found)
+    row = found.tidy("controls").set_index(["language", "heads"]).loc[("Hindi", "top heads")]
+    assert pd.isna(row["icl_accuracy" if "costs" in reason or "changed" in reason else "asr"])
+    planned = bill(grid, results)
+    assert int(re.search(r"(\d+) done", planned)[1]) < 30 and reason in planned
+    assert before == {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
 
 
 def test_a_judge_that_fails_is_asked_once_and_the_others_continue(done, tmp_path, run_script, capsys, monkeypatch):

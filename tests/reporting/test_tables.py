@@ -8,10 +8,13 @@ import pytest
 from conftest import named_by
 from statsmodels.stats.proportion import confint_proportions_2indep
 
+from soteria.answering.questions import read_questions, spread_rows
 from soteria.grid.grid_file import Grid
 from soteria.grid.limits import Limits
 from soteria.judging.interface import DEGENERATE, EMPTY, FILTERED, HARMFUL, NOT_HARMFUL
 from soteria.judging.statistics import Rate
+from soteria.judging.verdicts import AnswerFile, inputs_of
+from soteria.languages import find_language
 from soteria.reporting import numbers, readable
 from soteria.reporting.conditions import BASE_CONDITION, Cells, FoundCell
 from soteria.reporting.output import not_run, write_grid
@@ -103,6 +106,7 @@ GRID = {
     "languages": ["en", "hi"],
     "prompt_sets": ["policy"],
     "scaling_factor": 2,
+    "answers": {"questions": 4},
 }
 
 
@@ -121,7 +125,7 @@ def test_a_grid_that_was_not_run_has_all_its_tables_blank_and_counted(empty, tmp
         texts = table.readable.astype(str).to_numpy().ravel().tolist()
         assert not [text for text in texts if text in ("0", "0%", "0.000", "nan", "None")]
     assert verdicts(empty) == []
-    assert not_run(empty.grid, empty.results) == ["10 cells were not run yet"]
+    assert not_run(empty) == ["10 cells were not run yet"]
     grid_file = tmp_path / "none.yaml"
     grid_file.write_text("name: none\n")
     write_grid(empty.grid, grid_file, tmp_path)
@@ -160,11 +164,24 @@ def write_cells(results, given: dict[str, dict[str, str]], judge: str = "refusal
             path = results / "cells" / "some_base" / language / folder / f"policy.by_{judge}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             words = [{"H": H, "N": N, "D": DEGENERATE, "E": EMPTY, "F": FILTERED}[letter] for letter in letters]
-            pd.DataFrame({"Question": list("abcd"), f"Verdict_{model}": words}).to_csv(path, index=False)
+            write_answers(path.with_name("policy.csv"), language, f"{model.upper()} ANSWER", len(words))
+            noted = inputs_of(AnswerFile(path.with_name("policy.csv")), judge.replace("_", ":"))
+            noted |= {"judge_description": judge}
+            table = pd.read_csv(path.with_name("policy.csv")).assign(**{f"Verdict_{model}": words})
+            table.to_csv(path, index=False)
             if n := letters.count("E") + letters.count("F"):
-                noted = {"judge": judge, "judge_description": judge, "rows": len(words), "inputs_sha256": ""}
                 noted[model.lower()] = {"unjudged": {"content filter": n}}
-                path.with_suffix(".json").write_text(json.dumps(noted))
+            path.with_suffix(".json").write_text(json.dumps(noted))
+
+
+def write_answers(path, language: str, column: str, n: int) -> None:
+    """Answers to the first questions that a grid with `answers: {questions: n}` asks."""
+    found = read_questions(f"policy_{language}", find_language(language))
+    questions = found.at(spread_rows(len(found.questions), n)).questions
+    pd.DataFrame({"Question": questions, column: questions}).to_csv(path, index=False)
+    made = {"language": language, "max_new_tokens": 512, "chat_template": False, "model": "some/base"}
+    facts = {"language": language, "dataset": f"policy_{language}", "rows": n, "columns": {column: made}}
+    path.with_suffix(".json").write_text(json.dumps(facts))
 
 
 def test_rows_without_a_verdict_stand_beside_every_rate_and_both_sides_of_a_difference_are_over_the_same_rows(tmp_path):

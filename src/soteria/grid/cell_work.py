@@ -14,7 +14,7 @@ from soteria.answering.columns import AnswerColumn
 from soteria.answering.engines import Engine
 from soteria.answering.generation import fill
 from soteria.errors import UserError
-from soteria.grid.cells import MATCHED, Cell, CellFacts
+from soteria.grid.cells import MATCHED, Cell, CellFacts, is_signed, signed
 from soteria.grid.grid_file import ALL_PARAMETERS, Grid
 from soteria.grid.judge_options import JudgeOptions
 from soteria.grid.serving import write_model
@@ -110,14 +110,16 @@ class CellWork:
         if treatment and treatment.kind == MATCHED:
             facts["matched_scaling_factor"] = self.scaling_factor
         if self.cell.with_cost:
-            language = self.cell.language
-            benign = self.subject.questions(BENIGN, language).questions if self.grid.benign else []
-            tasks = self.subject.tasks(language)
-            rows = {task: [[each.input, each.output] for each in split.test] for task, split in tasks.items()}
-            facts["cost_measured_on_sha256"] = _sha256(
-                [benign, rows, self.grid.accuracy_seed, self.grid.accuracy_prompts or costs.N_PROMPTS]
-            )
+            facts["cost_measured_on_sha256"] = self._cost_basis()
         return facts
+
+    def _cost_basis(self) -> str:
+        """A hash of what costs are measured on."""
+        language = self.cell.language
+        benign = self.subject.questions(BENIGN, language).questions if self.grid.benign else []
+        tasks = self.subject.tasks(language)
+        rows = {task: [[each.input, each.output] for each in split.test] for task, split in tasks.items()}
+        return _sha256([benign, rows, self.grid.accuracy_seed, self.grid.accuracy_prompts or costs.N_PROMPTS])
 
     # Answering and measuring
 
@@ -137,7 +139,7 @@ class CellWork:
     def _is_done(self, name: str) -> bool:
         if name == "facts":
             found = read_noted(self.files.facts, CellFacts)
-            return is_of(found, self.made_from) and self._measured <= found.keys()
+            return is_of(found, self.made_from) and self._measured <= found.keys() and is_signed(found)
         column = self.column(name)
         complete = column.is_complete()
         if complete and self.subject.processes.is_first:
@@ -178,7 +180,7 @@ class CellWork:
                 started = time.monotonic()
                 facts = self.made_from | self._steered_facts() | self._cost(log_probs)
                 if subject.processes.is_first:
-                    files.write_json(self.files.facts, facts)
+                    files.write_json(self.files.facts, signed(facts))
                 if cell.with_cost:
                     subject.note_duration("cost", 1, time.monotonic() - started)
 
@@ -276,6 +278,10 @@ class CellWork:
 
     # Judging
 
+    def judges_of(self, name: str) -> list[str]:
+        """The judges of a set's answers."""
+        return [HARMLESS_JUDGE] if name in HARMLESS else self.grid.judges
+
     def judge(self, judges: "Judges") -> bool:
         """Judge what is answered and not judged, attacks by each of the grid's judges; returns whether any was new.
 
@@ -283,7 +289,7 @@ class CellWork:
         """
         new, refused = False, []
         for name in self.sets:
-            for judge in (HARMLESS_JUDGE,) if name in HARMLESS else self.grid.judges:
+            for judge in self.judges_of(name):
                 if self.files.answers(name).exists():
                     try:
                         new = self._judge(name, judge, judges) or new

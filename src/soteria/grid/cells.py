@@ -1,11 +1,13 @@
 """A grid's cells: one model in one language under one treatment, steered once and asked all that the tables need."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, NonNegativeFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat
 from typing_extensions import TypedDict
 
 from soteria.grid.grid_file import ALL_PARAMETERS, RANDOM, RIVALS, TASK_VECTOR, TIER, UNIVERSAL, Grid, Pair
@@ -15,6 +17,7 @@ from soteria.storage.paths import CellFiles
 from soteria.storage.side_files import Count, PositiveCount, Text, side_file
 
 DRAW, MATCHED = "draw", "matched"  # a random draw on few questions, and one with the method's norm of the change
+SIGNATURE = "facts_sha256"  # in cell.json: a hash of the rest
 DRAWN = (RANDOM, DRAW, MATCHED)
 
 
@@ -37,10 +40,25 @@ class CellFacts(TypedDict, total=False):
     base_model: Text
     cost_measured_on_sha256: str
     n_heads: Count
+    head_list: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    answers_from: dict
+    matched_scaling_factor: NonNegativeFloat
     parameters_changed: Count
     share_of_parameters: NonNegativeFloat
     icl_accuracy: Annotated[Accuracy, AfterValidator(_at_most_all)]
     kl_first_token: list[float]
+
+
+def signed(facts: dict) -> dict:
+    """The facts with a hash of them, which shows when they are changed by hand."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return facts | {SIGNATURE: digest}
+
+
+def is_signed(facts: dict) -> bool:
+    """Whether the hash among the facts is theirs. Those of earlier versions have none."""
+    others = {name: value for name, value in facts.items() if name != SIGNATURE}
+    return SIGNATURE not in facts or signed(others) == facts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Estimate the work, hours and disk that running a grid would take.
 
 In: the grid, the results folder (what is done, and how long steps took on this machine) and `configs/costs.yaml` (how
-long they took elsewhere, and figures for estimating the rest, marked as measured or assumed). Reads no weights.
+long they took elsewhere, and figures for estimating the rest, marked as measured or assumed). Loads no model.
 """
 
 import math
@@ -15,7 +15,8 @@ import pandas as pd
 from soteria.answering.question_files import find_local
 from soteria.errors import UserError
 from soteria.grid import durations
-from soteria.grid.cells import Shard, grid_cells, language_cells
+from soteria.grid.cells import Cell, Shard, grid_cells, language_cells
+from soteria.grid.found import CellOnDisk, SubjectOnDisk
 from soteria.grid.grid_file import Grid, Pair, Shape
 from soteria.storage import paths
 from soteria.storage.table_formats import to_markdown
@@ -26,7 +27,7 @@ COSTS = paths.ROOT / "configs" / "costs.yaml"
 STEPS = ("load", "score", "answers", "cost", "utility", "judge")
 PROMPTS_PER_TASK = 25  # in-context prompts that the accuracy of a cell is measured on
 HARMLESS_ROWS = 64
-NOT_HERE = "not here"
+NOT_HERE, MISSING = "not here", "Not on this machine:"
 
 
 class Plan:
@@ -37,6 +38,8 @@ class Plan:
         costs = read_yaml(COSTS, f"no {COSTS}; check the repository out again")
         self.measured, self.assumed, self.models = (costs[key] for key in ("measured", "assumed", "models"))
         self.rows, self.shape, self.measured_here = map(cache, (self._rows, self._shape, self._measured_here))
+        self.subject = cache(lambda pair: SubjectOnDisk(grid, pair, results))
+        self.on_disk = cache(lambda pair, cell: CellOnDisk(self.subject(pair), cell))
         # At most as many tokens as the grid allows.
         self.n_harmless = min(HARMLESS_ROWS, grid.answers.questions or HARMLESS_ROWS)
         self.answer_tokens = min(self.assumed["answer_tokens"], grid.answers.max_new_tokens)
@@ -81,26 +84,32 @@ class Plan:
         }
 
     def left(self, pair: Pair, languages: list[str]) -> dict[str, int]:
-        """Units of each step that a model's languages still need, judging by which files exist."""
+        """Units of each step that a model's languages still need: what is missing, or made from other inputs."""
         units, grid = dict.fromkeys(STEPS, 0), self.grid
         for language in languages:
             units["score"] += sum(not path.exists() for path in grid.score_files(self.results, pair, language))
             for at, cell in enumerate(language_cells(grid, pair, language)):
-                found = cell.files(self.results)
-                for name in cell.sets:
-                    rows = min(self.rows(name, language)[0], cell.n_questions or math.inf)
-                    units["answers"] += 0 if found.answers(name).exists() else rows
-                    units["judge"] += rows * sum(not found.verdicts(name, judge).exists() for judge in grid.judges)
-                if cell.with_cost and not found.facts.exists():
-                    units["cost"] += 1
-                    units["answers"] += self.n_harmless * len(grid.harmless)
-                if cell.n_questions and grid.benign and not found.answers(paths.BENIGN).exists():
-                    units["answers"] += min(self.n_harmless, cell.n_questions)
+                found = self.on_disk(pair, cell)
+                for name in found.sets:
+                    is_harmful, most = name in cell.sets, cell.n_questions or math.inf
+                    rows = min(self.rows(name, language)[0] if is_harmful else self.n_harmless, most)
+                    units["answers"] += rows if found.answers(name) is None else 0
+                    units["judge"] += rows * sum(
+                        found.verdicts(name, judge) is None for judge in grid.judges if is_harmful
+                    )
+                units["cost"] += cell.with_cost and not found.facts
                 # A language's first two cells are the base and the method.
                 asks_utility = at < 2 and grid.utility and language in (grid.utility.languages or grid.languages)
-                units["utility"] += bool(asks_utility and not found.utility.exists())
+                units["utility"] += bool(asks_utility and not found.utility)
         units["load"] = int(any(units[step] for step in ("score", "answers", "cost", "utility")))
         return units
+
+    def is_done(self, pair: Pair, cell: Cell) -> bool:
+        """Whether nothing of a cell is left to answer, measure or judge."""
+        found = self.on_disk(pair, cell)
+        return bool(found.facts) and all(
+            found.verdicts(name, judge) is not None for name in found.sets for judge in found.judges_of(name)
+        )
 
     def seconds(self, pair: Pair, step: str) -> tuple[float | None, str]:
         """Seconds per unit of a step, None if the model's shape is unknown, and how they are known."""
@@ -189,7 +198,7 @@ def bill(grid: Grid, results: Path) -> str:
     verdicts = 0
     for pair in grid.models:
         units, cells = plan.left(pair, grid.languages), list(grid_cells(grid, pair))
-        done = sum(cell.files(results).facts.exists() for cell in cells)
+        done = sum(plan.is_done(pair, cell) for cell in cells)
         columns = {"datasets to score": "score", "answers": "answers", "costs": "cost", "utility": "utility"}
         row = {"model": pair.slug, "cells": f"{len(cells)} ({done} done)"}
         counts.append(row | {name: f"{units[step]:,}" for name, step in (columns | {"verdicts": "judge"}).items()})
@@ -227,8 +236,10 @@ def bill(grid: Grid, results: Path) -> str:
     ]
     if any("estimated" in source or "assumed" in source for source in sources):
         lines += _explanations(plan.assumed, plan.measured)
-    missing = _missing(plan)
-    return "\n".join([*lines, "Not on this machine:", *missing] if missing else lines)
+    others = _others(plan)
+    for title, found in (("Not counted, for the grid asks for something else:", others), (MISSING, _missing(plan))):
+        lines += [title, *found] if found else []
+    return "\n".join(lines)
 
 
 def _spelled(hours: float) -> str:
@@ -254,6 +265,15 @@ def _explanations(assumed: dict, measured: dict) -> list[str]:
         f"{measured['sweep_over_bound']:g} times their lower bound. All figures are in configs/costs.yaml.",
         "Once a cell has run on your machine, its own times replace them.",
     ]
+
+
+def _others(plan: Plan) -> list[str]:
+    """What lies in cells and is of other inputs, by the reason, with the number of cells."""
+    reasons = Counter()
+    for pair in plan.grid.models:
+        for cell in grid_cells(plan.grid, pair):
+            reasons.update({(pair.slug, reason) for reason in plan.on_disk(pair, cell).others.values()})
+    return [f"  {slug}: {n} cells: {reason}" for (slug, reason), n in reasons.most_common()]
 
 
 def _missing(plan: Plan) -> list[str]:

@@ -291,13 +291,26 @@ def _is_read(verdict: str) -> bool:
     return reason_of(verdict) in (None, CONTROVERSIAL)
 
 
+def given_verdicts(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
+    """The labels, or EMPTY, of a run on the same inputs, also of one whose calls failed, per answer column.
+
+    Nothing if there is no such run. Raises UserError for verdicts that were changed since.
+    """
+    return {column: list(map(label_of, given)) for column, given in _given(output, inputs, answers).items()}
+
+
 def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
     """What a finished run on the same inputs was given, per answer column; nothing if there is no such run.
 
-    Raises UserError where its verdicts were changed since: they are not the judge's, and might be somebody's work.
+    Raises UserError as `given_verdicts` does.
     """
+    is_part = FAILED_CALLS in read_noted(facts_file(output), VerdictFacts)
+    return {} if is_part else _given(output, inputs, answers)
+
+
+def _given(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list[str]]:
     facts = read_noted(facts_file(output), VerdictFacts)
-    if not (output.exists() and inputs.items() <= facts.items()) or FAILED_CALLS in facts:
+    if not (output.exists() and inputs.items() <= facts.items()):
         return {}
     table, names = read_table(output, ["Question"]), answers.columns
     if not {"Question", *names, *names.values()} <= set(table.columns):
@@ -315,8 +328,8 @@ def _finished(output: Path, inputs: dict, answers: AnswerFile) -> dict[str, list
             unjudged(CONTENT_FILTER) if word == FILTERED else with_refusal(word, told.get(refused))
             for word, refused in zip(table[name], refusals, strict=True)
         ]
-    if facts.get("verdicts_sha256", digest := _digest(found)) != digest:
-        raise UserError(f"{output} has other verdicts than {facts['judge']} gave; give another --output, or remove it")
+    if facts.get("verdicts_sha256", digest := _digest(found)) != digest:  # earlier versions did not note it
+        raise UserError(f"{output} has other verdicts than the judge gave; put these back, or remove it to judge again")
     return found
 
 

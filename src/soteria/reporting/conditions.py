@@ -1,68 +1,42 @@
 """The cells of a grid as they are on disk, and the conditions that tables compare: ways to choose heads."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from soteria.answering.facts import AnswerFacts
-from soteria.answering.questions import dataset_slug
-from soteria.grid.cells import Cell, CellFacts, Treatment, grid_cells, method_of, rival_treatments
+from soteria.grid.cells import Cell, Treatment, grid_cells, method_of, rival_treatments
+from soteria.grid.found import CellOnDisk, SubjectOnDisk
 from soteria.grid.grid_file import TIER, UNIVERSAL, Grid, Pair
-from soteria.judging.interface import DIVIDED, EMPTY, FILTERED, MAJORITY, reason_of
+from soteria.judging.interface import DIVIDED, EMPTY, MAJORITY, reason_of
 from soteria.judging.statistics import majority
 from soteria.judging.verdicts import VerdictFacts
 from soteria.languages import find_language
 from soteria.reporting.labels import ALL_HEADS, BASE, GIVEN, METHOD, RANKINGS, SHARED_ALL, SHARED_TIER, TOP
 from soteria.storage import paths
-from soteria.storage.csv_files import read_table
-from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, BENIGN, SAFE_ANSWER, CellFiles, names_another
+from soteria.storage.paths import ANSWER_COLUMNS, BENIGN
 from soteria.storage.side_files import read_noted
 
 
-@dataclass(frozen=True)
 class FoundCell:
     """What a cell's files hold, each read once; None for a file that does not exist or is not this grid's."""
 
-    grid: Grid
-    pair: Pair
-    cell: Cell
-    files: CellFiles
-
-    @property
-    def judges(self) -> list[str]:
-        return self.grid.judges
-
-    @cached_property
-    def _noted(self) -> dict:
-        return read_noted(self.files.facts, CellFacts)
+    def __init__(self, subject: SubjectOnDisk, cell: Cell):
+        self.cell, self.judges, self._work = cell, subject.grid.judges, CellOnDisk(subject, cell)
+        self.files = self._work.files
 
     @property
     def facts(self) -> dict:
-        return {} if self.another_model else self._noted
+        return self._work.facts
 
     @property
-    def another_model(self) -> str | None:
-        """The base that the cell was measured on, where it is not the grid's."""
-        base = self._noted.get("base_model")
-        return base if base and names_another(base, self.pair.base) else None
+    def utility(self) -> dict:
+        return self._work.utility
 
-    @cached_property
-    def other_sets(self) -> dict[str, str]:
-        """The question sets that were answered in place of the grid's, by the name in the grid."""
-        found = {}
-        for name in (*self.cell.sets, *self.grid.harmless):
-            noted = read_noted(paths.facts_file(self.files.answers(name)), AnswerFacts).get("dataset")
-            asked = self.grid.questions(name).dataset_in(self.cell.language)
-            if noted and noted not in (dataset_slug(asked), Path(asked).stem):
-                found[name] = noted
-        return found
-
-    def _column_of(self, path: Path, name: str, column: str) -> list[str] | None:
-        """A column of a file about a question set."""
-        is_ours = path.exists() and not self.another_model and name not in self.other_sets
-        table = read_table(path, ["Question"]) if is_ours else {}
-        return list(table[column]) if column in table else None
+    @property
+    def others(self) -> dict[str, list[str]]:
+        """The names of files that are not this grid's, by the reason why they count as missing."""
+        return self._work.all_others
 
     @cached_property
     def _asked(self) -> dict[str, int | None]:
@@ -71,24 +45,16 @@ class FoundCell:
     def asked(self, name: str) -> int | None:
         """What two cells that answered the same questions of a set have in common."""
         if name not in self._asked:
-            questions = self._column_of(self.files.answers(name), name, "Question")
-            self._asked[name] = questions and hash(tuple(questions))
+            answers = self._work.answers(name)
+            self._asked[name] = answers and hash(tuple(answers["Question"]))
         return self._asked[name]
-
-    @cached_property
-    def _verdicts(self) -> dict[tuple[str, str], list[str] | None]:
-        return {}
 
     def verdicts(self, name: str, judge: str) -> list[str] | None:
         """A judge's verdicts on the answers to a prompt set, or what most judges say."""
         if judge == MAJORITY:
             every = [self.verdicts(name, each) for each in self.judges]
             return None if None in every else majority(every)
-        if (name, judge) not in self._verdicts:
-            column = ANSWER_COLUMNS[self._column][0]
-            words = self._column_of(self.files.verdicts(name, judge), name, column)
-            self._verdicts[name, judge] = words and [EMPTY if word == FILTERED else word for word in words]
-        return self._verdicts[name, judge]
+        return self._work.verdicts(name, judge)
 
     def verdict_files(self, name: str, judge: str) -> list[Path]:
         """The files that `verdicts` reads."""
@@ -100,17 +66,14 @@ class FoundCell:
             divided = (self.verdicts(name, judge) or []).count(EMPTY)
             return {DIVIDED: divided} if divided else {}
         noted = read_noted(paths.facts_file(self.files.verdicts(name, judge)), VerdictFacts)
-        noted = noted.get(ANSWER_COLUMNS[self._column][1], {}).get("unjudged")
+        noted = noted.get(ANSWER_COLUMNS[self._work.answer_column][1], {}).get("unjudged")
         n = (self.verdicts(name, judge) or []).count(EMPTY)
         return (noted or {reason_of(EMPTY): n}) if n else {}
 
-    @cached_property
-    def benign_answers(self) -> list[str] | None:
-        return self._column_of(self.files.answers(BENIGN), BENIGN, self._column)
-
     @property
-    def _column(self) -> str:
-        return SAFE_ANSWER if self.cell.treatment else BASE_ANSWER
+    def benign_answers(self) -> list[str] | None:
+        answers = self._work.answers(BENIGN)
+        return answers and answers[self._work.answer_column]
 
 
 class Condition(NamedTuple):
@@ -136,10 +99,8 @@ class Cells:
 
     def __init__(self, grid: Grid, pair: Pair, results: Path):
         self.grid, self.pair, self.results = grid, pair, results
-        cells = grid_cells(grid, pair)
-        self._found = {
-            (cell.language, cell.treatment): FoundCell(grid, pair, cell, cell.files(results)) for cell in cells
-        }
+        subject = SubjectOnDisk(grid, pair, results)
+        self._found = {(cell.language, cell.treatment): FoundCell(subject, cell) for cell in grid_cells(grid, pair)}
 
     @property
     def every(self) -> list[FoundCell]:

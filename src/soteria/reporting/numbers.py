@@ -14,7 +14,7 @@ import pandas as pd
 from soteria.grid.cell_work import HARMLESS_JUDGE
 from soteria.grid.cells import Treatment, method_of
 from soteria.grid.grid_file import UNIVERSAL
-from soteria.grid.utility import Measurement, comparison_rows
+from soteria.grid.utility import comparison_rows
 from soteria.judging.interface import CONTENT_FILTER, DEGENERATE, EMPTY, HARMFUL, MAJORITY, NOT_HARMFUL
 from soteria.judging.statistics import Rate, agreement, bootstrap_interval, bounds, compare_paired
 from soteria.languages import TIERS, find_language
@@ -30,7 +30,6 @@ from soteria.reporting.conditions import (
 )
 from soteria.reporting.labels import ALL, BASE, BOTTOM, RANDOM, SHARED_TIER, TOP
 from soteria.storage.paths import BENIGN, BORDERLINE, HARMLESS
-from soteria.storage.side_files import read_noted
 
 # The files of a cell that its cost is read from.
 COST_FILES = ("cell.json", f"{BENIGN}.csv")
@@ -346,8 +345,8 @@ def utility_rows(cells: Cells) -> pd.DataFrame:
     if not wanted:
         return pd.DataFrame()
     for language in wanted.languages or cells.grid.languages:
-        places = [cells.get(language, treatment).files.utility for treatment in (None, method_of(cells.grid))]
-        base, safe = (read_noted(place, Measurement) for place in places)
+        found = [cells.get(language, treatment) for treatment in (None, method_of(cells.grid))]
+        places, (base, safe) = [each.files.utility for each in found], [each.utility for each in found]
         first = {"model": cells.pair.slug, "language": language}
         if not (base and safe):
             rows.append(first | {"task": ", ".join(wanted.tasks)})

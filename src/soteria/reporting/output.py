@@ -1,12 +1,12 @@
 """Writes a grid's tables, figures and report, and prints the main tables."""
 
+import re
 from pathlib import Path
 
 from soteria import disk
 from soteria.grid import durations
 from soteria.grid.grid_file import Grid
 from soteria.reporting import figures, fonts, report
-from soteria.reporting.conditions import Cells
 from soteria.reporting.verdicts import verdicts
 from soteria.reporting.write_up import WriteUp, compose
 from soteria.storage import files, paths
@@ -29,6 +29,9 @@ def write_grid(grid: Grid, grid_file: Path, results: Path, options: str = "") ->
         print(f"{found.path(table.name, 'md')}: {table.counted}")
     for line in (*verdicts(found), *_left_out(found)):
         print(line)
+    if lines := not_run(found):
+        print("\n".join(lines[:3]))
+        print(f"{len(lines) - 3} more such lines: see {paths.report_file(results)}\n" * (len(lines) > 3), end="")
     print(f"wrote {len(written)} files under {written[0].parent}, and {written[-1]}")
 
 
@@ -77,7 +80,7 @@ def _page(found: WriteUp, grid_file: Path, command: str) -> str:
         report.environment_facts() | _devices(found),
         grid_file.read_text(encoding="utf-8"),
         [command],
-        [*not_run(grid, found.results), *_left_out(found)],
+        [*map(_without_folders, not_run(found)), *_left_out(found)],
     )
 
 
@@ -92,6 +95,11 @@ def _shown_path(path: Path) -> str:
     return path.resolve().relative_to(paths.ROOT).as_posix() if inside else path.name
 
 
+def _without_folders(sentence: str) -> str:
+    """A sentence without this machine's folders: of an absolute path, the name alone."""
+    return re.sub(r"(?<![\w/.~-])/(?:[^/\s'\"]+/)+(?=[^/\s'\"])", "", sentence)
+
+
 def _devices(found: WriteUp) -> dict[str, str]:
     """What the cells were measured on, as they noted it."""
     seen = {}
@@ -101,18 +109,16 @@ def _devices(found: WriteUp) -> dict[str, str]:
     return {"measured on": ", ".join(device for device in seen if device != "none") or "unknown"}
 
 
-def not_run(grid: Grid, results: Path) -> list[str]:
-    """Why cells have no numbers: those that failed with their sentences, and how many were just not run yet."""
-    lines, missing = [], 0
-    for pair in grid.models:
+def not_run(found: WriteUp) -> list[str]:
+    """Why cells have no numbers: those of other inputs and those that failed, and how many were just not run yet."""
+    lines, missing, grid, results = [], 0, found.grid, found.results
+    for pair, cells in zip(grid.models, found.cells, strict=True):
         if (failure := paths.model_failure(results, pair.slug)).exists():
             lines.append(f"{pair.slug}: {_sentence(failure)}")
-        for found in Cells(grid, pair, results).every:
-            cell, own = found.cell, found.files
-            if found.another_model:
-                lines.append(f"{cell.name}: measured on {found.another_model}, not on {pair.base}; left blank")
-            for name, other in found.other_sets.items():
-                lines.append(f"{cell.name}: {name} was asked on {other}, which is not the grid's; left blank")
+        for each in cells.every:
+            cell, own = each.cell, each.files
+            for reason, names in each.others.items():
+                lines.append(f"{cell.name}: left blank: {', '.join(names)}: {reason}")
             failures = sorted(own.folder.glob(own.failure("*").name))
             judged = [own.verdicts(name, judge) for name in cell.sets for judge in grid.judges]
             lines += [f"{cell.name}: {_sentence(failure)}" for failure in failures]

@@ -6,7 +6,6 @@ from itertools import product
 import pandas as pd
 
 from soteria.judging.interface import CONTENT_FILTER
-from soteria.reporting.conditions import Cells
 from soteria.reporting.draws import MEASURES, placed_among
 from soteria.reporting.labels import BASE, BOTTOM, RANDOM, TOP
 from soteria.reporting.readable import degenerate, left_out, points
@@ -108,8 +107,8 @@ def _transfers(found: WriteUp) -> list[str]:
 def _unjudged(found: WriteUp) -> list[str]:
     """How many answers each judge left without a verdict, and why."""
     sentences = []
-    for pair, judge in product(found.grid.models, found.grid.judges):
-        cells, reasons, n_rows = Cells(found.grid, pair, found.results), Counter(), 0
+    for cells, judge in product(found.cells, found.grid.judges):
+        reasons, n_rows = Counter(), 0
         for each in cells.every:
             for name in each.cell.sets:
                 reasons.update(each.unjudged(name, judge))
@@ -117,7 +116,7 @@ def _unjudged(found: WriteUp) -> list[str]:
         if reasons:
             named = ", ".join(f"{n} × {reason}" for reason, n in sorted(reasons.items()))
             sentences.append(
-                f"{pair.slug}, {judge}: {reasons.total()} of {n_rows} answers have no verdict ({named}); ASR is over "
-                "the judged rows, with bounds." + FILTERS * (CONTENT_FILTER in reasons)
+                f"{cells.pair.slug}, {judge}: {reasons.total()} of {n_rows} answers have no verdict ({named}); ASR is "
+                "over the judged rows, with bounds." + FILTERS * (CONTENT_FILTER in reasons)
             )
     return sentences

@@ -89,6 +89,7 @@ class WriteUp:
 
     grid: Grid
     results: Path
+    cells: list[Cells] = field(default_factory=list)  # of each model
     tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # pictures that could not be drawn, and why
@@ -128,11 +129,10 @@ class WriteUp:
 
 def compose(grid: Grid, results: Path) -> WriteUp:
     """All tables and pictures of a grid, from what its cells' files hold."""
-    every = [Cells(grid, pair, results) for pair in grid.models]
-    found = WriteUp(grid, results)
+    found = WriteUp(grid, results, [Cells(grid, pair, results) for pair in grid.models])
     for name, (title, text) in _texts(grid).items():
         rows, read = CONTENTS[name]
-        tidy = pd.concat([rows(cells) for cells in every], ignore_index=True)
+        tidy = pd.concat([rows(cells) for cells in found.cells], ignore_index=True)
         if len(tidy):
             found.tables.append(Table(name, title, text, tidy, read(tidy)))
     tidy = {table.name: table.tidy for table in found.tables}
