@@ -218,7 +218,7 @@ def test_verdicts_that_were_changed_by_hand_are_neither_counted_nor_overwritten(
     before = finished(tmp_path)
     capsys.readouterr()
     assert evaluate() == 2
-    assert "Evaluated.csv has other verdicts than refusal gave; give another --output" in capsys.readouterr().err
+    assert "Evaluated.csv has other verdicts than the judge gave; put these back" in capsys.readouterr().err
     assert finished(tmp_path) == before
 
 
