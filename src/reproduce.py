@@ -53,6 +53,8 @@ def main() -> None:
         return
     steps = [step for step in (*STEPS, MODELS) if step in arguments.steps]
     disk.check_output(paths.report_file(arguments.results))
+    for pair in grid.models if len(grid.models) > 1 else ():  # the longest name that a run ends with
+        disk.check_output(paths.table_file(arguments.results, grid.name, f"head_shares_{pair.slug}", "png"))
 
     from soteria.models.processes import Processes
 

@@ -407,7 +407,7 @@ UNLIKE = {  # what is done to a cell, what the grid says instead, and why files 
         "other heads or weights",
     ),
     "answers edited": (
-        lambda cell: (cell / "policy.csv").write_text((cell / "policy.csv").read_text().replace(",", ",x", 5)),
+        lambda cell: (cell / "policy.csv").write_text((cell / "policy.csv").read_text() + "one,more\n"),
         {},
         "other answers",
     ),
@@ -615,7 +615,7 @@ def test_the_papers_plan_needs_no_network_and_says_what_was_measured_where(tmp_p
     assert float(re.search(r"Disk: ([\d.]+) GB", said)[1]) > 100  # four models and their tuned twins
 
 
-def test_bad_arguments_end_in_a_sentence(grid_file, run_script, capsys):
+def test_bad_arguments_end_in_a_sentence(grid_file, tmp_path, run_script, capsys):
     for words, named in (
         (["none.yaml"], "no grid file none.yaml"),
         ([grid_file, "--shard", "3/2"], "'3/2' is not i/n"),
@@ -625,3 +625,6 @@ def test_bad_arguments_end_in_a_sentence(grid_file, run_script, capsys):
     ):
         assert run_script(reproduce, *words) == 2
         assert named in capsys.readouterr().err
+    long = write_grid(tmp_path, models=[{"base": letter * 150, "tuned": TUNED} for letter in "ab"])
+    assert run_script(reproduce, *arguments(long, tmp_path / "none", "--name", "n" * 60)) == 2
+    assert "too long" in capsys.readouterr().err and not (tmp_path / "none").exists()
