@@ -186,6 +186,8 @@ def test_changed_arguments_or_data_are_refused_and_nothing_overwritten(step_1, t
         interrupt_after(1, context, "indirect_effects")
         assert step_1("hot_Tamil") == 130
     capsys.readouterr()
+    moved = shutil.copytree(tiny_folder("llama"), tmp_path / "moved")
+    assert step_1("hot_Hindi", model_name=moved) == 0  # the same weights at another path
     changed_data = tmp_path / "icl"
     shutil.copytree(data, changed_data)
     for dataset in ("hot_Hindi", "hot_Tamil"):

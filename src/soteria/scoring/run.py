@@ -155,9 +155,10 @@ class DatasetRun:
             outputs.check_file(self.settings_file, is_ours=False, mend=advice)
             return False
         found = EARLIER_SETTINGS | found
+        is_same_model = found.get("model_sha256") == self.described.get("model_sha256", "")
         for name, now in self.described.items():
             was = found.get(name)
-            if name == "model_name" and was and Path(was).exists() and Path(was).resolve() == Path(now).resolve():
+            if name == "model_name" and (is_same_model or _is_same_place(was, now)):
                 continue
             if name in NOT_NOTED_EARLIER and was is None:
                 continue
@@ -317,6 +318,10 @@ def _saved(
         values = found if heads is None else found[:, _heads_there(heads, found.shape[2])]
         return found if values.isfinite().all() else None
     return found
+
+
+def _is_same_place(was: str | None, now: str) -> bool:
+    return bool(was) and Path(was).exists() and Path(was).resolve() == Path(now).resolve()
 
 
 def _not_finite(loaded, dataset: str) -> str:
