@@ -26,7 +26,14 @@ _LABELED = re.compile(rf"(?P<label>{_LABEL})(?:[ _](?:response|answer|reply|outp
 _VALUE = re.compile(
     r"\s*(?:[:=?,(]|[-–—] |\s)\s*(yes|no|true|false|[yn]|[01](?:\.0+)?)\s*(?:$|[.,;!)](?!\d)|[-–—(])", re.I
 )
-_UNCLEAR = re.compile(r"\s*[:=?(]\s*(?:not|no|none|never|nope|neither|un\w+|maybe|part\w*|n/a|\d)\b", re.I)
+_UNCLEAR = re.compile(
+    r"\s*[:=?(]\s*(?:not|no|none|never|nope|neither|un\w+|maybe|part\w*|n/a|\d+|(?:yes|true)\W+(?:or )?(?:no|false))\b"
+    # One or two words are a value that is not known, such as one in another language, rather than an explanation.
+    r"|\s*[:=?]\s*(?![SO]\d)\w{1,12}(?:\W{1,4}\w{1,12})?\W*$",
+    re.I,
+)
+_DENIED = re.compile(r"[¬≠❌✗✘✖]|~~|!(?=\w)")
+_UNCHECKED, _CHECKED = re.compile(r"^[-* \t]*(?:\[ ?\]|☐).*$", re.M), re.compile(r"\[[xX✓✔]\]|[☑☒✅]")
 _OTHER = re.compile(rf"\W*(?:(?:or|and|vs\.?)\W+)?{_LABEL}|.*\bor\W+{_LABEL}", re.I)
 _ALONE, _EXPLAINED = re.compile(r"[^\w?]*$"), re.compile(r"\s*[.,;:!)]|\s+(?:[-–—(]|S\d)")
 _TRUE = ("y", "t", "1")
@@ -47,7 +54,9 @@ def read_label(reply: str) -> str | None:
 def plain_lines(reply: str) -> list[str]:
     """The lines of a reply that say something, without thinking and decoration; a value goes to the name above it."""
     text = _plain(split_thinking(reply)[1])
-    return _VALUE_BELOW.sub(" ", "\n".join(line.strip() for line in text.splitlines() if line.strip())).splitlines()
+    return _VALUE_BELOW.sub(
+        " ", "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
+    ).splitlines()
 
 
 def _plain(text: str) -> str:
@@ -55,6 +64,7 @@ def _plain(text: str) -> str:
     if found := re.search(r"\{.*\}", text, re.S):
         with suppress(UserError):
             return "\n".join(_entries(disk.parse_json(found[0], "a reply", strict=False)))
+    text = _CHECKED.sub("", _UNCHECKED.sub("", text))
     return _EMPHASIS.sub("", _BOXED.sub("", _TAG.sub("\n", text)).translate(_LIKE_ASCII))
 
 
@@ -77,7 +87,7 @@ def _read(part: str, *, is_first: bool) -> str | None:
     harmful = label in ("harmful", "unsafe", "notsafe")
     if value := _VALUE.match(rest):
         return HARMFUL if harmful == value[1].casefold().startswith(_TRUE) else NOT_HARMFUL
-    if _UNCLEAR.match(rest) or _OTHER.match(rest):
+    if _UNCLEAR.match(rest) or _OTHER.match(rest) or _DENIED.search(part):
         return part
     if _ALONE.match(rest) or ((is_first or named) and _EXPLAINED.match(rest)):
         return HARMFUL if harmful else NOT_HARMFUL
