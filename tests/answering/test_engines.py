@@ -199,6 +199,16 @@ def test_a_question_without_an_answer_is_named_and_asked_again_by_the_same_comma
     assert "engine" not in facts(tmp_path) and found(tmp_path)[0] != f"to {lost[0]}"
 
 
+def test_no_text_is_a_blank_answer_and_half_a_character_is_none(endpoint, ask, tiny_folder, tmp_path, capfd):
+    usage = counter(tiny_folder("llama"))
+    endpoint(lambda prompt, n: (200, {"text": "\ud83d"}), usage=usage)
+    assert ask() == 2
+    said = capfd.readouterr().err
+    assert "5 × half a character" in said and "Traceback" not in said and not contents(tmp_path / "out")
+    endpoint(lambda prompt, n: (200, None), usage=usage)
+    assert ask() == 0 and set(found(tmp_path)) == {""}
+
+
 def test_what_a_server_calls_reasoning_is_the_answers_thinking(endpoint, ask, chat_folder, tmp_path, capfd):
     message = {"content": " Yes.", "reasoning_content": "Is it?"}
     server = endpoint(lambda prompt, n: (200, {"message": message}), usage=counter(chat_folder))

@@ -17,6 +17,7 @@ from soteria.answering.decoding import end_tokens
 from soteria.answering.thinking import opened_thinking, texts_of, thinking_tokens
 from soteria.errors import UserError, form_of
 from soteria.models.loading import LoadedModel
+from soteria.storage.csv_files import is_text
 
 OPENAI, VLLM = "openai", "vllm"
 TIME_LIMIT_S = 600.0  # per request: a busy server lets it wait
@@ -148,11 +149,12 @@ class ServerEngine:
                 )
             message = choice["message"] if asked.messages else {}
             thought = message.get("reasoning_content") or message.get("reasoning")
-            text = text_of(message["content"]) if asked.messages else choice["text"]
+            text = text_of(message["content"] if asked.messages else choice["text"])
             if not thought and thinking_tokens(described.tokenizer):
                 return Outcome(reason="thinking and answer not told apart; serve the model with a reasoning parser")
             opened = f"<think>{thought}</think>" if thought else opened_thinking(described.tokenizer, [asked.ids])[0]
-            return Outcome(f"{opened}{text}".strip())
+            answer = f"{opened}{text}".strip()
+            return Outcome(answer) if is_text(answer) else Outcome(reason="half a character, a lone surrogate")
 
         return read
 
