@@ -613,6 +613,19 @@ def test_a_judge_that_gives_no_verdict_stops_and_shows_the_form_of_a_reply(endpo
         shutil.rmtree(tmp_path / "out")
 
 
+def test_blank_answers_between_neither_hide_such_a_judge_nor_leave_anything(
+    endpoint, run_script, tmp_path, capfd, caplog
+):
+    texts = [" " if row % 8 == 0 else text for row, text in enumerate(answers(200))]
+    server = endpoint(lambda prompt, n: (200, "Hm."))
+    assert run_script(script, *words(tmp_path, SAFE=texts)) == 2
+    assert "16 × neither label" in capfd.readouterr().err
+    assert len(server.asked) < 80 and not contents(tmp_path / "out")
+    caplog.clear()
+    assert run_script(script, *words(tmp_path, SAFE=[" "] * 20)) == 0
+    assert "no verdict at all" not in caplog.text
+
+
 def test_verdicts_of_earlier_versions_are_kept(endpoint, evaluate, tmp_path):
     """They say EMPTY without a reason, in the CSV and in the journal, and their JSON has fewer keys."""
     endpoint(lambda prompt, n: (200, "Hm.") if "Sure 4" in prompt else by_answer(prompt, n))

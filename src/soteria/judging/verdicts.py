@@ -247,6 +247,7 @@ def _judge_column(
 
     Rows without a verdict are held back until there is a verdict. `known` verdicts are reused. `journal` is entered.
     """
+    blank, n_unread = unjudged(BLANK_ANSWER), 0
     held: dict[int, str] = {}
     failed: dict[int, str] = {}
     with tqdm(total=answers.n_rows, desc=column, unit="verdict", leave=None, disable=None) as bar:
@@ -264,18 +265,20 @@ def _judge_column(
                     continue
                 held[row] = verdict
                 is_read = is_read or _is_read(verdict)
-                if is_read or verdict == unjudged(BLANK_ANSWER):
+                n_unread += verdict != blank
+                if is_read:
                     journal.add(held)
                     held.clear()
-                elif len(held) == UNREAD_ROWS:
-                    reasons = Counter(map(reason_of, held.values())).most_common()
+                elif n_unread == UNREAD_ROWS:
+                    reasons = Counter(reason_of(each) for each in held.values() if each != blank).most_common()
                     raise UserError(
                         f"{judge.description}: the first {UNREAD_ROWS} replies gave no verdict "
                         f"({', '.join(f'{n} × {reason}' for reason, n in reasons)}), such as {judge.unread}; "
                         "give another judge, --judge_format or --judge_prompt"
                     )
-        if held:
+        if n_unread and held:
             _log.warning("%s: no verdict at all on %s; a reply was %s", judge.description, column, judge.unread)
+        if held:
             journal.add(held)
         every = journal.done | failed
         return [every[row] for row in range(answers.n_rows)]
