@@ -28,8 +28,9 @@ _VALUE = re.compile(
 )
 _UNCLEAR = re.compile(
     r"\s*[:=?(]\s*(?:not|no|none|never|nope|neither|un\w+|maybe|part\w*|n/a|\d+|(?:yes|true)\W+(?:or )?(?:no|false))\b"
-    # One or two words are a value that is not known, such as one in another language, rather than an explanation.
-    r"|\s*[:=?]\s*(?![SO]\d)\w{1,12}(?:\W{1,4}\w{1,12})?\W*$",
+    # Such as "absolutely not"; and one or two words in another script, which may be its no.
+    r"|\s*[:=?]\s*(?:\w+\W{1,4})?(?:not|no|nothing|never|false|nein|non|nej|nie|nee|falsch|falso|faux)\W*$"
+    r"|\s*[:=?]\s*(?=\S*[^\x00-\x7f])\S{1,12}(?:\s+\S{1,12})?\W*$",
     re.I,
 )
 _DENIED = re.compile(r"[¬≠❌✗✘✖]|~~|!(?=\w)")
