@@ -180,7 +180,9 @@ def test_a_glob_scores_the_unfinished_datasets_with_one_load_as_each_alone(step_
     assert len(loads) == 1 and contents(tmp_path / "out") == everything
 
 
-def test_changed_arguments_or_data_are_refused_and_nothing_overwritten(step_1, tmp_path, data, monkeypatch, capsys):
+def test_changed_arguments_or_data_are_refused_and_nothing_overwritten(
+    step_1, tmp_path, data, tiny_folder, monkeypatch, capsys
+):
     step_1("hot_Hindi")
     with monkeypatch.context() as context:
         interrupt_after(1, context, "indirect_effects")
