@@ -39,11 +39,12 @@ export SOTERIA_RESULTS=${SOTERIA_RESULTS:-$src/../results} PYTHONPATH=$src${PYTH
 if [ -x "$src/../.venv/bin/python" ]; then python=$src/../.venv/bin/python; else python=python3; fi
 
 stop() { # end the step that runs, which says so; where none does, say it here
+  local ended=$? status=0
   trap '' INT TERM
-  ended=0
   if [ -n "${!-}" ]; then
     kill "$!" 2>/dev/null || :
-    wait "$!" || ended=$?
+    wait "$!" 2>/dev/null || status=$?
+    case $status in 127 | -1) ;; *) ended=$status ;; esac # those: it had ended before
   fi
   case $ended in 130 | 143) ;; *) echo "$1; run the same command again to resume" >&2 ;; esac
   exit "$2"

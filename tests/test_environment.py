@@ -107,7 +107,7 @@ def test_a_signal_during_the_set_up_is_not_taken_for_a_network_that_fails(fresh,
 STEPS = """#!/bin/bash
 case "$*" in
   "-m soteria.judging.pipeline "*) printf '%s\\0' model answers verdicts 2 --judge refusal ;;
-  *) trap 'echo "terminated; run" >&2; exit 143' TERM; touch started; while :; do sleep 0.01; done ;;
+  *) trap 'trap "" TERM; echo "terminated; run" >&2; exit 143' TERM; touch started; while :; do sleep 0.01; done ;;
 esac
 """
 
