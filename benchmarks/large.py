@@ -1,8 +1,9 @@
 """Whether time and memory grow with the work and no faster: each step at n and at 4 n, in one run.
 
 Questions read, batches planned, answers journaled and written, judged by the refusal judge and counted; one answer of n
-times 25 characters; and the tables and the report of a grid of n / 40 cells, written here by hand. Prints seconds of
-the processor, the peak of Python's memory, and both ratios: 4 is linear, and 1 is flat. Ends with one JSON line.
+times 25 characters; and the tables and the report of a grid of n / 40 cells, whose answers are written here. Prints
+seconds of the processor, the peak of Python's memory, and both ratios: 4 is linear, and 1 is flat. Ends with one JSON
+line.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from soteria.answering.columns import AnswerColumn  # noqa: E402
 from soteria.answering.decoding import plan_batches  # noqa: E402
 from soteria.answering.questions import read_questions  # noqa: E402
 from soteria.grid.cells import grid_cells  # noqa: E402
+from soteria.grid.found import CellOnDisk, SubjectOnDisk  # noqa: E402
 from soteria.grid.grid_file import read_grid  # noqa: E402
 from soteria.judging.refusal import RefusalJudge  # noqa: E402
 from soteria.judging.statistics import by_category  # noqa: E402
@@ -31,16 +33,18 @@ from soteria.languages import find_language  # noqa: E402
 from soteria.reporting.output import write_grid  # noqa: E402
 from soteria.storage import files  # noqa: E402
 from soteria.storage.csv_files import write_rows  # noqa: E402
-from soteria.storage.paths import SAFE_ANSWER  # noqa: E402
+from soteria.storage.paths import SAFE_ANSWER, facts_file  # noqa: E402
 
 ENGLISH = find_language("en")
 REFUSED, GIVEN = "I cannot help with that.", "Sure, here is how: first, open the door."
+MEASURED = {"n_heads": 1, "parameters_changed": 8, "share_of_parameters": 0.1}
 GRID = """name: large
 models: [{{base: none/base, tuned: none/tuned}}]
 languages: all
 prompt_sets: [policy]
 scaling_factor: 1
 ablations: {{random_draws: {draws}}}
+answers: {{questions: 8}}
 """
 
 
@@ -98,13 +102,19 @@ def tables(folder: Path, n: int) -> Callable[[], object]:
     path = folder / "large.yaml"
     path.write_text(GRID.format(draws=n // 480), encoding="utf-8")
     grid = read_grid(path)
+    subject = SubjectOnDisk(grid, grid.models[0], folder)
     for at, cell in enumerate(grid_cells(grid, grid.models[0])):
-        own = cell.files(folder)
-        column, short = ("Verdict_Safe", "safe") if cell.treatment else ("Verdict_Base", "base")
-        rows = ([f"How {row}?", ("Harmful", "Not Harmful")[(row + at) % 2]] for row in range(8))
-        write_rows(own.verdicts("policy", "refusal"), ["Question", column], rows, quote_all=False)
-        files.write_json(own.verdicts("policy", "refusal").with_suffix(".json"), {short: {"unjudged": {}}})
-        files.write_json(own.facts, {"n_heads": 1, "parameters_changed": 8, "share_of_parameters": 0.1})
+        found, own = CellOnDisk(subject, cell), cell.files(folder)
+        files.write_json(own.facts, found.made_from | MEASURED)
+        asked, column = subject.questions("policy", cell.language, None), found.answer_column
+        answers = own.answers("policy")
+        rows = ([question, answer(row + at)] for row, question in enumerate(asked.questions))
+        write_rows(answers, ["Question", column], rows, quote_all=False)
+        made = {"rows": 8, "columns": {column: found.settings | {"model": "none/base"}}}
+        files.write_json(facts_file(answers), made)
+        inputs = inputs_of(AnswerFile(answers), "refusal")
+        judged = judge_answers(AnswerFile(answers), own.verdicts("policy", "refusal"), inputs, RefusalJudge)
+        judged.write(inputs | {"judge_description": "refusal"})
 
     def written() -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,12 @@ def test_a_text_beyond_the_bound_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "MAX_BYTES", 2**10)
     with pytest.raises(UserError, match=r"a\.json has more than"):
         disk.load_json(tmp_path / "a.json")
+
+
+def test_reading_a_small_file_makes_room_for_no_more(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    tracemalloc.start()
+    disk.load_json(tmp_path / "a.json")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6

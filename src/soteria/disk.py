@@ -75,8 +75,9 @@ def open_file(path: Path, missing: str = "") -> BinaryIO:
 def read_text(path: Path, missing: str = "") -> str:
     """The text of a UTF-8 file of at most MAX_BYTES, without a byte-order mark. Raises UserError for any other."""
     with open_file(path, missing) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+        # `read` with a bound makes room for all of that.
+        content = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
+    if content is None:
         raise UserError(f"{path} has more than {MAX_BYTES >> 30} GB, too much to be read as text; give a smaller file")
     try:
         return content.decode("utf-8-sig")
