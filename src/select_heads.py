@@ -3,16 +3,16 @@
 from argparse import Namespace
 from pathlib import Path
 
-from soteria import cli, disk
+from soteria import cli
 from soteria.errors import UserError
-from soteria.languages import group_languages, language_names
+from soteria.languages import language_names
 from soteria.scoring.heads import (
     check_list,
     count_heads,
     count_top,
+    group_list,
     mean_effect,
     rank_heads,
-    write_group,
     write_heads,
 )
 from soteria.scoring.notes import ambiguous_datasets, describe_first_tokens
@@ -39,32 +39,29 @@ def parse_arguments() -> Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    folder = arguments.heads_root / arguments.head_folder
-    if not arguments.language and not arguments.group:
+    folder, lists, said = arguments.heads_root / arguments.head_folder, {}, {}
+    if not arguments.language and arguments.group is None:
         raise UserError("nothing to select: give --language (with --results) or --group")
-    if arguments.group:
-        group_languages(arguments.group)
-        disk.check_output(folder / paths.group_file(arguments.group))
     if arguments.language:
         if not arguments.results:
             raise UserError("--language needs --results, the output folder of step 1")
         names, tasks = language_names(arguments.language), list(dict.fromkeys(arguments.tasks))
-        effects = {name: mean_effect(arguments.results, name, tasks) for name in names}
-        lists = {
-            folder / paths.language_file(name): rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]
-            for name, effect in effects.items()
-        }
-        for path, heads in lists.items():
-            check_list(path, heads)
-        for (name, effect), (path, heads) in zip(effects.items(), lists.items(), strict=True):
-            write_heads(path, heads)
-            print(f"{path}: {len(heads)} of {count_heads(effect)} heads")
+        for name in names:
+            effect, path = mean_effect(arguments.results, name, tasks), folder / paths.language_file(name)
+            lists[path] = rank_heads(effect)[: count_top(arguments.top, count_heads(effect))]
             warned = ambiguous_datasets(arguments.results, [f"{task}_{name}" for task in tasks])
-            for line in describe_first_tokens(arguments.results, warned):
-                print(line)
-    if arguments.group:
-        heads = write_group(folder, arguments.group)
-        print(f"{folder}: {len(heads)} heads shared by group {arguments.group}")
+            counted = f"{path}: {len(lists[path])} of {count_heads(effect)} heads"
+            said[path] = [counted, *describe_first_tokens(arguments.results, warned)]
+    if arguments.group is not None:
+        heads = group_list(folder, arguments.group, lists)
+        path = folder / paths.group_file(arguments.group)
+        lists[path] = heads
+        said[path] = [f"{folder}: {len(heads)} heads shared by group {arguments.group}"]
+    for path, heads in lists.items():
+        check_list(path, heads)
+    for path, heads in lists.items():
+        write_heads(path, heads)
+        print(*said[path], sep="\n")
 
 
 if __name__ == "__main__":

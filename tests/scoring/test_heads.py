@@ -140,8 +140,7 @@ def test_a_groups_languages_come_in_the_group_rules_order():
 def test_a_group_is_made_from_its_languages_lists_or_refused_naming_what_is_missing(tmp_path):
     def refused(group: str, match: str) -> None:
         with pytest.raises(UserError, match=match):
-            heads.write_group(tmp_path, group)
-        assert not list(tmp_path.glob("*_Lang.json"))
+            heads.group_list(tmp_path, group, {})
 
     refused("Middle", r"Middle.*High, Mid, Low, Universal")
     for head, language in enumerate(["Bengali", "Telugu"]):
@@ -149,9 +148,8 @@ def test_a_group_is_made_from_its_languages_lists_or_refused_naming_what_is_miss
     refused("Low", r"Tamil_Heads\.json")
     heads.write_heads(tmp_path / "Tamil_Heads.json", [(0, 2)])
     refused("Low", "no head is in more than half")
-    heads.write_heads(tmp_path / "Tamil_Heads.json", [(0, 1)])
-    heads.write_group(tmp_path, "low")  # in any case
-    assert json.loads((tmp_path / "Low_Lang.json").read_text()) == [[0, 1]]
+    new = {tmp_path / "Tamil_Heads.json": [(0, 1)]}  # not yet in the place of the one that is there
+    assert heads.group_list(tmp_path, "low", new) == [(0, 1)]  # in any case
 
 
 @pytest.mark.parametrize("model", ["llama3_1", "Mistral"])
@@ -236,3 +234,25 @@ def test_select_heads_refuses_in_one_sentence_and_leaves_nothing(tmp_path, selec
     options = ("--results", "effects", "--tasks", "antonym", "--language", "Hindi")
     assert path.name in refusal(capsys, select(*options))
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("left", ["Arabic_Heads.json", "Mid_Lang.json"], ids=["missing", "of the user's"])
+def test_select_heads_writes_no_languages_list_before_a_group_that_is_refused(left, tmp_path, select, capsys):
+    names = [name for name in GROUPS["Mid"] if left != f"{name}_Heads.json"]
+    for name in names:
+        random_effects(tmp_path / "effects", name)
+    if left == "Mid_Lang.json":
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / left).write_text("[[9, 9]]")
+    status = select("--results", tmp_path / "effects", "--language", *names, "--group", "Mid")
+    assert left in refusal(capsys, status) and not list(tmp_path.rglob("*_Heads.json"))
+
+
+@pytest.mark.parametrize("noted", [[1], {"Hindi_Heads.json": 5}, "text", None])
+def test_facts_of_other_types_beside_head_lists_are_refused_and_kept(noted, tmp_path, select, capsys):
+    random_effects(tmp_path / "effects", "Hindi")
+    (tmp_path / "m").mkdir()
+    facts = tmp_path / "m" / "soteria.json"
+    facts.write_text(json.dumps({"lists_sha256": noted, "mine": 1}))
+    assert str(facts) in refusal(capsys, select("--results", tmp_path / "effects", "--language", "Hindi"))
+    assert [*facts.parent.iterdir()] == [facts] and json.loads(facts.read_text())["mine"] == 1

@@ -6,12 +6,13 @@ Input: the effect files of step 1. Output: lists of `(layer, head)`, best first,
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from soteria import disk
 from soteria.errors import UserError
@@ -20,10 +21,17 @@ from soteria.models.tensors import load_tensor
 from soteria.scoring.notes import scored_with
 from soteria.scoring.prompts import TASKS, TOKEN_CLASSES
 from soteria.storage import files, outputs
-from soteria.storage.paths import FACTS, effect_path, group_file, language_file
+from soteria.storage.paths import FACTS, effect_path, language_file
+from soteria.storage.side_files import Text, read_noted, side_file
 
 Head = tuple[int, int]  # (layer, head), both from 0
-LISTS = "lists_sha256"  # in the facts of a folder of head lists: the hash of each list, by its file's name
+
+
+@side_file
+class ListFacts(TypedDict):
+    """The facts of a folder of head lists: the hash of each list, by its file's name."""
+
+    lists_sha256: dict[Text, Text]
 
 
 def mean_effect(results: Path, language: str, tasks: list[str], model_sha256: str | None = None) -> Tensor:
@@ -162,9 +170,10 @@ def read_heads(path: Path) -> list[Head]:
 
 def check_list(path: Path, heads: list[Head]) -> None:
     """Raise UserError if a head list that `write_heads` did not write, or a link, is in the place of another one."""
-    noted = files.read_facts(path.parent / FACTS).get(LISTS)
-    known = noted.get(path.name) if isinstance(noted, dict) else None
-    is_ours = path.is_file() and (path.read_bytes() == _as_json(heads) or _sha256(path.read_bytes()) == known)
+    known = _noted_lists(path.parent)
+    is_ours = path.is_file() and (
+        path.read_bytes() == _as_json(heads) or _sha256(path.read_bytes()) == known.get(path.name)
+    )
     outputs.check_file(path, is_ours, mend="give another --head_folder")
 
 
@@ -175,12 +184,15 @@ def write_heads(path: Path, heads: list[Head]) -> None:
     """
     with files.held(path.parent):
         check_list(path, heads)
-        facts = files.read_facts(path.parent / FACTS)
-        outputs.check_file(path.parent / FACTS, LISTS in facts, mend="give another --head_folder")
-        content, noted = _as_json(heads), facts.get(LISTS, {})
+        noted, content = _noted_lists(path.parent), _as_json(heads)
+        outputs.check_file(path.parent / FACTS, bool(noted), mend="give another --head_folder")
         files.write_text(path, content.decode())
         if noted.get(path.name) != _sha256(content):
-            files.write_json(path.parent / FACTS, {LISTS: noted | {path.name: _sha256(content)}})
+            files.write_json(path.parent / FACTS, {"lists_sha256": noted | {path.name: _sha256(content)}})
+
+
+def _noted_lists(folder: Path) -> dict[str, str]:
+    return read_noted(folder / FACTS, ListFacts).get("lists_sha256", {})
 
 
 def _as_json(heads: list[Head]) -> bytes:
@@ -191,12 +203,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_group(folder: Path, group: str) -> list[Head]:
-    """Write a group's list from its languages' lists in the same folder. Raises UserError if one of them is missing."""
-    heads = group_heads([read_heads(folder / language_file(language)) for language in group_languages(group)])
+def group_list(folder: Path, group: str, new: Mapping[Path, list[Head]]) -> list[Head]:
+    """A group's list from its languages' lists, the `new` ones by path and the others in the folder.
+
+    Raises UserError if one of them is missing, or no head is in more than half of them.
+    """
+    of_language = [folder / language_file(language) for language in group_languages(group)]
+    heads = group_heads([new[path] if path in new else read_heads(path) for path in of_language])
     if not heads:
         raise UserError(f"no head is in more than half of the lists of group {group!r} in {folder}; give longer lists")
-    write_heads(folder / group_file(group), heads)
     return heads
 
 
