@@ -107,6 +107,17 @@ def test_effect_files_that_are_misshapen_not_finite_or_of_two_models_are_refused
         path = write_effect(tmp_path, "antonym_Hindi", effect)
         with pytest.raises(UserError, match=path.name):
             heads.mean_effect(tmp_path, "Hindi", ["antonym"])
+    for odd in (
+        torch.ones(2, 2, 4).to_sparse(),
+        torch.ones(2, 2, 4, device="meta"),
+        torch.zeros(1).expand(10**5, 10**4, 10**4),
+        torch.ones(2, 2, 4).to(torch.float8_e4m3fn),
+        torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(1, 4)]),
+    ):
+        path = effect_path(tmp_path, "antonym_Hindi")
+        torch.save(odd, path)
+        with pytest.raises(UserError, match=path.name):
+            heads.mean_effect(tmp_path, "Hindi", ["antonym"])
     write_effect(tmp_path, "antonym_Hindi", torch.zeros(2, 2, 2))
     path = write_effect(tmp_path, "sentiment_Hindi", torch.zeros(2, 2, 3))
     with pytest.raises(UserError, match=f"{path.name} comes from a different model"):

@@ -292,6 +292,8 @@ def test_what_an_earlier_run_left_counts_only_where_it_is_sound(step_1, tmp_path
         effects[:, :2],
         effects[:0],
         effects.repeat(2, 1, 1),
+        effects.to_sparse(),
+        effects.to("meta"),
     ]
     for damage in unsound:
         (folder / EFFECT).unlink(missing_ok=True)

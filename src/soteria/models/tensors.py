@@ -6,6 +6,7 @@ No file is loaded whole.
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,12 +168,17 @@ def load_tensor(path: Path, *, mapped: bool = False) -> Tensor:
     """
     disk.regular_file(path, f"no file {path}; run step 1 (compute_indirect_effect.py) first")
     try:
-        tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken file
         raise UserError(f"{path} is not a tensor file that can be loaded safely ({type(error).__name__})") from None
     if not isinstance(tensor, Tensor):
         raise UserError(f"{path} does not hold one tensor")
-    return tensor
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    # A tensor on no device, or one that repeats a few numbers, may claim any size.
+    if not is_dense or tensor.device.type != "cpu" or tensor.nbytes > path.stat().st_size:
+        raise UserError(f"{path} does not hold all numbers of one dense tensor; delete it and run step 1 again")
+    return tensor.detach()
 
 
 def save_tensor(tensor: Tensor, path: Path) -> None:

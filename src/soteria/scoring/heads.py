@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
-from soteria.models.tensors import load_tensor
+from soteria.models.tensors import UNQUANTIZED, load_tensor
 from soteria.scoring.notes import scored_with
 from soteria.scoring.prompts import TASKS, TOKEN_CLASSES
 from soteria.storage import files, outputs
@@ -61,7 +61,7 @@ def mean_effect(results: Path, language: str, tasks: list[str], model_sha256: st
     for task in tasks:
         path = effect_path(results, f"{task}_{language}")
         effect = load_tensor(path)
-        if not effect.is_floating_point():
+        if effect.dtype not in UNQUANTIZED:
             raise UserError(f"{path} holds {effect.dtype} numbers, not effects; delete it and run step 1 again")
         if effect.ndim == 4 and effect.shape[-1] == len(TOKEN_CLASSES):
             effect = effect[..., TOKEN_CLASSES.index("query_predictive")]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from soteria.errors import UserError
 from soteria.models.loading import LoadedModel
-from soteria.models.tensors import load_tensor
+from soteria.models.tensors import UNQUANTIZED, load_tensor
 from soteria.scoring.heads import by_layer
 from soteria.scoring.indirect_effect import LAST_TOKEN_CLASSES, TokenizedPrompt
 from soteria.scoring.notes import scored_with
@@ -70,6 +70,6 @@ def mean_divergence(root: Path, language: str) -> Tensor:
     """The divergence of each head, averaged over the questions: (n_layers, n_heads), float64, NaN where none is."""
     path = paths.safety_path(root, language)
     found = load_tensor(path)
-    if found.ndim != 3 or not found.numel() or not found.is_floating_point():
+    if found.ndim != 3 or not found.numel() or found.dtype not in UNQUANTIZED:
         raise UserError(f"{path} does not hold scores (questions, layers, heads); delete it and run again")
     return by_layer(found, scored_with(root, path.parent.name), path)
