@@ -372,6 +372,23 @@ def test_given_means_are_used_and_copied_and_those_of_another_shape_are_refused(
     assert (tmp_path / "out" / "hot_Hindi" / MEANS).read_bytes() == means.read_bytes()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["model", "means"])
+def test_numbers_that_are_not_finite_are_refused_and_leave_nothing(given, step_1, tiny_folder, tmp_path, capsys):
+    """Only the first patched pass shows them, after the means were saved."""
+    model, means = tmp_path / "model", tmp_path / "given.pt"
+    shutil.copytree(tiny_folder("llama"), model)
+    if given:
+        save_tensor(torch.full((N_LAYERS, N_HEADS, N_SLOTS, HEAD_DIM), 3e38), means)
+    else:
+        weights = safetensors.torch.load_file(model / "model.safetensors")
+        weights["lm_head.weight"] *= 1e38
+        safetensors.torch.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert step_1("hot_Hindi", model_name=model, mean_activations_path=means if given else None) == 2
+    refused = capsys.readouterr().err
+    assert "not finite on hot_Hindi in float32" in refused and "architecture" not in refused
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_ends_with_one_sentence_and_status_2(step_1, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for datasets, options, said in [

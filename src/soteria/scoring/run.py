@@ -9,8 +9,8 @@ import hashlib
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
             for run in pending:
                 with files.held(run.folder) if processes.is_first else nullcontext():
                     if not processes.agree(run.is_finished()):  # by the process that was waited for
-                        run.score(sweep, processes, progress)
+                        with run.forgotten_if_refused() if processes.is_first else nullcontext():
+                            run.score(sweep, processes, progress)
                         n_scored += 1
     return n_scored
 
@@ -194,6 +195,17 @@ class DatasetRun:
         """The last dimension of the effects."""
         return () if self.settings.last_token_only else (len(prompts.TOKEN_CLASSES),)
 
+    @contextmanager
+    def forgotten_if_refused(self) -> Iterator[None]:
+        """Remove what a scoring in this block has written if it is refused before any prompt is scored."""
+        try:
+            yield
+        except UserError:
+            if not (self.partial_file.exists() or self.effect_file.exists()):
+                self.means_file.unlink(missing_ok=True)
+                self.settings_file.unlink(missing_ok=True)
+            raise
+
     def score(self, sweep, processes: Processes, progress: "Progress") -> None:
         """Score the dataset with a `Sweep`, resuming at the prompt at which an earlier run was stopped.
 
@@ -226,27 +238,28 @@ class DatasetRun:
             if means is None:
                 means = ie.mean_head_activations(loaded, clean, n_slots, rows, processes.map)
             if not means.isfinite().all():
-                raise UserError(_not_finite(loaded, self.folder.name))
+                raise self._not_finite(loaded)
         progress.update(len(clean))
         if processes.is_first:
             files.write_json(self.settings_file, described)  # from here on, other settings are refused
             save_tensor(means, self.means_file)
 
+        there = _heads_there(geometry.heads, geometry.n_heads)
+
         def effects_of(index: int) -> Tensor:
             prompt = shuffled[index]
             effects = rows.fit(lambda most: ie.indirect_effects(sweep, prompt, means, classes, most, self.reading))
-            if index == 0:
+            if index == 0 and effects[there].isfinite().all():
                 ie.check_sweep(sweep, prompt, means, effects, classes, self.reading, self.slack)
             return effects[..., 0] if settings.last_token_only else effects
 
-        there = _heads_there(geometry.heads, geometry.n_heads)
         done = _saved(self.partial_file, (None, *expected[:2], *self._classes), geometry.heads)
         effects = processes.agree(list(done) if done is not None and len(done) <= len(shuffled) else [])
         progress.update(sum(costs[: len(effects)]))
         for own in processes.map(effects_of, range(len(effects), len(shuffled))):
             progress.update(costs[len(effects)])
             if not own[there].isfinite().all():
-                raise UserError(_not_finite(loaded, self.folder.name))
+                raise self._not_finite(loaded)
             effects.append(own)
             if processes.is_first:
                 save_tensor(torch.stack(effects), self.partial_file)
@@ -255,6 +268,12 @@ class DatasetRun:
             files.write_json(self.settings_file, described | _circumstances(loaded.model, processes, started))
             self.partial_file.unlink(missing_ok=True)
             files.remove_left(self.folder)
+
+    def _not_finite(self, loaded) -> UserError:
+        """What to say of a model whose numbers are not finite."""
+        what = f"{loaded.name!r} gives numbers that are not finite on {self.folder.name}"
+        dtype, given = str(loaded.model.dtype).removeprefix("torch."), self.settings.mean_activations_path
+        return UserError(f"{what} in {dtype}; give another --dtype or {'other means' if given else 'model'}")
 
     def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict]:
         """The prompts to average, those to score, the number of mean slots, and what is noted of the task's answers.
@@ -322,11 +341,6 @@ def _saved(
 
 def _is_same_place(was: str | None, now: str) -> bool:
     return bool(was) and Path(was).exists() and Path(was).resolve() == Path(now).resolve()
-
-
-def _not_finite(loaded, dataset: str) -> str:
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return f"{loaded.name!r} gives numbers that are not finite on {dataset} in {dtype}; give another --dtype or model"
 
 
 def _noted_rows(geometry) -> dict:
