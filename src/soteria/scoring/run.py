@@ -132,6 +132,7 @@ class DatasetRun:
         self.described = {  # as it is written to the settings file
             "dataset_name": dataset,
             **{name: paths.from_root(it) if isinstance(it, Path) else it for name, it in vars(settings).items()},
+            "model_name": paths.model_name(settings.model_name),
             "data_sha256": hashlib.sha256(data_file.read_bytes()).hexdigest(),
             "model_sha256": model_sha256,
         }
@@ -157,10 +158,14 @@ class DatasetRun:
             return False
         found = EARLIER_SETTINGS | found
         is_same_model = found.get("model_sha256") == self.described.get("model_sha256", "")
+        if self.is_unsigned and not self.effect_file.exists():
+            raise UserError(f"{self.folder} has unfinished scores without a hash of their model; {advice}")
         for name, now in self.described.items():
             was = found.get(name)
-            if name == "model_name" and (is_same_model or _is_same_place(was, now)):
+            if name == "model_name" and (is_same_model or self._is_named(was)):
                 continue
+            if name == "mean_activations_path" and was and now and Path(was).name == Path(now).name:
+                continue  # earlier versions noted the whole path; the hash decides
             if name in NOT_NOTED_EARLIER and was is None:
                 continue
             if name == "dtype" and now == found.get("model_dtype"):  # what `auto` was
@@ -177,6 +182,11 @@ class DatasetRun:
             return True
         print(f"{self.folder} has damaged scores; they are made again", file=sys.stderr)
         return False
+
+    def _is_named(self, name: str | None) -> bool:
+        """Whether a noted name, in earlier versions a path, is the model's: that decides where no hash is noted."""
+        own, is_there = self.settings.model_name, bool(name) and Path(name).exists()
+        return name in (own, paths.model_name(own)) or (is_there and Path(name).resolve() == Path(own).resolve())
 
     def _noted(self) -> dict:
         return read_noted(self.settings_file, ScoringNotes)
@@ -337,10 +347,6 @@ def _saved(
         values = found if heads is None else found[:, _heads_there(heads, found.shape[2])]
         return found if values.isfinite().all() else None
     return found
-
-
-def _is_same_place(was: str | None, now: str) -> bool:
-    return bool(was) and Path(was).exists() and Path(was).resolve() == Path(now).resolve()
 
 
 def _noted_rows(geometry) -> dict:

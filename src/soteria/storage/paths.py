@@ -43,8 +43,9 @@ def model_name(name: str) -> str:
 
 
 def from_root(path: Path) -> str:
-    """A path in files that people publish: without this machine's folders if it lies below the repository."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    """A path in files that people publish, without this machine's folders: from the repository on, or the last name."""
+    whole = path.absolute()
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else whole.name
 
 
 def list_name(source: str) -> str:
