@@ -23,6 +23,7 @@ from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import indirect_effect as ie
 from soteria.scoring.heads import mean_effect
 from soteria.scoring.notes import CANNOT_MEAN, MIXES, ambiguous_datasets
+from soteria.scoring.prompts import expand_datasets
 from soteria.scoring.run import DatasetRun, ScoringSettings
 from soteria.storage import files, paths
 from soteria.storage.paths import effect_path
@@ -197,6 +198,13 @@ def test_a_glob_scores_the_unfinished_datasets_with_one_load_as_each_alone(step_
     assert step_1("*_*") == 0
     assert "3 of 3 datasets are finished already" in capsys.readouterr().out
     assert len(loads) == 1 and contents(tmp_path / "out") == everything
+
+
+def test_a_datasets_own_name_is_not_a_glob(tmp_path):
+    for name in ("a[1]_Hindi", "a1_Hindi"):
+        (tmp_path / f"{name}.json").touch()
+    assert expand_datasets(["a[1]_Hindi"], tmp_path) == ["a[1]_Hindi"]
+    assert expand_datasets(["a[0-9]_*"], tmp_path) == ["a1_Hindi"]
 
 
 def test_changed_arguments_or_data_are_refused_and_nothing_overwritten(
@@ -420,7 +428,9 @@ def test_bad_input_ends_with_one_sentence_and_status_2(step_1, tmp_path, capsys,
         (["hot_Hindi"], {"device": "cuda:99"}, "cuda:99"),
         (["hot_Hindi"], {"n_shots": 17}, "--n_shots 17 is more than the 16 training rows"),
         (["hot_Hindi"], {"n_shots": 0}, "must be a whole number >= 1"),
-        (["hot_Hindi"], {"test_split": 1.5}, "--test_split 1.5"),
+        (["hot_Hindi"], {"test_split": 1.5}, "--test_split 1.5 is not between 0 and 1; give"),
+        (["hot_Hindi"], {"test_split": "nan"}, "--test_split nan is not between 0 and 1; give"),
+        (["hot_Hindi"], {"test_split": 0.99}, "24 rows are too few for --test_split 0.99; give"),
         (["hot_Hindi"], {"seed": -1}, "argument --seed: '-1' must be a whole number >= 0, and at most 4,294,967,295"),
         (["hot_Hindi"], {"n_shots": 10**30}, "and at most 1,000"),
         (["hot_Hindi"], {"n_trials": 10**9}, "and at most 10,000"),

@@ -123,7 +123,7 @@ def expand_datasets(patterns: list[str], root: Path) -> list[str]:
     known = sorted(path.stem for path in root.glob("*.json"))
     names: dict[str, None] = {}
     for pattern in patterns:
-        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        found = [pattern] if pattern in known else [name for name in known if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             raise UserError(f"no dataset {pattern!r} in {root}, which has {', '.join(known[:5]) or 'none'} …")
         names.update(dict.fromkeys(found))
@@ -153,12 +153,18 @@ class Split:
 
 
 def split_examples(examples: list[Example], test_split: float = TEST_SPLIT, seed: int = SEED) -> Split:
-    """Rows split into train and rest, and the rest by the same call into test and valid, as in the original release."""
+    """Rows split into train and rest, and the rest by the same call into test and valid, as in the original release.
+
+    Raises UserError for a share that is none, and one that leaves a part without rows.
+    """
+    if not 0 < test_split < 1:
+        raise UserError(f"--test_split {test_split} is not between 0 and 1; give a share such as {TEST_SPLIT}")
     try:
         train, rest = train_test_split(examples, test_size=test_split, random_state=seed)
         return Split(train, *train_test_split(rest, test_size=test_split, random_state=seed))
-    except ValueError as error:
-        raise UserError(f"{len(examples)} rows cannot be split with --test_split {test_split}: {error}") from None
+    except ValueError:  # of scikit-learn, in words of its own
+        fix = "give more rows, or a share nearer to one half"
+        raise UserError(f"{len(examples)} rows are too few for --test_split {test_split}; {fix}") from None
 
 
 def draw_prompt(split: Split, n_shots: int, form: PromptForm, *, shuffle_labels: bool) -> Prompt:
