@@ -132,7 +132,6 @@ class DatasetRun:
         self.described = {  # as it is written to the settings file
             "dataset_name": dataset,
             **{name: paths.from_root(it) if isinstance(it, Path) else it for name, it in vars(settings).items()},
-            "model_name": paths.model_name(settings.model_name),
             "data_sha256": hashlib.sha256(data_file.read_bytes()).hexdigest(),
             "model_sha256": model_sha256,
         }
@@ -184,9 +183,9 @@ class DatasetRun:
         return False
 
     def _is_named(self, name: str | None) -> bool:
-        """Whether a noted name, in earlier versions a path, is the model's: that decides where no hash is noted."""
+        """Whether a noted name is the model's: that decides where no hash is noted."""
         own, is_there = self.settings.model_name, bool(name) and Path(name).exists()
-        return name in (own, paths.model_name(own)) or (is_there and Path(name).resolve() == Path(own).resolve())
+        return name == own or (is_there and Path(name).resolve() == Path(own).resolve())
 
     def _noted(self) -> dict:
         return read_noted(self.settings_file, ScoringNotes)

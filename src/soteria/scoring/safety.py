@@ -56,7 +56,7 @@ class SafetyRun(DatasetRun):
         self.settings, self._inputs, self.n_trials = settings, inputs, None
         self.described = {
             "dataset_name": self.folder.name,
-            "model_name": paths.model_name(settings.model_name),
+            "model_name": settings.model_name,
             "dtype": settings.dtype,
             "asked_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         }
