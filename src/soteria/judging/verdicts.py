@@ -237,7 +237,9 @@ def check_columns(output: Path, answers: AnswerFile) -> None:
     known = {"Question", *ANSWER_COLUMNS, *THINKING_COLUMNS.values(), *REFUSAL_COLUMNS.values()}
     known |= {verdict for verdict, _ in ANSWER_COLUMNS.values()} | {*answers.table.columns}
     if others := [name for name in CsvFile.open(output, ["Question"]).columns if name not in known]:
-        raise UserError(f"{output} has a column {others[0]!r} that new verdicts would overwrite; give another --output")
+        raise UserError(
+            f"{output} has a column {others[0]!r:.80} that new verdicts would overwrite; give another --output"
+        )
 
 
 def _judge_column(
