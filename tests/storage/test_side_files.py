@@ -1,10 +1,15 @@
 """Files that the project writes for itself, damaged: they are read right, made again, or refused in a sentence."""
 
 import copy
+import hashlib
+import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import save_tiny_model
 
 from soteria.answering import fine_tuning
 from soteria.answering.columns import AnswerColumn
@@ -30,18 +36,20 @@ from soteria.judging.costs import measure_damage
 from soteria.judging.refusal import RefusalJudge
 from soteria.judging.statistics import summarise
 from soteria.judging.verdicts import AnswerFile, describe, inputs_of, judge_answers
+from soteria.models.loading import LoadedModel, load_model
 from soteria.models.processes import Processes
-from soteria.models.tensors import save_tensor
+from soteria.models.tensors import load_tensor, save_tensor
 from soteria.reporting import numbers
 from soteria.reporting.conditions import Cells
+from soteria.reporting.output import not_run
 from soteria.scoring.heads import mean_effect, read_heads, write_heads
 from soteria.scoring.notes import describe_first_tokens, scored_split
-from soteria.scoring.run import DatasetRun, ScoringSettings
+from soteria.scoring.run import DatasetRun, ScoringSettings, score_runs
 from soteria.scoring.safety import mean_divergence
 from soteria.steering.checkpoint import made_before, result_in
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table
-from soteria.storage.original import recorded
+from soteria.storage.original import _is_sound, recorded
 from soteria.storage.paths import ANSWER_COLUMNS, BASE_ANSWER, SAFE_ANSWER
 
 N_EXAMPLES = int(os.environ.get("SOTERIA_EXAMPLES", 12))  # of damage to each file
@@ -303,9 +311,29 @@ def fetched(folder: Path) -> tuple[Path, Callable]:
     return folder / "sources.json", lambda: recorded(folder, "icl").get("revision")
 
 
+def sums(folder: Path) -> tuple[Path, Callable]:
+    files.write_text(folder / "icl" / "a.json", "[]")
+    files.write_json(folder / "sources.json", {"icl": {"source": "s", "revision": "r", "files": 1}})
+    files.write_text(folder / "SHA256SUMS", f"{hashlib.sha256(b'[]').hexdigest()}  icl/a.json\n")
+    return folder / "SHA256SUMS", lambda: _is_sound(folder, "icl", "r")
+
+
+def training_settings(folder: Path) -> tuple[Path, Callable]:
+    training_state(folder)
+    files.write_json(folder / fine_tuning.SETTINGS, {"base_weights": "w", "seed": 1})
+    return folder / fine_tuning.SETTINGS, lambda: fine_tuning._prepare(folder, {"base_weights": "w", "seed": 1})
+
+
+def failure(folder: Path) -> tuple[Path, Callable]:
+    (own,) = [each.files(folder) for each in list(language_cells(GRID, GRID.models[0], "Hindi"))[:1]]
+    files.write_text(own.failure("answer"), "the model is gone; give another\n")
+    return own.failure("answer"), lambda: not_run(GRID, folder)
+
+
 WRITERS = [
     *(scores, safety_scores, head_list, steered_model, answers, verdicts, verdict_journal, answer_journal, cell),
     *(step_durations, cells_dtype, utility, tuning, tuning_journal, training_state, fetched),
+    *(sums, training_settings, failure),
 ]
 
 
@@ -326,6 +354,164 @@ def test_a_damaged_file_is_made_again_or_refused_in_a_sentence(write, tmp_path_f
 
     _, read = write(tmp_path_factory.mktemp("sound"))
     read()
+    check()
+
+
+# Files of numbers, and tables that people open: (their path, what reads them and checks what was read)
+
+
+@cache
+def tiny() -> LoadedModel:
+    return load_model(str(save_tiny_model(Path(tempfile.mkdtemp()), "llama")), "cpu", "float32")
+
+
+def scored(folder: Path) -> DatasetRun:
+    """A dataset in a folder, scored as far as it is not yet."""
+    given = ScoringSettings(model_name="m", root_data_dir=folder / "icl", n_shots=1, n_trials=2, max_rows=8)
+    run = DatasetRun("antonym_Hindi", folder, given, "digest")
+    score_runs([run], Processes("cpu"), tiny)
+    return run
+
+
+@cache
+def whole_scores() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    rows = [{"input": f"hot {i}", "output": f"cold {i % 2}"} for i in range(20)]
+    files.write_json(folder / "icl" / "antonym_Hindi.json", rows)
+    scored(folder)
+    return folder
+
+
+def step_1(folder: Path) -> tuple[DatasetRun, Callable]:
+    """A scored dataset, and what scores it again as far as that is needed, to the same numbers."""
+    shutil.copytree(whole_scores(), folder, dirs_exist_ok=True)
+    run = scored(folder)
+    whole = {path: load_tensor(path) for path in (run.effect_file, run.means_file)}
+
+    def read() -> None:
+        scored(folder)
+        assert all(torch.equal(load_tensor(path), tensor) for path, tensor in whole.items())
+        assert not run.partial_file.exists()
+
+    return run, read
+
+
+def effects(folder: Path) -> tuple[Path, Callable]:
+    run, read = step_1(folder)
+    return run.effect_file, read
+
+
+def partial_effects(folder: Path) -> tuple[Path, Callable]:
+    run, read = step_1(folder)
+    save_tensor(load_tensor(run.effect_file)[:1].clone(), run.partial_file)
+    run.effect_file.unlink()
+    return run.partial_file, read
+
+
+def means(folder: Path) -> tuple[Path, Callable]:
+    run, read = step_1(folder)
+    run.effect_file.unlink()
+    return run.means_file, read
+
+
+def first_tokens(folder: Path) -> tuple[Path, Callable]:
+    (folder / "model").mkdir()
+    safetensors.torch.save_file({"w": torch.ones(2)}, folder / "model" / "model.safetensors")
+    log_probs = torch.linspace(-3, -1, 12).reshape(3, 4).log_softmax(-1)
+
+    def save() -> None:
+        for name in ANSWER_COLUMNS:
+            column = replace(column_of(folder, name), with_first_tokens=True)
+            if not column.is_complete():
+                column.save(["I cannot help.", "Take this.", "No."], log_probs if column.lacks_first_tokens else None)
+
+    save()
+    path = paths.first_token_file(folder / "a.csv", SAFE_ANSWER)
+
+    def read() -> None:
+        measure_damage(folder / "a.csv")  # as judge.py does
+        save()  # as generate.py does
+        assert torch.equal(safetensors.torch.load_file(path)["log_probs"], log_probs)
+        assert measure_damage(folder / "a.csv")["kl_first_token"]["mean"] == 0
+
+    return path, read
+
+
+def steered_weights(folder: Path) -> tuple[Path, Callable]:
+    path, _ = steered_model(folder)
+    inputs, whole = json.loads(path.read_text()), (folder / "model.safetensors").read_bytes()
+
+    def read() -> None:
+        assert made_before(folder, inputs, []) is None or (folder / "model.safetensors").read_bytes() == whole
+
+    return folder / "model.safetensors", read
+
+
+def answers_csv(folder: Path) -> tuple[Path, Callable]:
+    _, read_facts = answers(folder)
+
+    def read() -> None:
+        read_facts()
+        table = read_table(folder / "a.csv")
+        assert all(table[column].tolist() == ["I cannot help.", "Take this.", "No."] for column in ANSWER_COLUMNS)
+        AnswerFile(folder / "a.csv")
+
+    return folder / "a.csv", read
+
+
+def verdicts_csv(folder: Path) -> tuple[Path, Callable]:
+    answered(folder)
+    judge = judged(folder)
+
+    def read() -> None:
+        judge()
+        table = read_table(folder / "v.csv")
+        assert table["Verdict_Base"].tolist() == ["Not Harmful", "Harmful", "Not Harmful"]
+        assert table[SAFE_ANSWER].tolist() == ["I cannot help.", "Take this.", "No."]
+
+    return folder / "v.csv", read
+
+
+@st.composite
+def spoiled(draw, raw: bytes) -> bytes:
+    """A file that was cut, has a byte changed, holds something else, or tensors that nobody wrote there."""
+    kind = draw(st.sampled_from(["cut", "changed", "changed", "other", "tensor"]))
+    if kind == "cut":
+        return raw[: draw(st.integers(0, len(raw) - 1))]
+    if kind == "changed":
+        at = draw(st.integers(0, len(raw) - 1))
+        return raw[:at] + bytes([raw[at] ^ draw(st.integers(1, 255))]) + raw[at + 1 :]
+    if kind == "other":
+        return draw(st.sampled_from([b"", b"\0" * 1000, b"{}", b"PK\x03\x04", b"a,b\n1,2\n", DEEP.encode(), raw + raw]))
+    shape = draw(st.lists(st.integers(0, 4), min_size=0, max_size=4))
+    value = draw(st.sampled_from([float("nan"), float("inf"), 0.5]))
+    tensor = torch.full(shape, value, dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.float16])))
+    if draw(st.booleans()):
+        return safetensors.torch.save({draw(st.sampled_from(["log_probs", "w"])): tensor})
+    buffer = io.BytesIO()
+    torch.save(draw(st.sampled_from([tensor, {"a": tensor}, [1]])), buffer)
+    return buffer.getvalue()
+
+
+BINARY = [effects, partial_effects, means, first_tokens, steered_weights, answers_csv, verdicts_csv]
+
+
+@pytest.mark.parametrize("write", BINARY, ids=lambda write: write.__name__)
+def test_a_spoiled_file_of_numbers_or_answers_is_made_again_or_refused_in_a_sentence(write, tmp_path_factory):
+    path, read = write(tmp_path_factory.mktemp("sound"))
+    read()
+    path, _ = write(tmp_path_factory.mktemp("whole"))
+
+    @settings(max_examples=N_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(spoiled(path.read_bytes()))
+    def check(broken: bytes) -> None:
+        path, read = write(tmp_path_factory.mktemp("broken"))
+        path.write_bytes(broken)
+        try:
+            read()
+        except UserError as error:
+            assert len(str(error)) < 400 and "\n" not in str(error)
+
     check()
 
 

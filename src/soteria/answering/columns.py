@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from soteria import disk
@@ -44,11 +45,16 @@ _log = logging.getLogger(__name__)
 def read_first_tokens(path: Path, n_rows: int) -> Tensor | None:
     """Log-probabilities (n_rows, vocabulary) of first tokens; None where they are missing, broken or of other rows."""
     try:
-        found = safetensors.torch.load_file(path)["log_probs"]
+        with safetensors.safe_open(path, "pt") as file:
+            found, noted = file.get_tensor("log_probs"), (file.metadata() or {}).get("sha256")
     except (OSError, KeyError, safetensors.SafetensorError):
         return None
     is_sound = found.ndim == 2 and len(found) == n_rows and found.is_floating_point() and not found.isnan().any()
-    return found if is_sound else None
+    return found if is_sound and noted in (None, _digest(found)) else None
+
+
+def _digest(log_probs: Tensor) -> str:
+    return hashlib.sha256(log_probs.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def model_settings(
@@ -198,7 +204,8 @@ class AnswerColumn:
                 files.write_json(facts_file(self.output), noted)
             if log_probs is not None:
                 with files.whole_file(self._files[1]) as sibling:
-                    sibling.write_bytes(safetensors.torch.save({"log_probs": log_probs}))  # save_file replaces it
+                    sums = {"sha256": _digest(log_probs)}
+                    sibling.write_bytes(safetensors.torch.save({"log_probs": log_probs}, sums))  # save_file replaces it
             if self.with_first_tokens and self.column == BASE_ANSWER:
                 with files.whole_file(first_token_file(self.output, self.column)) as sibling:
                     sibling.write_bytes(self._files[1].read_bytes())

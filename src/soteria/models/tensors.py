@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,11 @@ def load_tensor(path: Path, *, mapped: bool = False) -> Tensor:
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is refused below
             tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        is_whole = mapped or _is_whole(path)
     except Exception as error:  # torch raises many kinds for a broken file
         raise UserError(f"{path} is not a tensor file that can be loaded safely ({type(error).__name__})") from None
+    if not is_whole:
+        raise UserError(f"{path} has other bytes than were written, so it is damaged; run again what made it")
     if not isinstance(tensor, Tensor):
         raise UserError(f"{path} does not hold one tensor")
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
@@ -179,6 +183,14 @@ def load_tensor(path: Path, *, mapped: bool = False) -> Tensor:
     if not is_dense or tensor.device.type != "cpu" or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} does not hold all numbers of one dense tensor; delete it and run step 1 again")
     return tensor.detach()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all parts of what torch saved have the sums that were saved with them, which torch does not compare."""
+    if not zipfile.is_zipfile(path):  # as torch saved before 1.6
+        return True
+    with zipfile.ZipFile(path) as parts:
+        return parts.testzip() is None
 
 
 def save_tensor(tensor: Tensor, path: Path) -> None:
