@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import importlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,12 +20,15 @@ from hypothesis import strategies as st
 from tiny_models import save_tiny_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from soteria import languages
+from soteria.errors import UserError
 from soteria.models.tensors import save_tensor
 from soteria.scoring.prompts import TASKS
 from soteria.storage import files, paths
 from soteria.storage.paths import effect_path
 
 ROOT = Path(__file__).resolve().parents[1]
+N_EXAMPLES = int(os.environ.get("SOTERIA_EXAMPLES", 100))  # of hostile values of each script's options
 
 # Sound commands in the folder that `place` makes. An option given again overrides the first.
 SCORE = (
@@ -333,7 +337,15 @@ def command(monkeypatch, run_script):
 
     def run(text: str, folder: Path) -> int:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(paths, "RESULTS", folder / "results")
+        # Variables that are read as modules load.
+        monkeypatch.setattr(paths, "RESULTS", Path(os.environ.get("SOTERIA_RESULTS") or folder / "results"))
+        added, problem = (), None
+        try:
+            added = languages._read_added(given) if (given := os.environ.get(languages.ADDED)) else ()
+        except UserError as error:
+            problem = error
+        monkeypatch.setattr(languages, "LANGUAGES", (*languages._BUILT_IN, *added))
+        monkeypatch.setattr(languages, "_problem", problem)
         script, *arguments = shlex.split(text)
         return run_script(importlib.import_module(script), *arguments)
 
@@ -600,12 +612,20 @@ TUNED = TUNE + "--min_scaling 1 --max_scaling 2 "
 SOUND = [FINETUNE, SCORE, SELECT, STEER, GENERATE, JUDGE, TUNED, PLAN, FETCH, UTILITY]
 
 
+# Every variable that run.sh names, those that it names by `and so on` included.
+RUN_SH = (ROOT / "scripts" / "run.sh").read_text()
+VARIABLES = sorted(
+    {*re.findall(r"SOTERIA_[A-Z_]+", RUN_SH)}
+    | {f"SOTERIA_BENIGN_{part}" for part in ("SUBSET", "SPLIT", "QUESTION_COLUMN", "WHERE")}
+)
+
+
 class _Parser(Exception):
     """The parser of a script, caught before it reads anything."""
 
 
-def options_of(script: str) -> list[str]:
-    """Every option of a script, by its own parser."""
+def options_of(script: str) -> list[str | int]:
+    """Every option of a script, and the place of every argument that has no name, by its own parser."""
 
     def catch(parser, *_):
         raise _Parser(parser)
@@ -615,8 +635,9 @@ def options_of(script: str) -> list[str]:
         try:
             importlib.import_module(script).main()
         except _Parser as caught:
-            found = [action for action in caught.args[0]._actions if action.option_strings and action.dest != "help"]
-            return [action.option_strings[-1] for action in found]
+            found = [action for action in caught.args[0]._actions if action.dest != "help"]
+            named = [action.option_strings[-1] for action in found if action.option_strings]
+            return [*named, *range(len(found) - len(named))]
 
 
 @pytest.fixture
@@ -648,28 +669,40 @@ def ends_in_time(run: Callable[[], int]) -> int:
         signal.alarm(0)
 
 
-@pytest.mark.parametrize("text", [*SOUND, plan()], ids=lambda text: text.split()[0])
-def test_a_hostile_value_of_any_option_is_read_or_refused_in_one_sentence(text, hostile_place, command, capsys):
-    """Options are given again, which overrides the first; the arguments of run.sh are replaced."""
-    before, (script, *sound) = listing(hostile_place), text.split()
-    options = range(len(sound)) if text == plan() else options_of(script)
+def test_every_script_is_given_hostile_values():
+    assert {text.split()[0] for text in SOUND} == {path.stem for path in (ROOT / "src").glob("*.py")}
 
-    @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+@pytest.mark.parametrize("text", [*SOUND, plan()], ids=lambda text: text.split()[0])
+def test_a_hostile_value_of_any_option_is_read_or_refused_in_one_sentence(
+    text, hostile_place, command, capsysbinary, monkeypatch
+):
+    """Options are given again, which overrides the first; arguments without a name are replaced, variables are set."""
+    before, (script, *sound) = listing(hostile_place), shlex.split(text)
+    options = [*range(len(sound)), *VARIABLES] if text == plan() else options_of(script)
+
+    @settings(max_examples=N_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(st.sampled_from(options), st.sampled_from(HOSTILE)), min_size=1, max_size=2))
     def holds(given_values):
-        if text == plan():
-            words = shlex.join(dict(given_values).get(at, word) for at, word in enumerate(sound))
-        else:
-            words = text.removeprefix(script) + shlex.join(word for pair in given_values for word in pair)
+        words, added = [*sound], []
         try:
-            status = ends_in_time(lambda: command(f"{script} {words}", hostile_place))
-            error, after = capsys.readouterr().err, listing(hostile_place)
+            for option, value in given_values:
+                if option in VARIABLES:
+                    monkeypatch.setenv(option, value)
+                elif isinstance(option, int):
+                    words[option] = value
+                else:
+                    added += [option, value]
+            status = ends_in_time(lambda: command(shlex.join([script, *words, *added]), hostile_place))
+            error, after = capsysbinary.readouterr().err.decode(), listing(hostile_place)
             assert status in (0, 2), given_values
             assert not [name for name in before if after.get(name) != before[name]], given_values
             if status == 2:
                 assert "error: " in error.splitlines()[-1] and "\x1b" not in error, given_values
                 assert after == before, given_values
         finally:
+            for name in VARIABLES:
+                monkeypatch.delenv(name, raising=False)
             for name in sorted({*listing(hostile_place)} - {*before}, reverse=True):
                 left = hostile_place / name
                 left.rmdir() if left.is_dir() and not left.is_symlink() else left.unlink()
