@@ -9,8 +9,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import shown_by
+from nbclient.exceptions import CellExecutionError
+
+from soteria.models.tensors import save_tensor
+from soteria.storage.paths import effect_path, scores_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE, TUNED = ROOT / "data" / "models" / "polyglot-base", ROOT / "data" / "models" / "polyglot-tuned"
@@ -109,6 +114,18 @@ def test_the_original_release_path_of_run_sh_does_the_same(results):
 def test_the_notebook_of_top_heads_runs_from_top_to_bottom_and_shows_a_picture(results, monkeypatch):
     monkeypatch.setenv("SOTERIA_RESULTS", str(results))
     assert any("image/png" in data for data in shown_by(ROOT / "notebooks" / "top_heads.ipynb"))
+
+
+@pytest.mark.parametrize("languages", [["Hindi"], ["Hindi", "Thai", "German"]])
+def test_the_notebook_of_top_heads_takes_what_was_scored_and_says_where_nothing_was(languages, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOTERIA_RESULTS", str(tmp_path))
+    with pytest.raises(CellExecutionError, match=r"(?s)UserError.*no scores; run"):
+        shown_by(ROOT / "notebooks" / "top_heads.ipynb")
+    for language in languages:
+        path = effect_path(scores_folder(tmp_path, "polyglot-base"), f"antonym_{language}")
+        save_tensor(torch.rand(2, 4, 8), path)
+    shown = shown_by(ROOT / "notebooks" / "top_heads.ipynb")
+    assert sum("image/png" in data for data in shown) == 2
 
 
 def test_the_original_release_path_of_the_notebook_is_a_link_to_it():

@@ -59,6 +59,15 @@ def test_a_question_that_cannot_be_asked_is_refused_by_its_row(tmp_path):
             read_questions(write_asked(tmp_path, ending, ["a", text, "b"]), ENGLISH, strict=True)
 
 
+@pytest.mark.parametrize("name", ["asked.xlsx", "asked.csv"])
+def test_a_spreadsheet_is_refused_without_showing_its_bytes(tmp_path, name):
+    pd.DataFrame({"question": ["hot?"]}).to_excel(tmp_path / "asked.xlsx", index=False)
+    (tmp_path / "asked.xlsx").rename(tmp_path / name)
+    with pytest.raises(UserError, match=r"save it as CSV") as refusal:
+        read_questions(str(tmp_path / name), ENGLISH)
+    assert str(refusal.value).isprintable() and "PK" not in str(refusal.value)
+
+
 def test_a_row_without_a_question_is_left_out_and_named_and_other_rows_are_as_they_were(tmp_path, caplog):
     cases = [(ending, text) for ending in ("csv", "json", "jsonl") for text in ("", " \t\u3000")]
     cases += [("json", None), ("jsonl", None), ("parquet", None)]

@@ -389,11 +389,15 @@ def test_two_identical_runs_at_once_score_each_prompt_once_and_write_the_same(
     assert not list((tmp_path / "two").rglob(".*"))
 
 
-def test_given_means_are_used_and_copied_and_those_of_another_shape_are_refused(step_1, tmp_path, capsys):
+def test_given_means_are_used_and_copied_and_those_of_another_shape_or_not_finite_are_refused(step_1, tmp_path, capsys):
     means = tmp_path / "means.pt"
     torch.save(torch.zeros(1, 2, 3, 4), means)
     assert step_1("hot_Hindi", mean_activations_path=means) == 2
     assert "shape (1, 2, 3, 4), but the model needs" in capsys.readouterr().err
+    for values in (torch.nan, torch.inf):
+        save_tensor(torch.full((N_LAYERS, N_HEADS, N_SLOTS, HEAD_DIM), values), means)
+        assert step_1("hot_Hindi", mean_activations_path=means) == 2
+        assert "means.pt are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     save_tensor(torch.zeros(N_LAYERS, N_HEADS, N_SLOTS, HEAD_DIM), means)
     assert step_1("hot_Hindi", mean_activations_path=means) == 0
