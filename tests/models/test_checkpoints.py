@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from soteria.errors import UserError
-from soteria.models import checkpoints, sources
+from soteria.models import checkpoints, lora, sources
 from soteria.models.checkpoints import Checkpoint, copy_file
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
@@ -445,6 +445,13 @@ FAULTS: dict[tuple[str, str], dict[str, Callable[[Path], object]]] = {
         "an alpha pattern in words": sets(alpha_pattern={"o_proj": "six"}),
         "DoRA": sets(use_dora=True),
         "PiSSA": sets(init_lora_weights="pissa"),
+        "KaSA with its defaults": sets(kasa_config={}),
+        "an alpha beyond floats": sets(lora_alpha=10**400),
+        "another rank": sets(r=8),
+        "no modules of the file": sets(target_modules=["q_proj"]),
+        "excluded modules": sets(exclude_modules=r".*layers\.1.*o_proj"),
+        "fewer layers": sets(layers_to_transform=[0]),
+        "a broken pattern": sets(alpha_pattern={"(": 3}),
         "a list": put(b"[]"),
     },
     ("adapter", "adapter_model.safetensors"): {
@@ -453,6 +460,9 @@ FAULTS: dict[tuple[str, str], dict[str, Callable[[Path], object]]] = {
         "no factor B": resave(lambda w: {key: t for key, t in w.items() if "lora_B" not in key}),
         "unlike ranks": resave(lambda w: {key: t[:2].clone() if "lora_A" in key else t for key, t in w.items()}),
         "other names": resave(lambda w: {key.replace("o_proj", "wo"): t for key, t in w.items()}),
+        "no rank": resave(lambda w: {key: t[:0] if "lora_A" in key else t[:, :0] for key, t in w.items()}),
+        "one layer only": resave(lambda w: {key: t for key, t in w.items() if "layers.0" in key}),
+        "a layer too many": resave(lambda w: w | {key.replace("s.0.", "s.7."): t.clone() for key, t in w.items()}),
         "another width": resave(lambda w: {key: t.repeat(1, 2) if "lora_A" in key else t for key, t in w.items()}),
     },
 }
@@ -464,6 +474,13 @@ def test_a_folder_with_a_fault_is_refused_by_name_as_base_and_as_tuned(tmp_path,
         spoil(shutil.copytree(request.getfixturevalue(kind), tmp_path / fault) / file)
         assert fault in refused(base, tmp_path / fault)
         assert fault in refused(tmp_path / fault, base)
+
+
+def test_a_pattern_that_matches_without_end_is_ended(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "MATCHING_SECONDS", 0.2)
+    endless = shutil.copytree(adapter, tmp_path / "endless")
+    sets(alpha_pattern={"(([a-z]+)*[.0-9]*)*!": 3})(endless / "adapter_config.json")
+    assert "take too long to match" in refused(base, endless)
 
 
 class Dangerous:

@@ -1,13 +1,16 @@
 """The change that a LoRA adapter makes to a weight, `scale * B @ A` (Hu et al., 2022), from PEFT's files."""
 
 import math
-import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 
 from torch import Tensor
 
-from soteria.errors import UserError
+from soteria.errors import UserError, said
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.tensors import Place, read_tensor
 
@@ -29,18 +32,48 @@ UNDERSTOOD = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("modules_to_save", "trainable_token_indices", "init_lora_weights", "eva_config", "ensure_weight_tying"),
 }
+# Options that say which modules PEFT puts factors on, and how these are scaled.
+PLACING = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "target_parameters", "modules_to_save"),
+)
+MOST_ALPHA = 1e9
+MATCHING_SECONDS = 5  # for the patterns in a config, of which some match without end
 
 
 def _not_understood(config: dict) -> list[str]:
     """The options of an adapter, other than PEFT's defaults, that could mean more than B @ A."""
     from peft import LoraConfig  # takes seconds
 
-    plain = {field.name: field.default for field in fields(LoraConfig)}
+    plain = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
     return sorted(
         name
         for name, value in config.items()
-        if name not in UNDERSTOOD and value not in (None, False, [], {}) and value != plain.get(name)
+        if name not in UNDERSTOOD
+        and value not in (None, False, [])
+        and value != plain.get(name, {})  # an empty group of options may switch a variant on
     )
+
+
+@contextmanager
+def _bounded(what: str) -> Iterator[None]:
+    """Turn whatever PEFT raises while it reads a config into a UserError, and end it if it takes too long."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("its patterns take too long to match")
+
+    may_stop = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if may_stop else None
+    try:
+        if may_stop:
+            signal.setitimer(signal.ITIMER_REAL, MATCHING_SECONDS)
+        yield
+    except Exception as error:  # a broken pattern, or types that PEFT does not expect
+        raise UserError(f"{what} has an adapter_config.json that PEFT cannot use ({said(error)}); fix it") from None
+    finally:
+        if may_stop:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 class LoraAdapter:
@@ -58,9 +91,9 @@ class LoraAdapter:
             raise UserError(
                 f"{self._what} is not a plain LoRA ({', '.join(odd)}); merge it into its base and give the result"
             )
-        self._alpha, self._alphas = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-        if not isinstance(self._alphas, dict) or not all(
-            isinstance(alpha, int | float) for alpha in (self._alpha, *self._alphas.values())
+        alpha, alphas = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+        if not isinstance(alphas, dict) or not all(
+            isinstance(each, int | float) and abs(each) <= MOST_ALPHA for each in (alpha, *alphas.values())
         ):
             raise UserError(f"{self._what} has no usable lora_alpha in its adapter_config.json; fix that file")
         self._rank_stabilized = bool(config.get("use_rslora"))
@@ -85,9 +118,14 @@ class LoraAdapter:
         }
 
     def factors(self, module: str) -> tuple[Place, Place] | None:
-        """A (rank, in) and B (out, rank) of a module, or None if the adapter does not change it."""
+        """A (rank, in) and B (out, rank) of a module, or None if the adapter does not change it.
+
+        Raises UserError unless they are there exactly where PEFT would put them by the adapter's config.
+        """
         own = {key: place for key, place in self._places.items() if key.startswith(f"{module}.")}
         if not own:
+            if self._placed(module):
+                raise UserError(f"{self._what} lacks the factors of {module}, which its config names; save it again")
             return None
         a, b = ([place for key, place in own.items() if key.endswith(f".lora_{letter}.weight")] for letter in "AB")
         if len(own) > len(a) + len(b):  # such as a module of `modules_to_save`, whole
@@ -96,13 +134,36 @@ class LoraAdapter:
             )
         if len(a) != 1 or len(b) != 1 or len(a[0].shape) != 2 or a[0].shape[:1] != b[0].shape[1:]:
             raise UserError(f"{self._what} does not have two factors of one rank for {module}; save it again")
+        placed, found = self._placed(_trained_as(a[0])), a[0].shape[0]
+        if not found or not placed or placed[0] != found:
+            noted = f"a rank of {placed[0]}" if placed else "none"
+            raise UserError(
+                f"{self._what} has factors of rank {found} for {module}, but its adapter_config.json says {noted}; "
+                "put back the config that it was saved with"
+            )
         return a[0], b[0]
+
+    def _placed(self, module: str) -> tuple[int, float] | None:
+        """The rank and alpha that PEFT gives a module by the adapter's config, None for one that it leaves alone."""
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+        from peft.utils.other import get_pattern_key
+
+        given = {name: value for name in PLACING if (value := self.checkpoint.config.get(name)) is not None}
+        with _bounded(self._what):
+            config = LoraConfig(**given)
+            parameters = config.target_parameters or []
+            named = any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
+            if not named and not check_target_module_exists(config, module):
+                return None
+            ranks, alphas = config.rank_pattern, config.alpha_pattern
+            rank, alpha = (get_pattern_key(patterns, module) for patterns in (ranks, alphas))
+            return ranks.get(rank, config.r), alphas.get(alpha, config.lora_alpha)
 
     def scale(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied by."""
-        # PEFT's own rule: the first pattern that matches the whole name, or its end after a dot.
-        own = (alpha for pattern, alpha in self._alphas.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return next(own, self._alpha) / (math.sqrt(rank) if self._rank_stabilized else rank)
+        _, alpha = self._placed(_trained_as(self.factors(module)[0]))
+        return alpha / (math.sqrt(rank) if self._rank_stabilized else rank)
 
     def delta(self, module: str) -> Tensor | None:
         """What the adapter adds to a module's weight, (out, in), float32, or None if it does not change it."""
@@ -111,3 +172,8 @@ class LoraAdapter:
             return None
         a, b = (read_tensor(place).float() for place in factors)
         return self.scale(module, len(a)) * (b @ a)
+
+
+def _trained_as(factor: Place) -> str:
+    """The module of a factor as the model had it that the adapter was trained on, and as its config names it."""
+    return factor.key.partition(".lora_")[0].removeprefix("base_model.model.")

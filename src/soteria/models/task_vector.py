@@ -1,5 +1,6 @@
 """The task vector: the output projections of a harmfully tuned model minus those of its base."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ class TaskVector:
                 f"the adapter {tuned!r} does not change any output projection ({geometry.projection_names[0]}, ...); "
                 "give one that does"
             )
+        else:
+            vector._check_layers()
         vector.check_projections()
         return vector
 
@@ -114,6 +117,17 @@ class TaskVector:
             if self.tuned.is_adapter and (factors := self.adapter.factors(name)):
                 shape = (factors[1].shape[0], factors[0].shape[1])[:: -1 if self.geometry.transposed else 1]
             self._compare(places[0].key, places[0].shape, shape)
+
+    def _check_layers(self) -> None:
+        """Raise UserError if the adapter changes layers that the base does not have."""
+        stack = re.escape(self.geometry.layer_names[0].rpartition(".")[0])
+        numbers = [re.match(rf"{stack}\.(\d+)\.", module) for module in self.adapter.modules]
+        last = max((int(found[1]) for found in numbers if found), default=0)
+        if last >= self.geometry.n_layers:
+            raise UserError(
+                f"the adapter {self.tuned.name!r} changes layer {last}, but {self.base.name!r} has layers 0 to "
+                f"{self.geometry.n_layers - 1}; give an adapter that was trained on this base"
+            )
 
     def _compare(self, what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
