@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from soteria.errors import UserError
 from soteria.models import checkpoints, lora, sources
@@ -295,6 +295,26 @@ def test_an_adapters_task_vector_is_what_merging_with_peft_adds(tmp_path, archit
         torch.testing.assert_close(vector.at(layer), after[f"{name}.weight"] - before[f"{name}.weight"])
         changes = layer in settings.get("layers_to_transform", [layer])
         assert vector.at(layer).any() == changes
+
+
+def test_an_adapter_of_a_model_that_sees_images_fits_it_and_its_text_part(tmp_path):
+    text = tiny_config("gemma3").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert hasattr(model.model, "vision_tower")
+    model.save_pretrained(tmp_path / "base")
+    adapter = write_adapter(
+        tmp_path / "adapter", tmp_path / "base", alpha_pattern={"language_model.layers.1.self_attn.o_proj": 9}
+    )
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    vector = TaskVector.open(str(tmp_path / "base"), str(adapter))
+    for layer, name in enumerate(vector.geometry.projection_names):
+        before = read_tensor(vector.place(vector.base, layer))
+        torch.testing.assert_close(vector.at(layer), merged[f"{name}.weight"] - before)
+    alone = write(tmp_path / "text", "gemma3")
+    assert torch.equal(TaskVector.open(str(alone), str(adapter)).at(1), vector.at(1))
 
 
 def test_an_adapter_is_multiplied_out_in_float32_from_half_precision_and_from_pickles(tmp_path, base):

@@ -76,6 +76,11 @@ def _bounded(what: str) -> Iterator[None]:
             signal.signal(signal.SIGALRM, before)
 
 
+def as_text_part(name: str) -> str:
+    """The name, in a model by itself, of what has another in a model that sees images and has it as its text part."""
+    return name.replace("language_model.", "", 1)
+
+
 class LoraAdapter:
     """The adapter in a checkpoint. Raises UserError unless it is a plain LoRA."""
 
@@ -100,20 +105,15 @@ class LoraAdapter:
 
     @property
     def modules(self) -> list[str]:
-        """The names of the modules that the adapter changes, as the base model has them."""
+        """The names of the modules that the adapter changes, as the model had them that it was trained on."""
         ending = ".lora_A.weight"
         return [key.removesuffix(ending) for key in self._places if key.endswith(ending)]
 
     @cached_property
     def _places(self) -> dict[str, Place]:
-        """The tensors by their names in the base model, without those that PEFT puts around them.
-
-        An adapter may have been trained on a model that has the base as its text part.
-        """
+        """The tensors by their names in the model that was trained, without those that PEFT puts around them."""
         return {
-            key.removeprefix("base_model.model.")
-            .replace(".default.weight", ".weight")
-            .replace("language_model.", "", 1): place
+            key.removeprefix("base_model.model.").replace(".default.weight", ".weight"): place
             for key, place in self.checkpoint.places.items()
         }
 
@@ -122,7 +122,11 @@ class LoraAdapter:
 
         Raises UserError unless they are there exactly where PEFT would put them by the adapter's config.
         """
-        own = {key: place for key, place in self._places.items() if key.startswith(f"{module}.")}
+        own = {
+            key: place
+            for key, place in self._places.items()
+            if key.startswith(f"{module}.") or as_text_part(key).startswith(f"{module}.")
+        }
         if not own:
             if self._placed(module):
                 raise UserError(f"{self._what} lacks the factors of {module}, which its config names; save it again")

@@ -12,7 +12,7 @@ from soteria.errors import UserError
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.geometry import AttentionGeometry
 from soteria.models.loading import load_geometry
-from soteria.models.lora import LoraAdapter
+from soteria.models.lora import LoraAdapter, as_text_part
 from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
 MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "n_layer", "n_head", "n_embd")
@@ -120,8 +120,8 @@ class TaskVector:
 
     def _check_layers(self) -> None:
         """Raise UserError if the adapter changes layers that the base does not have."""
-        stack = re.escape(self.geometry.layer_names[0].rpartition(".")[0])
-        numbers = [re.match(rf"{stack}\.(\d+)\.", module) for module in self.adapter.modules]
+        stack = re.escape(as_text_part(self.geometry.layer_names[0]).rpartition(".")[0])
+        numbers = [re.match(rf"{stack}\.(\d+)\.", as_text_part(module)) for module in self.adapter.modules]
         last = max((int(found[1]) for found in numbers if found), default=0)
         if last >= self.geometry.n_layers:
             raise UserError(
