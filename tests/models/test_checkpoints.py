@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from peft.tuners.tuners_utils import check_target_module_exists
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -297,14 +298,20 @@ def test_an_adapters_task_vector_is_what_merging_with_peft_adds(tmp_path, archit
         assert vector.at(layer).any() == changes
 
 
-def test_an_adapter_of_a_model_that_sees_images_fits_it_and_its_text_part(tmp_path):
-    text = tiny_config("gemma3").to_dict()
+def write_seeing(folder: Path, **text) -> Path:
+    """A model that sees images, with a text part."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
+    text = tiny_config("gemma3").to_dict() | text
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = AutoModelForCausalLM.from_config(config)
     assert hasattr(model.model, "vision_tower")
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_a_model_that_sees_images_fits_it_and_its_text_part(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(write_seeing(tmp_path / "base"))
     adapter = write_adapter(
         tmp_path / "adapter", tmp_path / "base", alpha_pattern={"language_model.layers.1.self_attn.o_proj": 9}
     )
@@ -325,6 +332,46 @@ def test_an_adapter_is_multiplied_out_in_float32_from_half_precision_and_from_pi
     torch.save(stored(adapter), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     assert torch.equal(TaskVector.open(str(base), str(adapter)).at(0), want)
+
+
+# Options that choose modules, of an adapter that has factors for every output projection.
+CHOICES = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": "all-linear"},
+    {"target_modules": [O_PROJ[:-7].format(layer) for layer in (0, 1)]},
+    {"target_modules": r".*\.o_proj"},
+    {"target_modules": r"layers\.0.*"},
+    {"exclude_modules": ["0.self_attn.o_proj"]},
+    {"exclude_modules": r"model\.layers\.1\..*"},
+    {"exclude_modules": ["k_proj"]},
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    {"layers_to_transform": 0, "layers_pattern": ["h", "layers"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "h"},
+    {"modules_to_save": ["self_attn"]},
+    {"modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_factors_that_peft_would_leave_out_by_the_adapters_config_are_refused(tmp_path, choice):
+    base = write(tmp_path / "base", num_hidden_layers=2)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    want = TaskVector.open(str(base), str(adapter)).layers
+    edit(adapter / "adapter_config.json", lambda config: config.update(choice))
+    config = peft.LoraConfig.from_pretrained(adapter)
+    names = [O_PROJ[:-7].format(layer) for layer in want]
+    if "all-linear" in choice.values() or all(check_target_module_exists(config, name) for name in names):
+        assert all(torch.equal(TaskVector.open(str(base), str(adapter)).at(layer), want[layer]) for layer in want)
+    else:
+        assert "but its adapter_config.json says none" in refused(base, adapter)
+
+
+def test_heads_of_another_number_are_told_where_the_base_sees_images(tmp_path):
+    base, tuned = write_seeing(tmp_path / "base"), write_seeing(tmp_path / "tuned")
+    other = write_seeing(tmp_path / "other", num_attention_heads=2, head_dim=16)
+    assert TaskVector.open(str(base), str(tuned)).head_changes.all()
+    assert "num_attention_heads is 4 in" in refused(base, other)
 
 
 # --- the hub

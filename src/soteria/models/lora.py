@@ -157,7 +157,8 @@ class LoraAdapter:
         with _bounded(self._what):
             config = LoraConfig(**given)
             parameters = config.target_parameters or []
-            named = any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
+            named = config.target_modules == "all-linear"
+            named = named or any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
             if not named and not check_target_module_exists(config, module):
                 return None
             ranks, alphas = config.rank_pattern, config.alpha_pattern

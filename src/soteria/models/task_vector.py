@@ -7,15 +7,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from soteria.errors import UserError
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.geometry import AttentionGeometry
-from soteria.models.loading import load_geometry
+from soteria.models.loading import load_config, load_geometry
 from soteria.models.lora import LoraAdapter, as_text_part
 from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
-MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "n_layer", "n_head", "n_embd")
+MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class TaskVector:
         names = [f"{name}.weight" for name in geometry.projection_names]
         vector = cls(base_checkpoint, Checkpoint.open(tuned, names, to_steer=True), geometry)
         if not vector.tuned.is_adapter:
+            configs = [load_config(str(model.folder)).get_text_config() for model in (vector.base, vector.tuned)]
             for key in MUST_AGREE:
-                vector._compare(key, *(model.config.get(key) for model in (vector.base, vector.tuned)))
+                vector._compare(key, *(_in_layers(config, key) for config in configs))
         elif not any(vector.adapter.factors(name) for name in geometry.projection_names):
             raise UserError(
                 f"the adapter {tuned!r} does not change any output projection ({geometry.projection_names[0]}, ...); "
@@ -135,3 +137,9 @@ class TaskVector:
                 f"base and tuned differ: {what} is {ours} in {self.base.name!r}, {theirs} in {self.tuned.name!r}; "
                 "give a model that was tuned from this base"
             )
+
+
+def _in_layers(config: PreTrainedConfig, key: str) -> str:
+    """A number of a config, which may have several for its layers."""
+    layers = [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+    return "/".join(sorted({str(getattr(layer, key, None)) for layer in layers}))
