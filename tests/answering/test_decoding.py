@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, BOS, EOS, VOCABULARY, tiny_tokenizer
+from tiny_models import ARCHITECTURES, BOS, EOS, VOCABULARY, ending_with, tiny_tokenizer
 from tokenizers import processors
 
 from soteria.answering.decoding import (
@@ -147,6 +147,24 @@ def test_a_tokenizer_that_ends_every_text_changes_no_prompt(tiny_loaded):
         assert other.encode(text) == loaded.encode(text) == loaded.tokenizer(text).input_ids
     plain = replace(loaded, tokenizer=tiny_tokenizer(adds_bos=False))
     assert plain.encode("") == [] and not plain.adds_bos
+
+
+@pytest.mark.parametrize("behind", [f"{EOS} {EOS}", "[SEP]", f"{EOS} [SEP]", BOS])
+def test_whatever_special_tokens_a_tokenizer_puts_behind_every_text_change_no_prompt(tiny_loaded, behind):
+    """As BERT's, which some Chinese GPT-2 have, put a separator there."""
+    loaded, other = tiny_loaded("llama"), tiny_tokenizer()
+    other.add_special_tokens({"sep_token": "[SEP]"})
+    ids = [(token, other.convert_tokens_to_ids(token)) for token in (BOS, EOS, "[SEP]")]
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {behind}", special_tokens=ids
+    )
+    for text in ("", "a", "What is hot?", f"a{EOS}"):
+        assert replace(loaded, tokenizer=other).encode(text) == loaded.encode(text)
+
+
+def test_a_tokenizer_that_puts_words_behind_every_text_is_refused(tiny_loaded):
+    with pytest.raises(UserError, match=r"adds tokens after the prompt \('Q'\)"):
+        replace(tiny_loaded("llama"), tokenizer=ending_with("Q")).encode("hot?")
 
 
 def test_the_chat_templates_end_of_turn_ends_an_answer(tiny_loaded):

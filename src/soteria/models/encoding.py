@@ -11,10 +11,28 @@ _log = logging.getLogger(__name__)
 
 
 def encode(tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """A prompt's token ids, without the end-of-text token that some tokenizers put behind everything."""
+    """A prompt's token ids, without the special tokens that some tokenizers put behind everything (EOS, SEP).
+
+    Raises UserError for a tokenizer that puts others there.
+    """
     ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-    ends_texts = add_special_tokens and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
-    return ids[:-1] if ends_texts else ids
+    behind = _put_behind(tokenizer) if add_special_tokens else []
+    if not {*behind} <= {*tokenizer.all_special_ids}:
+        tokens = " ".join(map(repr, tokenizer.convert_ids_to_tokens(behind)))
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} adds tokens after the prompt ({tokens}), which are not "
+            "special; its model cannot go on from there"
+        )
+    return ids[: len(ids) - len(behind)]
+
+
+def _put_behind(tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts behind every text."""
+    whole, plain = (tokenizer("a", add_special_tokens=adds).input_ids for adds in (True, False))
+    starts = [at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain]
+    if starts:
+        return whole[starts[-1] + len(plain) :]
+    return whole[-1:] if whole[-1:] == [tokenizer.eos_token_id] else []
 
 
 def check_known(tokenizer, name: str, texts: Sequence[str]) -> None:
