@@ -20,7 +20,7 @@ from soteria.languages import find_language
 from soteria.models import sources
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.gguf import unpacked
-from soteria.models.loading import load_judge, load_model
+from soteria.models.loading import describe_model, load_judge, load_model
 from soteria.models.sources import located
 from soteria.models.task_vector import TaskVector
 from soteria.storage import paths
@@ -41,6 +41,21 @@ def variant(tiny_folder, tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+BROKEN = [b"{", b"", b"null", b"[1]", b"\xef\xbb\xbf{}", '{"eos_token_id": 0}'.encode("utf-16")]
+BROKEN += [b'{"eos_token_id": %s}' % end for end in (b'"</s>"', b"[[0]]", b"true", b"1.5", b"[0, null]", b'{"a": 1}')]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_generation_config_that_cannot_be_read_is_not_done_without(variant, content):
+    folder = variant()
+    (folder / "generation_config.json").write_bytes(content)
+    for load in (load_model, describe_model):
+        with pytest.raises(UserError, match=r"generation_config.json[^\n]*$"):
+            load(str(folder))
+    (folder / "generation_config.json").unlink()
+    assert describe_model(str(folder)).model.generation_config.eos_token_id == 0
 
 
 # GGUF files

@@ -5,6 +5,8 @@ No remote code is run. Every loader raises UserError if what it loads is missing
 
 import contextlib
 import logging
+import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,8 +28,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from soteria import disk
 from soteria.errors import UserError
 from soteria.models.encoding import encode
 from soteria.models.geometry import AttentionGeometry, read_geometry
@@ -115,6 +120,7 @@ def load_config(name: str) -> PreTrainedConfig:
         written, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
     if isinstance(written, dict):  # anything else is refused below
         check_sizes(written, name)
+    _check_generation_config(place, revision)
     with explained(name):
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         asked = {each._attn_implementation for each in _parts(config)} - {None, *ATTENTION}
@@ -124,6 +130,20 @@ def load_config(name: str) -> PreTrainedConfig:
             for each in _parts(config):
                 each._attn_implementation_internal = None
         return config
+
+
+def _check_generation_config(place: str, revision: str | None) -> None:
+    """Raise UserError for a broken generation_config.json, which transformers would do without, and not say so."""
+    path = Path(place, GENERATION_CONFIG_NAME)
+    if not Path(place).is_dir():
+        path = try_to_load_from_cache(place, GENERATION_CONFIG_NAME, revision=revision)
+    if not isinstance(path, str | Path) or not os.path.lexists(path):
+        return
+    with disk.open_file(Path(path)) as file:
+        found = disk.parse_json(file.read(), str(path), strict=False)
+    ends = found.get("eos_token_id") if isinstance(found, dict) else math.nan
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [0 if ends is None else ends])):
+        raise UserError(f"{path} does not say by whole numbers in eos_token_id where answers end; fix it")
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
