@@ -29,7 +29,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 def logits_off(found: Tensor, wanted: Tensor) -> float:
     """How far logits are from those wanted: the largest difference, by the standard deviation of the latter."""
-    return (found.float() - wanted.float()).abs().max().item() / wanted.float().std().item()
+    return (found.float() - wanted.float()).abs().max().item() / (wanted.float().std().item() or 1)  # 0: all are alike
 
 
 def most_rounding(dtype: torch.dtype) -> float:
