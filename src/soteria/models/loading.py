@@ -139,8 +139,8 @@ def _check_generation_config(place: str, revision: str | None) -> None:
         path = try_to_load_from_cache(place, GENERATION_CONFIG_NAME, revision=revision)
     if not isinstance(path, str | Path) or not os.path.lexists(path):
         return
-    with disk.open_file(Path(path)) as file:
-        found = disk.parse_json(file.read(), str(path), strict=False)
+    disk.read_text(Path(path))
+    found = disk.parse_json(Path(path).read_text("utf-8"), str(path), strict=False)  # a byte-order mark breaks it, too
     ends = found.get("eos_token_id") if isinstance(found, dict) else math.nan
     if not all(type(end) is int for end in (ends if isinstance(ends, list) else [0 if ends is None else ends])):
         raise UserError(f"{path} does not say by whole numbers in eos_token_id where answers end; fix it")
