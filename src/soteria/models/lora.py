@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soteria.errors import UserError, said
 from soteria.models.checkpoints import Checkpoint
-from soteria.models.tensors import Place, read_tensor
+from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
 # Initializations that leave the base's weights alone, so that B @ A is all that training changed.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -138,6 +138,8 @@ class LoraAdapter:
             )
         if len(a) != 1 or len(b) != 1 or len(a[0].shape) != 2 or a[0].shape[:1] != b[0].shape[1:]:
             raise UserError(f"{self._what} does not have two factors of one rank for {module}; save it again")
+        if not {a[0].dtype, b[0].dtype} <= {*UNQUANTIZED}:
+            raise UserError(f"{self._what} has quantized factors for {module}; save it in a floating-point dtype")
         placed, found = self._placed(_trained_as(a[0])), a[0].shape[0]
         if not found or not placed or placed[0] != found:
             noted = f"a rank of {placed[0]}" if placed else "none"
