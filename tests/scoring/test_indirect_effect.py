@@ -1,5 +1,6 @@
 """Indirect effects against the slow, obvious scorer and against a planted circuit, and the prompts behind them."""
 
+import logging
 import random
 import shutil
 from dataclasses import replace
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from soteria.errors import UserError
 from soteria.models.geometry import read_geometry
 from soteria.models.loading import LoadedModel, load_geometry, load_model
+from soteria.scoring import indirect_effect as ie
 from soteria.scoring.indirect_effect import TokenizedPrompt, indirect_effects, tokenize
 from soteria.scoring.prompts import (
     ANSWERS,
@@ -286,11 +288,17 @@ def test_heads_of_another_width_than_the_configs_and_layers_of_unequal_width_are
         read_geometry(model)
 
 
-def test_a_prompt_longer_than_the_context_is_refused(tiny_loaded, tmp_path):
+def test_a_prompt_longer_than_the_context_is_refused_in_one_sentence_before_its_roles_are_sought(
+    tiny_loaded, tmp_path, monkeypatch, caplog
+):
+    """A role takes as long to find as the prompt to encode, and transformers warns of long prompts by itself."""
     loaded = tiny_loaded("gpt2", n_positions=40)
+    loaded.tokenizer.model_max_length = 40
+    monkeypatch.setattr(ie, "token_roles", lambda *_: pytest.fail("sought"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(UserError, match=r"a prompt has \d+ tokens, .* takes 40; use fewer --n_shots"):
         shipped(loaded, tmp_path, ENGLISH, n_shots=10)
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir()) and "Token indices" not in caplog.text
 
 
 def test_the_end_of_text_that_a_tokenizer_puts_behind_a_prompt_is_left_out_and_another_token_refused(tiny_loaded):

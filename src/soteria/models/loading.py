@@ -156,7 +156,10 @@ def load_tokenizer(name: str):
     load_config(name)  # transformers reads it too, and would blame the tokenizer for it
     place, revision = located(name)
     with explained(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    # It would warn of a text that is longer than the model reads; every step refuses such a text or leaves it out.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def check_chat_template(name: str, asked: str) -> None:

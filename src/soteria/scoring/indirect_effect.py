@@ -57,15 +57,20 @@ def tokenize(prompt: Prompt, loaded: LoadedModel, slots: MeanSlots, scored: str 
 
     Raises UserError if they are longer than the model's context or the tokenizer adds to the prompt's end.
     """
-    ids = loaded.encode(prompt.text)
+    ids, most = loaded.encode(prompt.text), loaded.context_length
+
+    def check_length(length: int) -> None:
+        if most and length > most:
+            fix = "use fewer --n_shots, or shorter texts"
+            raise UserError(f"a prompt has {length} tokens, but {loaded.name!r} takes {most}; {fix}")
+
+    check_length(len(ids))  # first: a role takes as long to find as the prompt to encode
     roles = token_roles(prompt, loaded.tokenizer)
     own = loaded.tokenizer.convert_tokens_to_ids(loaded.tokenizer.tokenize(prompt.text))
     if len(roles) != len(ids) or ids[-len(own) :] != own:
         raise UserError(f"the tokenizer of {loaded.name!r} adds tokens after the prompt; its model cannot be scored")
     answer = answer_tokens(prompt, loaded.tokenizer, scored)
-    length, most = len(ids) + len(answer) - 1, loaded.context_length
-    if most and length > most:
-        raise UserError(f"a prompt has {length} tokens, but {loaded.name!r} takes {most}; use fewer --n_shots")
+    check_length(len(ids) + len(answer) - 1)
     return TokenizedPrompt(
         torch.tensor(ids, device=loaded.model.device),
         [slots.of(role) for role in roles],
