@@ -23,6 +23,7 @@ from pathlib import Path
 from soteria import cli
 from soteria.errors import UserError
 from soteria.storage import original, paths
+from soteria.terminal import one_line
 
 
 def parse_arguments():
@@ -36,17 +37,22 @@ def parse_arguments():
 
 def main() -> None:
     arguments = parse_arguments()
-    output, n_wanted, failed = arguments.output, 0, 0
+    output, failed = arguments.output, 0
+    if not arguments.git_url:
+        raise UserError("--git_url is empty; give the address of a git repository, or leave it out")
     original.check_output(output)
-    for source in original.sources(arguments.git_url):
-        folders = [folder for folder in source.folders if folder.partition("/")[0] in arguments.only]
-        if not folders:
-            continue
-        n_wanted += 1
+    wanted = [
+        (source, folders)
+        for source in original.sources(arguments.git_url)
+        if (folders := [folder for folder in source.folders if folder.partition("/")[0] in arguments.only])
+    ]
+    for source, folders in wanted:
         try:
             original.fetch(source, folders, output)
         except UserError as error:  # the other sources may still be reachable
-            print(f"error: {error}", file=sys.stderr)
+            if len(wanted) == 1:
+                raise
+            print(one_line(f"error: {error}"), file=sys.stderr)
             failed += 1
             continue
         for folder in folders:
@@ -55,7 +61,7 @@ def main() -> None:
     if "prompts" in arguments.only:
         print(f"{output / original.JOINED}: {original.join_xsafety(output)} languages, one file each")
     if failed:
-        raise UserError(f"{failed} of {n_wanted} sources could not be fetched; run the same command to retry them")
+        raise UserError(f"{failed} of {len(wanted)} sources could not be fetched; run the same command to retry them")
 
 
 if __name__ == "__main__":

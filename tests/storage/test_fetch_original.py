@@ -306,12 +306,22 @@ def test_no_password_of_an_address_is_shown_or_written(fetch, servers, tmp_path,
     shown = capsys.readouterr()
     for address in ("https://hunter2@127.0.0.1:9/x", "https://me:p@hunter2@127.0.0.1:9/x", "hunter2@127.0.0.1:/x?t=1"):
         assert fetch("--only", "icl", "--git_url", address, "--output", tmp_path / "none") == 2
-    assert (
-        fetch("--only", "icl", "--git_url", f"{servers.url}/files/no?token=hunter2", "--output", tmp_path / "none") == 2
-    )
+    for end in ("?token=hunter2", "#hunter2"):
+        address = f"{servers.url}/files/no{end}"
+        assert fetch("--only", "icl", "--git_url", address, "--output", tmp_path / "none") == 2
     later = capsys.readouterr()
     assert "hunter2" not in shown.out + shown.err + later.out + later.err
     assert not [name for name, content in files_of(tmp_path / "out").items() if b"hunter2" in content]
+
+
+@pytest.mark.parametrize("address", ["", "a\nb", "nowhere"])
+def test_the_only_source_is_refused_in_one_sentence(address, fetch, servers, tmp_path, capsys):
+    """An empty address is not that of the hub, where anybody may have a data set of the repository's name."""
+    asked = len(servers.asked)
+    assert fetch("--only", "icl", "--git_url", address, "--output", tmp_path / "none") == 2
+    refused = capsys.readouterr().err
+    assert refused.startswith("error: ") and refused.count("\n") == 1
+    assert len(servers.asked) == asked and not (tmp_path / "none").exists()
 
 
 # Killed and interrupted

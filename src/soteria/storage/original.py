@@ -242,10 +242,10 @@ def _explained(source: Source) -> Iterator[None]:
 
 
 def _failure(what: str, reason: str, fix: str) -> UserError:
-    """One sentence, without any password or token in an address: what stands before its host and after a `?`."""
+    """One sentence, without any password or token in an address: what stands before its host and after a `?` or `#`."""
     sentence = f"{what} could not be fetched ({' '.join(reason.split())}); {fix}"
     shown = re.sub(r"(\w+://)?[^\s'\"(]*@", r"\1", sentence)
-    return UserError(re.sub(r"(://[^\s'\"?]*\?)[^\s'\"]*", r"\1…", shown))
+    return UserError(re.sub(r"(://[^\s'\"?#]*[?#])[^\s'\"]*", r"\1…", shown))
 
 
 def join_xsafety(output: Path) -> int:
