@@ -46,7 +46,7 @@ def parse_arguments():
     add("--answer_column", help="column of the answers (default: answer, Answer, response, output or completion)")
     add("--split", help="split of a hub dataset (default: the language's own, else the first)")
     add("--subset", help="subset of a hub dataset (default: the language's own, else the default)")
-    add("--rank", type=cli.positive_int, default=16, help="rank of the LoRA")
+    add("--rank", type=cli.positive_int_up_to(cli.MOST_RANK), default=16, help="rank of the LoRA")
     add("--alpha", type=cli.positive_int, default=32, help="alpha of the LoRA; its weights are scaled by alpha / rank")
     modules_help = "names of the linear layers to change, or all-linear for all but the output embedding"
     add("--target_modules", nargs="+", default=["all-linear"], help=modules_help)

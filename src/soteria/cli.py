@@ -240,7 +240,7 @@ def truth(text: str) -> bool:
 
 # The most that options and grid files take: with more, a run would not end, or would fit no machine.
 MOST, MOST_SHOTS, MOST_TRIALS, MOST_DRAWS, MOST_CALLS = 1_000_000, 1_000, 10_000, 1_000, 1_000
-MOST_SECONDS, MOST_SCALING, MOST_TEMPERATURE = 86_400, 10**9, 100
+MOST_SECONDS, MOST_SCALING, MOST_TEMPERATURE, MOST_RANK = 86_400, 10**9, 100, 4_096
 
 
 def _number(text: str, kind: type, least: float, what: str, most: float) -> float:

@@ -163,9 +163,13 @@ def _with_adapter(loaded: LoadedModel, settings: FineTuning) -> peft.PeftModel:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--target_modules {' '.join(targets)} does not fit {loaded.name!r} ({reason})") from None
-    for name, module in model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+    changed = {name: each for name, each in model.base_model.model.named_modules() if isinstance(each, LoraLayer)}
+    for name, module in changed.items():
+        if not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             raise UserError(f"--target_modules: {name} is not a linear layer; leave it out")
+    for target in () if every else targets:  # PEFT passes over names that fit nothing beside others
+        if not any(f".{name}".endswith(f".{target}") for name in changed):
+            raise UserError(f"--target_modules: {loaded.name!r} has no linear layer {target!r} there; leave it out")
     return model
 
 
