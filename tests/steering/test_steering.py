@@ -230,6 +230,13 @@ def test_steered_values_are_rounded_once_to_another_dtype(tmp_path, tuned, run_s
     assert all(same_bits(tensor, want[name].to(DTYPES[dtype])) for name, tensor in stored(output).items())
 
 
+def test_a_base_in_float64_is_steered(tmp_path, base, run_steer):
+    want = stored(run_steer())
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).save_pretrained(tmp_path / "double")
+    got = stored(run_steer(base_model=tmp_path / "double", output=tmp_path / "other"))
+    assert same_weights({name: tensor.float() for name, tensor in got.items()}, want)
+
+
 def test_values_too_large_for_the_dtype_are_refused(tmp_path, refused):
     base = write_model(tmp_path / "base", change=lambda weights: weights["model.norm.weight"][3].fill_(1e6))
     assert "model.norm.weight is too large for float16" in refused("--dtype", "float16", base_model=base)

@@ -138,7 +138,7 @@ def _patch(steering: Steering, layer: int, copy: Checkpoint) -> float:
     check_steered(place.key, steered)
     replace_tensor(written, steered)
     moved = steered.to(torch.float32, copy=True).sub_(weight.to(written.dtype))
-    return (moved.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32)).item()
+    return (moved.norm() / torch.linalg.vector_norm(weight.float())).item()
 
 
 def steering_inputs(steering: Steering, kind: str, language: str, dtype: str | None, rank: int | None = None) -> dict:
