@@ -568,6 +568,37 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_its_code_is_not_run(tmp
     assert not trace.exists()
 
 
+ODD = {
+    "complex": torch.zeros(3, dtype=torch.complex64),
+    "unsigned": torch.zeros(3, dtype=torch.uint16),
+    "sparse": torch.eye(3).to_sparse(),
+    "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "without data": torch.zeros(3, device="meta"),
+    "negated": torch._neg_view(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_pickled_tensors_that_are_not_plain_are_not_copied_and_do_no_harm_in_a_tuned_model(tmp_path, base, tuned, kind):
+    folders = []
+    for model in (base, tuned):
+        folders.append(pickle_weights(shutil.copytree(model, tmp_path / model.name)))
+        torch.save(
+            torch.load(folders[-1] / "pytorch_model.bin") | {"odd": ODD[kind]}, folders[-1] / "pytorch_model.bin"
+        )
+    assert TaskVector.open(str(base), str(folders[1])).at(0).any()
+    with pytest.raises(UserError, match="stores odd in a form that cannot be copied"):
+        copied(folders[0])
+
+
+@pytest.mark.parametrize("noted", [[1], "much", 3, None])
+def test_notes_in_an_index_that_are_no_mapping_are_written_anew(tmp_path, sharded, noted):
+    folder = shutil.copytree(sharded, tmp_path / "m")
+    edit(folder / INDEX, lambda index: index.update(metadata=noted))
+    found = json.loads((copied(folder, torch.float16) / INDEX).read_text())
+    assert found["metadata"] == {"total_size": Checkpoint.open(str(folder)).copied_bytes(torch.float16)}
+
+
 def test_tensors_in_a_dtype_that_torch_lacks_are_copied_but_not_converted(tmp_path):
     folder = write(tmp_path / "m")
     resave(lambda w: w | {O_PROJ.format(0): torch.zeros(32, 32, dtype=torch.uint8)})(folder / "model.safetensors")

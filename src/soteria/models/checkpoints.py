@@ -209,7 +209,10 @@ class Checkpoint:
         found = files.read_json(index)
         shards = {key: _as_safetensors(shard) for key, shard in found["weight_map"].items()}
         written = [place for name in {*shards.values()} for place in read_places(folder / name).values()]
-        metadata = (found.get("metadata") or {}) | {"total_size": sum(place.end - place.start for place in written)}
+        noted = found.get("metadata")
+        metadata = (noted if isinstance(noted, dict) else {}) | {
+            "total_size": sum(place.end - place.start for place in written)
+        }
         files.write_json(folder / INDEX, found | {"metadata": metadata, "weight_map": shards})
 
 
@@ -285,7 +288,9 @@ def _as_safetensors(name: str) -> str:
 
 def _stored_as(place: Place, dtype: torch.dtype | None) -> torch.dtype:
     if place.dtype is None:
-        raise UserError(f"{place.file} stores {place.key} in a dtype that torch does not have; give another model")
+        raise UserError(
+            f"{place.file} stores {place.key} in a form that cannot be copied as a plain tensor; give another model"
+        )
     return dtype if dtype and place.dtype.is_floating_point else place.dtype
 
 

@@ -44,7 +44,8 @@ Wrote = Callable[[int], object]  # is called with a number of bytes once they ar
 class Place:
     """Where a tensor lies: bytes `[start, end)` of `file`, row-major, in `dtype` and `shape`.
 
-    `dtype` is None if torch does not have it. For a pickle, `mapped` is the tensor itself, mapped into memory.
+    `dtype` is None if torch or safetensors does not have it, or the tensor is not a plain one. For a pickle, `mapped`
+    is the tensor itself, mapped into memory.
     """
 
     file: Path
@@ -99,7 +100,14 @@ def _pickled_places(file: Path) -> dict[str, Place]:
         raise UserError(f"{file} cannot be read safely ({kind}); save the model as safetensors first") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{file} does not hold tensors by name; give a model's weights")
-    return {str(key): Place(file, str(key), t.dtype, tuple(t.shape), mapped=t) for key, t in tensors.items()}
+    return {str(key): _pickled_place(file, str(key), tensor) for key, tensor in tensors.items()}
+
+
+def _pickled_place(file: Path, key: str, tensor: Tensor) -> Place:
+    is_plain = not (tensor.is_nested or tensor.is_meta or tensor.is_conj() or tensor.is_neg())
+    if is_plain and tensor.layout == torch.strided and tensor.dtype in SAFETENSORS_DTYPES.values():
+        return Place(file, key, tensor.dtype, tuple(tensor.shape), mapped=tensor.detach())
+    return Place(file, key, None, () if tensor.is_nested else tuple(tensor.shape))
 
 
 def read_tensor(place: Place) -> Tensor:
