@@ -256,6 +256,18 @@ def test_checkpoints_with_and_without_the_inner_models_prefix_go_together(tmp_pa
     assert all(same_bits(tensor, want[f"transformer.{name}"]) for name, tensor in stored(output).items())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "language_model."])
+def test_a_prefix_that_a_trainer_left_is_read_in_a_tuned_model_and_refused_in_a_base(
+    tmp_path, tuned, run_steer, refused, prefix
+):
+    prefixed = shutil.copytree(tuned, tmp_path / "prefixed")
+    named = {prefix + key: tensor for key, tensor in stored(tuned).items()}
+    safetensors.torch.save_file(named, prefixed / "model.safetensors", metadata={"format": "pt"})
+    assert f"names a tensor {prefix}{O_PROJ.format(0)}" in refused(base_model=prefixed, finetune_model=tuned)
+    want = stored(run_steer())
+    assert same_weights(stored(run_steer(finetune_model=prefixed, output=tmp_path / "other")), want)
+
+
 @pytest.mark.parametrize(("model", "target"), [("gpt2", "attn.c_proj"), ("qwen3", "o_proj")])
 def test_a_lora_adapter_steers_as_its_model_merged_with_peft_does(tmp_path, run_steer, model, target):
     base = write_model(tmp_path / "base", model)

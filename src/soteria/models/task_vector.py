@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from soteria.errors import UserError
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.geometry import AttentionGeometry
-from soteria.models.loading import load_config, load_geometry
+from soteria.models.loading import load_config, load_geometry, parameter_names
 from soteria.models.lora import LoraAdapter, as_text_part
 from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
 
@@ -49,6 +49,7 @@ class TaskVector:
         else:
             vector._check_layers()
         vector.check_projections()
+        vector._check_loaded()
         return vector
 
     @cached_property
@@ -130,6 +131,17 @@ class TaskVector:
                 f"the adapter {self.tuned.name!r} changes layer {last}, but {self.base.name!r} has layers 0 to "
                 f"{self.geometry.n_layers - 1}; give an adapter that was trained on this base"
             )
+
+    def _check_loaded(self) -> None:
+        """Raise UserError if transformers would not load the base's output projections, nor those of a copy."""
+        wanted = {self.place(self.base, layer).key: f"{self.module(layer)}.weight" for layer in self.geometry.layers}
+        loaded = parameter_names(str(self.base.folder), wanted)
+        for key, name in wanted.items():
+            if loaded.get(key, name) != name:
+                raise UserError(
+                    f"{self.base.name!r} names a tensor {key}, which transformers would not load as {name}; save it "
+                    "again with the names that transformers gives"
+                )
 
     def _compare(self, what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
