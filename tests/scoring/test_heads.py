@@ -267,3 +267,24 @@ def test_facts_of_other_types_beside_head_lists_are_refused_and_kept(noted, tmp_
     facts.write_text(json.dumps({"lists_sha256": noted, "mine": 1}))
     assert str(facts) in refusal(capsys, select("--results", tmp_path / "effects", "--language", "Hindi"))
     assert [*facts.parent.iterdir()] == [facts] and json.loads(facts.read_text())["mine"] == 1
+
+
+def test_scores_of_unlike_notes_are_refused_or_said_to_be_unlike(tmp_path, select, capsys):
+    """Without a hash, names tell models apart; other prompts are still effects on the same answers."""
+    signed = {"model_name": "a/one", "model_sha256": "x", "n_shots": 10}
+    for name, other, said in [
+        ("moved", signed | {"dataset_name": "antonym_Hindi"}, "has the scores of antonym_Hindi"),
+        ("hash", signed | {"model_sha256": "y"}, "of several models"),
+        ("name", {"model_name": "a/two"}, "of several models"),
+        ("unsigned", {"model_name": "/there/one"}, "without a hash of their model"),
+        ("shots", signed | {"n_shots": 3}, "scored with unlike n_shots"),
+        ("alike", signed, ""),
+    ]:
+        results = tmp_path / name
+        for task in TASKS:
+            path = write_effect(results, f"{task}_Hindi", torch.rand(2, 2, 4)).parent
+            noted = {"dataset_name": path.name} | (other if task == "sentiment" else signed)
+            (path / "indirect_effect_args.txt").write_text(json.dumps(noted))
+        status, is_refused = select("--results", results, "--language", "Hindi"), name in ("moved", "hash", "name")
+        shown = capsys.readouterr().err
+        assert status == (2 if is_refused else 0) and said in shown and shown.count("\n") == (name != "alike")

@@ -353,7 +353,7 @@ def test_scores_of_other_weights_under_the_same_name_are_refused(step_1, tiny_fo
     for task, digest in {"a": "x", "b": "y"}.items():
         shutil.copytree(out / "hot_Hindi", tmp_path / "mixed" / f"{task}_Hindi", dirs_exist_ok=True)
         shutil.copy(out / "hot_Hindi" / EFFECT, effect_path(tmp_path / "mixed", f"{task}_Hindi"))
-        noted = facts(out / "hot_Hindi") | {"model_sha256": digest}
+        noted = facts(out / "hot_Hindi") | {"model_sha256": digest, "dataset_name": f"{task}_Hindi"}
         files.write_json(tmp_path / "mixed" / f"{task}_Hindi" / "indirect_effect_args.txt", noted)
     for tasks, digest in ((["a", "b"], None), (["a"], "y")):
         with pytest.raises(UserError, match="has scores of Hindi of"):

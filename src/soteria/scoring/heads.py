@@ -21,10 +21,12 @@ from soteria.models.tensors import UNQUANTIZED, load_tensor
 from soteria.scoring.notes import scored_with
 from soteria.scoring.prompts import TASKS, TOKEN_CLASSES
 from soteria.storage import files, outputs
-from soteria.storage.paths import FACTS, effect_path, language_file
+from soteria.storage.paths import FACTS, effect_path, language_file, names_another
 from soteria.storage.side_files import Text, read_noted, side_file
+from soteria.terminal import say_once
 
 Head = tuple[int, int]  # (layer, head), both from 0
+FORM = ("n_shots", "prefixes", "separators")  # settings of step 1 that make prompts unlike
 
 
 @side_file
@@ -55,9 +57,7 @@ def mean_effect(results: Path, language: str, tasks: list[str], model_sha256: st
     if len(set(answers.values())) > 1:
         kinds = ", ".join(f"{task} by the {scored} answer" for task, scored in answers.items())
         raise UserError(f"{results} has scores of {language} that do not mix ({kinds}); score all tasks alike")
-    if len({*filter(None, [model_sha256, *(each.get("model_sha256") for each in noted.values())])}) > 1:
-        which = "several models" if model_sha256 is None else "a model with other weights, config or tokenizer"
-        raise UserError(f"{results} has scores of {language} of {which}; remove them and run step 1 again")
+    _check_alike(results, language, noted, model_sha256)
     for task in tasks:
         path = effect_path(results, f"{task}_{language}")
         effect = load_tensor(path)
@@ -72,6 +72,31 @@ def mean_effect(results: Path, language: str, tasks: list[str], model_sha256: st
             shapes = f"{tuple(means[-1].shape)} heads, not {tuple(means[0].shape)}"
             raise UserError(f"{path} comes from a different model: {shapes}; score all tasks with one model")
     return torch.stack(means).mean(dim=0)
+
+
+def _check_alike(results: Path, language: str, noted: dict[str, dict], model_sha256: str | None) -> None:
+    """Raise UserError if tasks' scores are of several models, or of another than the given one, or another dataset's.
+
+    Says where that cannot be told, and where their prompts were unlike.
+    """
+    for task, each in noted.items():
+        if (scored := each.get("dataset_name", f"{task}_{language}")) != f"{task}_{language}":
+            folder = effect_path(results, f"{task}_{language}").parent
+            raise UserError(f"{folder} has the scores of {scored}; remove it and run step 1 again")
+    digests = [each.get("model_sha256") for each in noted.values()]
+    known = {*filter(None, [model_sha256, *digests])}
+    names = [each["model_name"] for each in noted.values() if "model_name" in each]
+    if len(known) > 1 or (None in digests and any(names_another(names[0], name) for name in names)):
+        which = "several models" if model_sha256 is None else "a model with other weights, config or tokenizer"
+        raise UserError(f"{results} has scores of {language} of {which}; remove them and run step 1 again")
+    if known and None in digests:
+        say_once(f"{results} has scores without a hash of their model; they are taken for this model's")
+    for name in FORM:
+        values = [each[name] for each in noted.values() if name in each]
+        if any(value != values[0] for value in values):
+            say_once(
+                f"{results}: the tasks of {language} were scored with unlike {name}, and are averaged all the same"
+            )
 
 
 def by_layer(scores: Tensor, noted: dict, path: Path) -> Tensor:

@@ -25,6 +25,7 @@ class AnswerCounts(TypedDict):
 class ScoringNotes(TypedDict, total=False):
     """The arguments file of step 1. Files of earlier versions lack some of these."""
 
+    dataset_name: Text
     model_name: Text
     answer: Literal[FIRST, WHOLE]
     test_split: float
