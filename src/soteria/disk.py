@@ -51,8 +51,11 @@ def check_tree(folder: Path, left_out: Sequence[str] = (), above: tuple[Path, ..
     """Raise UserError for anything in a folder or below it that is neither a regular file nor a folder.
 
     Such are links to nothing, and links that lead back to a folder `above`. `left_out`: patterns of names to skip.
+    Folders nested too deep to be walked through are refused, too.
     """
     above = (*above, folder.resolve())
+    if len(above) > MAX_DEPTH:
+        raise UserError(f"{above[0]} has folders {_too_deep()}; give a model's folder")
     for path in sorted(folder.iterdir()):
         if any(map(path.match, left_out)):
             continue

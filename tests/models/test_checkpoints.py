@@ -151,6 +151,13 @@ def test_a_folder_that_is_no_model_is_refused_without_reading_through_it(tmp_pat
         Checkpoint.open(str(tmp_path))
 
 
+def test_folders_nested_without_end_are_refused(tmp_path, base):
+    folder = shutil.copytree(base, tmp_path / "model")
+    (folder / "/".join("d" * 500)).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"model has folders nested more than 100 deep"):
+        Checkpoint.open(str(folder))
+
+
 def test_links_that_lead_out_of_a_model_are_not_copied_but_the_hub_caches_and_those_of_weights_are(tmp_path, base):
     (tmp_path / "secret.txt").write_text("key")
     (tmp_path / "keys").mkdir()
