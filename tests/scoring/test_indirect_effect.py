@@ -349,6 +349,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tiny_folder, tmp_path):
     ("changed", "said"),
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, more than any model"),
+        ({"max_position_embeddings": 3 * 10**8}, "max_position_embeddings 300000000, more than any model"),
         ({"num_attention_heads": 10**400}, "num_attention_heads 1"),
         ({"text_config": {"vocab_size": 10**12}}, "vocab_size"),
         ({"intermediate_size": 10**6}, "do not fit its config .* parameters in"),  # it would fill a terabyte

@@ -5,12 +5,14 @@ import re
 from soteria.errors import UserError
 
 MOST_LAYERS, MOST_HEADS, MOST_WIDTH, MOST_VOCABULARY = 1_000, 10_000, 1_000_000, 10_000_000
+MOST_POSITIONS = 20_000_000  # some models compute a table of them
 # By how the keys of configs end.
 _BOUNDS = {
     r"(layers?|blocks|depth)$": MOST_LAYERS,
     r"(heads?|experts)$": MOST_HEADS,
     r"(hidden_size|intermediate_size|head_dim|hidden_dim|ffn_dim|n_embd|n_inner|d_model|d_ff|d_kv)$": MOST_WIDTH,
     r"vocab_size$": MOST_VOCABULARY,
+    r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)$": MOST_POSITIONS,
 }
 
 
