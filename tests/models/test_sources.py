@@ -58,6 +58,15 @@ def test_a_generation_config_that_cannot_be_read_is_not_done_without(variant, co
     assert describe_model(str(folder)).model.generation_config.eos_token_id == 0
 
 
+def test_weights_that_a_config_leaves_out_are_not_left_out_without_a_word(variant, capsys, monkeypatch):
+    load_model(str(variant()), "cpu")
+    assert "tensors" not in capsys.readouterr().err
+    folder = variant(num_hidden_layers=2)
+    assert load_model(str(folder), "cpu").geometry.n_layers == 2
+    said = capsys.readouterr().err
+    assert f"{folder} has 9 tensors that its config has no place for, the first model.layers.2." in said
+
+
 # GGUF files
 
 

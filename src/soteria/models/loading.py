@@ -246,6 +246,11 @@ def load_weights(
             f"the weights of {name!r} do not fit its config, a {type(model).__name__} ({len(broken)} tensors, the "
             f"first {broken[0]}); copy or download the model again"
         )
+    if unused := sorted(report["unexpected_keys"]):
+        say_once(
+            f"warning: {name} has {len(unused)} tensors that its config has no place for, the first {unused[0]}; "
+            "they are left out"
+        )
     return (model if spread else model.to(device)).eval()
 
 
