@@ -38,6 +38,7 @@ def test_a_template_that_wants_lists_of_parts_is_given_them():
     [
         ("Hello!", "it leaves out what is asked"),
         ("{{ messages[1]['content'] }}", "it leaves out what is asked"),  # the system's words
+        ("{% for m in messages %}{{ m['content'].replace(' ', '') }}{% endfor %}", "it leaves out what is asked"),
         ("{{ raise_exception('System role not supported') }}", "System role not supported"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),

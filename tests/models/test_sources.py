@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_gguf, save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from soteria.answering.columns import model_settings
 from soteria.errors import UserError
@@ -20,7 +21,7 @@ from soteria.languages import find_language
 from soteria.models import sources
 from soteria.models.checkpoints import Checkpoint
 from soteria.models.gguf import unpacked
-from soteria.models.loading import describe_model, load_judge, load_model
+from soteria.models.loading import describe_model, load_judge, load_model, load_tokenizer
 from soteria.models.sources import located
 from soteria.models.task_vector import TaskVector
 from soteria.storage import paths
@@ -215,6 +216,7 @@ BROKEN = {
     "a field that is no number": ({"num_hidden_layers": "three"}, "'num_hidden_layers' expected int"),
     "a missing choice": ({"hidden_act": "nope"}, r"\(LlamaForCausalLM\) could not be loaded \(KeyError: 'nope'\)"),
     "weights of other shapes": ({"intermediate_size": 96}, "do not fit its config, a LlamaForCausalLM .*down_proj"),
+    "more labels than any model": ({"num_labels": 10**9}, "num_labels 1000000000, more than any model"),
     "heads that do not divide the width": ({"hidden_size": 33}, r"\(LlamaForCausalLM\) could not be .* \(33\)"),
 }
 
@@ -225,6 +227,15 @@ def test_what_transformers_cannot_load_is_said_in_one_sentence_that_names_the_ar
     with pytest.raises(UserError, match=said) as caught:
         load_model(str(variant(**config)), "cpu")
     assert str(caught.value).isprintable() and "\n" not in str(caught.value) and "REPORT" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_cuts_a_text_the_same_way_each_time(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    words = models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, [("a", "b"), ("ab", "c")], dropout=0.5)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+    plain, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    assert len({str(plain("abc" * 9).input_ids) for _ in range(20)}) > 1
+    assert {str(ours("abc" * 9).input_ids) for _ in range(20)} == {str([4] * 9)}
 
 
 def test_an_adapter_given_as_a_model_is_told_what_it_is(tiny_folder, tmp_path):

@@ -59,8 +59,8 @@ def _template_of(tokenizer) -> str:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether a part is in a text, whatever the white space: templates strip it."""
-    return "".join(part.split()) in "".join(text.split())
+    """Whether a part is in a text, however white its space is: templates strip and wrap it."""
+    return " ".join(part.split()) in " ".join(text.split())
 
 
 class _Worker:

@@ -159,6 +159,9 @@ def load_tokenizer(name: str):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     # It would warn of a text that is longer than the model reads; every step refuses such a text or leaves it out.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # for its training: the same text would be other tokens each time
+        model.dropout = None
     return tokenizer
 
 
