@@ -13,6 +13,7 @@ _BOUNDS = {
     r"(hidden_size|intermediate_size|head_dim|hidden_dim|ffn_dim|n_embd|n_inner|d_model|d_ff|d_kv)$": MOST_WIDTH,
     r"vocab_size$": MOST_VOCABULARY,
     r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)$": MOST_POSITIONS,
+    r"num_labels$": MOST_WIDTH,
 }
 
 
