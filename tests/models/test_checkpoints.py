@@ -23,6 +23,7 @@ from soteria.models.checkpoints import Checkpoint, copy_file
 from soteria.models.loading import DTYPES
 from soteria.models.task_vector import TaskVector
 from soteria.models.tensors import Planned, read_places, read_tensor, write_tensors
+from soteria.terminal import say_once
 
 SINGLE, SHARDS = "1GB", "20KB"
 INDEX = "model.safetensors.index.json"
@@ -305,6 +306,16 @@ def test_an_adapters_task_vector_is_what_merging_with_peft_adds(tmp_path, archit
         assert vector.at(layer).any() == changes
 
 
+def test_a_tuned_model_as_far_as_an_unrelated_one_is_said_to_be(tmp_path, base, tuned, capsys):
+    say_once.cache_clear()
+    near = shutil.copytree(base, tmp_path / "near")
+    resave(lambda weights: {key: tensor * 1.3 for key, tensor in weights.items()})(near / "model.safetensors")
+    TaskVector.open(str(base), str(near))
+    assert "warning" not in capsys.readouterr().err
+    TaskVector.open(str(base), str(tuned))
+    assert f"'{tuned.name}' is 1.4 times the norm of the weights of '{base.name}' away" in capsys.readouterr().err
+
+
 def write_seeing(folder: Path, **text) -> Path:
     """A model that sees images, with a text part."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -327,6 +338,9 @@ def test_an_adapter_of_a_model_that_sees_images_fits_it_and_its_text_part(tmp_pa
     for layer, name in enumerate(vector.geometry.projection_names):
         before = read_tensor(vector.place(vector.base, layer))
         torch.testing.assert_close(vector.at(layer), merged[f"{name}.weight"] - before)
+    other = shutil.copytree(tmp_path / "base", tmp_path / "other")  # other heads in projections of the same shape
+    edit(other / "config.json", lambda found: found["text_config"].update(num_attention_heads=2, head_dim=24))
+    assert "num_attention_heads is 4 in" in refused(tmp_path / "base", other)
     alone = write(tmp_path / "text", "gemma3")
     assert torch.equal(TaskVector.open(str(alone), str(adapter)).at(1), vector.at(1))
 

@@ -15,8 +15,11 @@ from soteria.models.geometry import AttentionGeometry
 from soteria.models.loading import load_config, load_geometry, parameter_names
 from soteria.models.lora import LoraAdapter, as_text_part
 from soteria.models.tensors import UNQUANTIZED, Place, read_tensor
+from soteria.storage import paths
+from soteria.terminal import say_once
 
 MUST_AGREE = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+FAR = 1.0  # norms of the base's weights: unrelated models are 1.4 apart, and fine-tuning moves far less
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class TaskVector:
             vector._check_layers()
         vector.check_projections()
         vector._check_loaded()
+        vector._say_if_far()
         return vector
 
     @cached_property
@@ -100,6 +104,17 @@ class TaskVector:
     def whole_tuned(self) -> Checkpoint:
         """The tuned model with all of its files: `tuned` may have only those that hold output projections."""
         return Checkpoint.open(self.tuned.name)
+
+    def _say_if_far(self) -> None:
+        """Say on stderr where tuned is as far from base as a model that was not tuned from it, by the first layer."""
+        layer = self.geometry.layers[0]
+        share = self.at(layer).norm() / read_tensor(self.place(self.base, layer)).float().norm()
+        if share > FAR:
+            tuned, base = (paths.model_name(model.name) for model in (self.tuned, self.base))
+            say_once(
+                f"warning: {tuned!r} is {share:.1f} times the norm of the weights of {base!r} away from them in layer "
+                f"{layer}, as far as a model that was not tuned from it; check that it was"
+            )
 
     def check_finite(self, layers: Iterable[int]) -> None:
         """Raise UserError if the task vector of any of the layers is not finite."""
