@@ -81,12 +81,12 @@ def _sibling(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
 def made(folder: Path) -> Iterator[None]:
     """Make a folder and those above it. Those of them that are empty when the block ends are removed again."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError):  # not empty
-            for each in new:
+        for each in new:
+            with suppress(OSError):  # not empty, or never made
                 each.rmdir()
 
 
