@@ -270,6 +270,19 @@ def test_an_interrupted_run_is_resumed_and_ends_with_the_same_bytes(
     assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")
 
 
+def test_a_run_begun_in_another_dtype_is_not_gone_on_with(step_1, tmp_path, monkeypatch, capsys):
+    """As where `auto` was a GPU's half precision: the settings are the same."""
+    with monkeypatch.context() as context:
+        interrupt_after(1, context, "indirect_effects")
+        assert step_1("hot_Hindi") == 130
+    begun, file = contents(tmp_path / "out"), tmp_path / "out" / "hot_Hindi" / "indirect_effect_args.txt"
+    files.write_json(file, files.read_facts(file) | {"model_dtype": "bfloat16"})
+    assert step_1("hot_Hindi") == 2
+    assert "was begun in bfloat16, not float32; give --dtype bfloat16" in capsys.readouterr().err
+    assert contents(tmp_path / "out").keys() == begun.keys()
+    assert step_1("hot_Hindi", dtype="bfloat16") == 0
+
+
 @pytest.mark.parametrize("n_scored", [1, N_TRIALS])
 def test_a_folder_of_an_earlier_version_is_resumed_or_skipped(n_scored, step_1, data, tiny_folder, tmp_path):
     """Its arguments file is spelled out here: its keys and values must keep their meaning."""

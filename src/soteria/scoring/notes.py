@@ -34,6 +34,7 @@ class ScoringNotes(TypedDict, total=False):
     n_harmful: PositiveCount
     max_rows: PositiveCount | None
     model_sha256: str | None
+    model_dtype: Text
     query_answers: AnswerCounts
     # Where not every layer has heads alike
     n_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]

@@ -94,6 +94,7 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
             for run in pending:
                 with files.held(run.folder) if processes.is_first else nullcontext():
                     if not processes.agree(run.is_finished()):  # by the process that was waited for
+                        run.check_dtype(sweep.loaded)
                         with run.forgotten_if_refused() if processes.is_first else nullcontext():
                             run.score(sweep, processes, progress)
                         n_scored += 1
@@ -204,6 +205,14 @@ class DatasetRun:
         """The last dimension of the effects."""
         return () if self.settings.last_token_only else (len(prompts.TOKEN_CLASSES),)
 
+    def check_dtype(self, loaded) -> None:
+        """Raise UserError where a dataset was begun in another dtype, which `auto` may have been on another device."""
+        begun, now = self._noted().get("model_dtype"), _dtype_of(loaded.model)
+        if begun and begun != now:
+            raise UserError(
+                f"{self.folder} was begun in {begun}, not {now}; give --dtype {begun}, or remove that folder"
+            )
+
     @contextmanager
     def forgotten_if_refused(self) -> Iterator[None]:
         """Remove what a scoring in this block has written if it is refused before any prompt is scored."""
@@ -232,7 +241,8 @@ class DatasetRun:
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
         started_with = self._noted().get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
-        described = self.described | {"max_rows": rows.most} | noted | _noted_rows(loaded.geometry)
+        described = self.described | {"max_rows": rows.most, "model_dtype": _dtype_of(loaded.model)} | noted
+        described |= _noted_rows(loaded.geometry)
 
         geometry = loaded.geometry
         expected = (geometry.n_rows, geometry.n_heads, n_slots, geometry.head_dim)
@@ -281,7 +291,7 @@ class DatasetRun:
     def _not_finite(self, loaded) -> UserError:
         """What to say of a model whose numbers are not finite."""
         what = f"{loaded.name!r} gives numbers that are not finite on {self.folder.name}"
-        dtype, given = str(loaded.model.dtype).removeprefix("torch."), self.settings.mean_activations_path
+        dtype, given = _dtype_of(loaded.model), self.settings.mean_activations_path
         return UserError(f"{what} in {dtype}; give another --dtype or {'other means' if given else 'model'}")
 
     def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict]:
@@ -348,6 +358,10 @@ def _saved(
     return found
 
 
+def _dtype_of(model) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _noted_rows(geometry) -> dict:
     """What says which layers the rows of scores are; nothing where every layer has as many heads."""
     if geometry.n_rows == geometry.n_layers and len({*geometry.heads}) == 1:
@@ -361,7 +375,6 @@ def _circumstances(model, processes: Processes, started: float) -> dict:
     return {
         "processes": processes.count,
         "device": str(model.device),
-        "model_dtype": str(model.dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(time.monotonic() - started, 2),
     }
