@@ -87,6 +87,12 @@ def test_long_answers_are_cut_and_long_prompts_left_out_and_both_are_counted(tin
     assert counts == {"rows": 2, "rows_left_out": 1, "answers_cut": 1}
 
 
+@pytest.mark.parametrize(("answer", "said"), [("cold<|endoftext|>", "'<|endoftext|>'"), ("cold < s >", None)])
+def test_special_tokens_in_the_data_are_warned_of(answer, said, tiny_loaded, caplog):
+    training_rows(tiny_loaded("llama"), {ENGLISH: [("hot?", answer)]}, FineTuning())
+    assert [said in record.message for record in caplog.records] == ([True] if said else [])
+
+
 def test_a_chat_templates_own_end_of_turn_ends_its_answers(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()

@@ -475,6 +475,13 @@ def test_a_row_whose_answer_would_be_white_space_is_refused(row, step_1, data, t
     assert "row 20" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_rows_that_hold_a_special_token_are_warned_of(step_1, tmp_path, caplog):
+    rows = [{"input": f"hot {i}</s><s>", "output": f"cold {i}"} for i in range(20)]
+    files.write_json(tmp_path / "icl" / "hot_Hindi.json", rows)
+    assert step_1("hot_Hindi", root_data_dir=tmp_path / "icl") == 0
+    assert "these texts hold '<s>', which the tokenizer of" in caplog.text
+
+
 def test_the_command_works_by_path_from_another_folder(data, tiny_folder, tmp_path):
     model = tiny_folder("llama")
     here = tmp_path / "elsewhere"

@@ -13,6 +13,7 @@ from soteria.answering.generation import prompt_text
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.batches import left_padded, positions
+from soteria.models.encoding import warn_of_special
 from soteria.models.loading import LoadedModel
 
 IGNORED = -100  # the label of tokens without loss, by torch's cross_entropy
@@ -53,7 +54,10 @@ def training_rows(
 
     Labels are IGNORED on the prompt. The answer, without white space around it, follows as it does in text, and then
     the end token. An answer that is too long is cut, without an end token; a pair whose prompt is too long is left out.
+    Texts that hold special tokens are warned of: an answer with its own end token would be learned to end twice.
     """
+    texts = [text for theirs in pairs.values() for pair in theirs for text in pair]
+    warn_of_special(loaded.tokenizer, loaded.name, texts)
     limit = min(settings.max_tokens, loaded.context_length or settings.max_tokens)
     end, rows, n_cut = _end_token(loaded, settings.chat_template), [], 0
     for language, question, answer in ((language, *pair) for language, theirs in pairs.items() for pair in theirs):

@@ -38,8 +38,10 @@ def _put_behind(tokenizer) -> list[int]:
 def check_known(tokenizer, name: str, texts: Sequence[str]) -> None:
     """Raise UserError if most of some texts' tokens are the tokenizer's unknown one, or if it has no tokens for them.
 
-    Such texts read the same. A tokenizer without the letters of a script reads everything in it like that.
+    Such texts read the same. A tokenizer without the letters of a script reads everything in it like that. Warns of
+    texts that are read in part only, and as `warn_of_special`.
     """
+    warn_of_special(tokenizer, name, texts)
     inputs = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     n_tokens, n_unknown = sum(map(len, inputs)), sum(ids.count(tokenizer.unk_token_id) for ids in inputs)
     found = f"{n_unknown} of {n_tokens} tokens unknown" if n_tokens else "no tokens"
@@ -47,3 +49,10 @@ def check_known(tokenizer, name: str, texts: Sequence[str]) -> None:
         raise UserError(f"the tokenizer of {name!r} cannot read these texts: {found}; use a model of their language")
     if n_unknown > MANY_UNKNOWN * n_tokens:
         _log.warning("the tokenizer of %r reads these texts in part only: %s", name, found)
+
+
+def warn_of_special(tokenizer, name: str, texts: Sequence[str]) -> None:
+    """Warn if data hold a special token's text: the tokenizer makes that token of it, which may end or begin a turn."""
+    whole = "\0".join(texts)
+    if held := [token for token in tokenizer.all_special_tokens if token.strip() and token in whole]:
+        _log.warning("these texts hold %r, which the tokenizer of %r reads as a special token", held[0], name)
