@@ -89,7 +89,7 @@ def _check_alike(results: Path, language: str, noted: dict[str, dict], model_sha
     if len(known) > 1 or (None in digests and any(names_another(names[0], name) for name in names)):
         which = "several models" if model_sha256 is None else "a model with other weights, config or tokenizer"
         raise UserError(f"{results} has scores of {language} of {which}; remove them and run step 1 again")
-    if known and None in digests:
+    if known and any("model_name" in each and not each.get("model_sha256") for each in noted.values()):
         say_once(f"{results} has scores without a hash of their model; they are taken for this model's")
     for name in FORM:
         values = [each[name] for each in noted.values() if name in each]
