@@ -60,6 +60,15 @@ def test_instruction_and_question_are_joined_and_the_model_samples_as_it_is_conf
         assert found[row] == tokenizer.decode(told, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize(
+    "more", [{"num_return_sequences": 3}, {"return_dict_in_generate": True, "output_scores": True}]
+)
+def test_a_model_that_is_configured_to_give_more_than_an_answer_gives_one(ask, sampler, more):
+    want, path = ask("a.csv", "--preset", "release", "--max_new_tokens", 9), sampler / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert len(want) == len(ask("b.csv", "--preset", "release", "--max_new_tokens", 9)) == len(QUESTIONS)
+
+
 def test_the_base_answers_in_256_tokens_and_the_safe_model_in_512(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "soteria.answering.generation.generate_as_configured", lambda *_: iter([dict.fromkeys(range(3), "")])

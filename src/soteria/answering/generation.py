@@ -119,6 +119,7 @@ def generate_as_configured(
         ids = torch.tensor([inputs[row]], device=loaded.model.device)
         limit = max_new_tokens if context is None else min(max_new_tokens, context - ids.shape[1])
         given = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad_token(loaded)}
+        given |= {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever is configured, one answer
         tokens = loaded.model.generate(input_ids=ids, max_new_tokens=limit, **given)[:, ids.shape[1] :].tolist()
         if progress is not None:
             progress.begin([limit])
