@@ -8,6 +8,7 @@ import pytest
 from test_generation import ENGLISH
 from tiny_models import save_tiny_model, tiny_tokenizer
 
+from soteria.answering import chat
 from soteria.answering.chat import chat_text
 from soteria.answering.columns import model_settings
 from soteria.answering.generation import prompt_text
@@ -57,6 +58,15 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_sentence(template, rea
         rendered(template, ASKED)
     assert reason in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
     assert rendered(TURNS) == "[user] hot?"  # the next one is not harmed
+
+
+@pytest.mark.parametrize("template", [GROWS, "{{ 'a' * 10**12 }}", LONG_LOOP])
+def test_a_template_that_takes_too_much_is_not_tried_twice(template, monkeypatch):
+    asked, ask = [], chat._worker.ask
+    monkeypatch.setattr(chat._worker, "ask", lambda request: asked.append(request) or ask(request))
+    with pytest.raises(UserError, match="too much time or memory"):
+        rendered(template)
+    assert len(asked) == 1
 
 
 def test_a_template_that_never_ends_is_ended_in_a_thread_too():

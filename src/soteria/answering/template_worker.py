@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, where what a template may cost has a bound.
 
 Run as a script by `soteria.answering.chat`. In: a request a line, as JSON: `template`, `messages` and `values`. Out: a
-reply a line: `text`, or `error`, why there is none. A template that takes too much time ends the process.
+reply a line: `text`, or `error`, why there is none. A template that takes too much time or memory ends the process.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def render(request: dict) -> dict:
             [request["messages"]], chat_template=template, **request["values"]
         )
     except MemoryError:
-        return {"error": "it takes too much memory"}
+        sys.exit(1)
     except RecursionError:
         return {"error": "it calls itself without end"}
     except Exception as error:  # templates, which are programs, raise what they like
