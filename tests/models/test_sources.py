@@ -115,6 +115,11 @@ def test_a_gguf_file_that_cannot_be_used_is_refused_in_one_sentence_and_nothing_
         unpacked(tmp_path / "three.gguf")
 
 
+def test_a_model_folder_may_be_named_like_a_gguf_file(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny.gguf")
+    assert load_model(str(folder), "cpu").geometry.n_layers == 3
+
+
 # The hub
 
 

@@ -16,7 +16,7 @@ from soteria.storage import files, paths
 
 def gguf_file(path: Path) -> Path | None:
     """The GGUF file that a path means: itself, or the only one in a folder without other weights; None for neither."""
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise UserError(f"no file {path}; give a GGUF file, a model folder or a hub id")
         return path
