@@ -465,8 +465,8 @@ def test_a_failure_inside_transformers_is_one_sentence_and_its_traceback_is_for_
 def plan_options(command, capsys, folder, **arguments) -> list[str]:
     """The words that run.sh hands to generate.py."""
     assert command(plan(**arguments), folder) == 0
-    options = capsys.readouterr().out.split("\0")[3:-1]
-    return [word for option in options for word in option.split("=", 1)]
+    _, _, _, n_judge, *options, _ = capsys.readouterr().out.split("\0")
+    return [word for option in options[int(n_judge) :] for word in option.split("=", 1)]
 
 
 def test_the_environment_says_how_questions_are_read_and_asked(place, command, capsys, monkeypatch):

@@ -42,6 +42,7 @@ from soteria.models.tensors import load_tensor, save_tensor
 from soteria.reporting import numbers
 from soteria.reporting.conditions import Cells
 from soteria.reporting.output import not_run
+from soteria.reporting.write_up import compose
 from soteria.scoring.heads import mean_effect, read_heads, write_heads
 from soteria.scoring.notes import describe_first_tokens, scored_split
 from soteria.scoring.run import DatasetRun, ScoringSettings, score_runs
@@ -327,7 +328,7 @@ def training_settings(folder: Path) -> tuple[Path, Callable]:
 def failure(folder: Path) -> tuple[Path, Callable]:
     (own,) = [each.files(folder) for each in list(language_cells(GRID, GRID.models[0], "Hindi"))[:1]]
     files.write_text(own.failure("answer"), "the model is gone; give another\n")
-    return own.failure("answer"), lambda: not_run(GRID, folder)
+    return own.failure("answer"), lambda: not_run(compose(GRID, folder))
 
 
 WRITERS = [
