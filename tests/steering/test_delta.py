@@ -232,7 +232,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("form", ["checkpoint", "delta"])
 def test_killed_at_any_moment_no_folder_looks_whole_that_is_not(models, tmp_path, monkeypatch, form):
     def read_slowly(place):
-        time.sleep(0.01)  # as a large matrix would, so that most kills fall between the first byte and the last
+        time.sleep(0.05)  # as a large matrix would, so that most kills fall between the first byte and the last
         return read_tensor(place)
 
     monkeypatch.setattr(task_vector, "read_tensor", read_slowly)
