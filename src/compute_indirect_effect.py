@@ -7,7 +7,6 @@ arguments. Finished datasets are skipped; an interrupted one resumes at its next
 import time
 from argparse import ArgumentTypeError, Namespace
 from functools import partial
-from pathlib import Path
 
 from soteria import cli, disk
 from soteria.errors import UserError
@@ -36,8 +35,8 @@ def parse_arguments() -> Namespace:
     add, default = parser.add_argument, ScoringSettings()
     add("--dataset_name", nargs="+", required=True, help="one or more <task>_<Language>, or globs such as '*_Hindi'")
     parser.add_model("--model_name", default=default.model_name, help=cli.MODEL)
-    add("--root_data_dir", type=Path, default=default.root_data_dir, help="folder of <task>_<Language>.json")
-    add("--save_path_root", type=Path, help="output folder (default: results/indirect_effect/<model slug>[_whole])")
+    add("--root_data_dir", type=cli.path, default=default.root_data_dir, help="folder of <task>_<Language>.json")
+    add("--save_path_root", type=cli.path, help="output folder (default: results/indirect_effect/<model slug>[_whole])")
     add(
         "--seed",
         type=cli.seed,
@@ -54,7 +53,11 @@ def parse_arguments() -> Namespace:
     add("--n_trials", type=trials, default=default.n_trials, help="prompts averaged, and prompts scored")
     add("--test_split", type=float, default=default.test_split, help="share of the rows not used as demonstrations")
     add("--device", type=cli.device, help="cpu, cuda, cuda:1 … (default: cuda if there is one, else cpu)")
-    add("--mean_activations_path", type=Path, help="a *_mean_head_activations.pt to use instead of computing the means")
+    add(
+        "--mean_activations_path",
+        type=cli.path,
+        help="a *_mean_head_activations.pt to use instead of computing the means",
+    )
     add("--last_token_only", type=cli.truth, default=True, help="True: the last token; False: all ten token classes")
     answer = "the effect is on the probability of the answer's first token, as in the original, or of the whole answer"
     add("--answer", choices=ANSWERS, default=default.answer, help=answer)

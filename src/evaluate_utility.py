@@ -43,7 +43,7 @@ def parse_arguments():
     add("--test_split", type=float, default=TEST_SPLIT, help="step 1's fraction of unseen rows, which are asked")
     add("--batch_size", type=cli.positive_int, default=16, help="choices per forward pass")
     add("--device", type=cli.device, help="default: cuda if there is one, else cpu")
-    add("--output", type=Path, help="folder of one JSON file per model and language (default: results/utility)")
+    add("--output", type=cli.path, help="folder of one JSON file per model and language (default: results/utility)")
     return parser.parse_args()
 
 

@@ -18,7 +18,6 @@ the hub. If a dataset requires access, set HF_TOKEN or run `hf auth login`.
 """
 
 import sys
-from pathlib import Path
 
 from soteria import cli
 from soteria.errors import UserError
@@ -30,7 +29,7 @@ def parse_arguments():
     parser = cli.new_parser(__doc__, "bash scripts/fetch_original.sh --only icl heads")
     add = parser.add_argument
     add("--only", nargs="+", choices=original.KINDS, default=list(original.KINDS), help="what to fetch")
-    add("--output", type=Path, default=paths.DATA / "original", help="output folder")
+    add("--output", type=cli.path, default=paths.DATA / "original", help="output folder")
     add("--git_url", default=original.RELEASE_URL, help="address of the authors' git repository or a mirror of it")
     return parser.parse_args()
 

@@ -1,7 +1,6 @@
 """Step 2: rank heads by their mean effect and keep the top ones, for languages or for a group of languages."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from soteria import cli
 from soteria.errors import UserError
@@ -27,12 +26,12 @@ def parse_arguments() -> Namespace:
         "--head_folder polyglot-base",
     )
     add = parser.add_argument
-    add("--results", type=Path, help="output folder of step 1: results/indirect_effect/<model slug>")
+    add("--results", type=cli.path, help="output folder of step 1: results/indirect_effect/<model slug>")
     add("--language", nargs="+", help="names or codes, or all for the paper's twelve")
     add("--tasks", nargs="+", default=list(TASKS), help="tasks to average over")
     add("--top", type=float, default=0.5, help="a fraction of all heads below 1, or a whole number of heads")
-    add("--head_folder", required=True, help="name of the folder of head lists")
-    add("--heads_root", type=Path, default=paths.heads_root(paths.RESULTS), help="where the head folders are")
+    add("--head_folder", type=cli.path, required=True, help="name of the folder of head lists")
+    add("--heads_root", type=cli.path, default=paths.heads_root(paths.RESULTS), help="where the head folders are")
     add("--group", help="High, Mid, Low, or Universal: write <Group>_Lang.json from the languages' lists in the folder")
     return parser.parse_args()
 

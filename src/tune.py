@@ -39,7 +39,7 @@ def parse_arguments():
     add, limits = parser.add_argument, Limits()
     cli.add_pair(parser)
     add("--language", nargs="+", required=True, help="names or codes, or `all` for the paper's twelve")
-    add("--results", type=Path, help="the scores that step 1 wrote (default: results/indirect_effect/<base slug>)")
+    add("--results", type=cli.path, help="the scores that step 1 wrote (default: results/indirect_effect/<base slug>)")
     add("--policy", default="policy-validation", help="question set under data/prompts, as <name>_<Language>.csv")
     add("--benign", default="everyday-validation", help="question set under data/benign, as <name>_<Language>.csv")
     add("--trials", type=cli.positive_int_up_to(cli.MOST_TRIALS), default=40, help="points measured per language")

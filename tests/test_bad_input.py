@@ -403,6 +403,8 @@ ODD = [
     *((SCORE + f"--dataset_name {name}_Hindi", name) for name in ("pipe", "deep")),
     *((SCORE + f"--save_path_root {name}", name) for name in ("pipe", "blocked", "loop", "blocked/below")),
     *((SCORE + f"--mean_activations_path {name}", name) for name in ("pipe", "icl")),
+    *((SCORE + f"--{name} ''", f"{name}: it is empty") for name in ("root_data_dir", "save_path_root")),
+    *((SELECT + f"--{name} ''", f"{name}: it is empty") for name in ("results", "heads_root", "head_folder")),
     (SCORE + f"--prefixes '{'[' * 1000}'", "--prefixes"),
     *((SELECT + f"--heads_root {name}", name) for name in ("pipe", "blocked", "loop")),
     (SELECT + "--group Lowest", "Lowest"),

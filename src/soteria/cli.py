@@ -283,6 +283,13 @@ def device(text: str) -> str:
     return text
 
 
+def path(text: str) -> Path:
+    """A path; an empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a path, or leave the option out")
+    return Path(text)
+
+
 def csv_path(text: str) -> Path:
     """The path of a CSV to write, beside which a .json of the same name is written: it must not be that file itself."""
     if Path(text).suffix == ".json":
