@@ -89,3 +89,9 @@ def test_reading_a_small_file_makes_room_for_no_more(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10**6
+
+
+def test_a_folder_to_make_whose_name_is_too_long_is_refused_before_those_above_it_are_made(tmp_path):
+    assert disk.check_output(tmp_path / "new" / ("n" * 255) / "list.json")
+    with pytest.raises(UserError, match="of 256 bytes is too long"):
+        disk.check_output(tmp_path / "new" / ("n" * 256) / "list.json")

@@ -16,6 +16,7 @@ from soteria.errors import UserError
 
 MAX_BYTES = 2**30  # of a file that is read whole as text
 MAX_DEPTH = 100  # of JSON and YAML; Python's own limit depends on who reads
+MAX_FOLDER = 255  # bytes in the name of a folder above an output, which is what file systems allow
 MAX_NAME = 200  # bytes in an output's name: file systems allow 255, and names made from it are longer
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = (*map(os.strerror, _FULL), "PytorchStreamWriter failed writing", "file write failed", "unexpected pos ")
@@ -188,6 +189,10 @@ def _check_new(path: Path) -> None:
         raise UserError(f"{path} cannot be written, because {above} is not a folder; give another output")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written, because {above} is read-only; give another output")
+    for name in map(os.fsencode, path.parent.parts):  # of a folder to make: the system says so only once it is tried
+        if len(name) > MAX_FOLDER:
+            start = name[:40].decode(errors="replace")
+            raise UserError(f"the name {start!r}… of {len(name)} bytes is too long; give one of at most {MAX_FOLDER}")
 
 
 def _reason(error: Exception) -> str:
