@@ -310,9 +310,9 @@ def test_a_tuned_model_as_far_as_an_unrelated_one_is_said_to_be(tmp_path, base, 
     say_once.cache_clear()
     near = shutil.copytree(base, tmp_path / "near")
     resave(lambda weights: {key: tensor * 1.3 for key, tensor in weights.items()})(near / "model.safetensors")
-    TaskVector.open(str(base), str(near))
+    TaskVector.open(str(base), str(near)).say_if_far()
     assert "warning" not in capsys.readouterr().err
-    TaskVector.open(str(base), str(tuned))
+    TaskVector.open(str(base), str(tuned)).say_if_far()
     assert f"'{tuned.name}' is 1.4 times the norm of the weights of '{base.name}' away" in capsys.readouterr().err
 
 

@@ -53,7 +53,6 @@ class TaskVector:
             vector._check_layers()
         vector.check_projections()
         vector._check_loaded()
-        vector._say_if_far()
         return vector
 
     @cached_property
@@ -105,7 +104,7 @@ class TaskVector:
         """The tuned model with all of its files: `tuned` may have only those that hold output projections."""
         return Checkpoint.open(self.tuned.name)
 
-    def _say_if_far(self) -> None:
+    def say_if_far(self) -> None:
         """Say on stderr where tuned is as far from base as a model that was not tuned from it, by the first layer."""
         layer = self.geometry.layers[0]
         share = self.at(layer).norm() / read_tensor(self.place(self.base, layer)).float().norm()

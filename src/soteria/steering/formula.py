@@ -74,6 +74,7 @@ def open_steering(vector: TaskVector, heads: Sequence[Head], scaling_factor: flo
         base, tuned = vector.base.name, vector.tuned.name
         why = "does the adapter change other layers only?" if vector.tuned.is_adapter else "was one path given twice?"
         raise UserError(f"{tuned!r} equals {base!r} on all selected heads ({source}): {why}")
+    vector.say_if_far()
     return Steering(vector, heads, scaling_factor, source)
 
 
