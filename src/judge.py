@@ -126,9 +126,8 @@ def main() -> None:
     settings, labels = judge_settings(arguments), arguments.harmful_labels
     for kind in HARMLESS:
         if given := getattr(arguments, kind):
-            if not given.exists():
-                raise UserError(f"no file {given}; give the answers to harmless questions, or leave out --{kind}")
-            harmless[kind] = given
+            fix = f"no file {given}; give the answers to harmless questions, or leave out --{kind}"
+            harmless[kind] = disk.regular_file(given, fix)
         check_alike(harmless[kind])
     others = read_verdicts(arguments.compare, answers) if arguments.compare else {}
     asked_in = describe(arguments.input)["language"]

@@ -216,6 +216,7 @@ CASES = {
     "judge: no such harmless answers": (JUDGE + "--benign nowhere.csv", "nowhere.csv"),
     "judge: rows of unequal length": (JUDGE + "--input torn.csv", "row 1"),
     "judge: time limit 0": (JUDGE + "--time_limit 0", "--time_limit"),
+    "judge: a folder of harmless answers": (JUDGE + "--benign .", "a folder, not a file"),
     "judge: no such judge model": (JUDGE + "--judge hf:./nowhere", "./nowhere"),
     "judge: a judge prompt without places": (JUDGE + "--judge_prompt text.csv", "{question}"),
     "judge: no such judge prompt": (JUDGE + "--judge_prompt nowhere.txt", "nowhere.txt"),
