@@ -104,10 +104,15 @@ class TaskVector:
         """The tuned model with all of its files: `tuned` may have only those that hold output projections."""
         return Checkpoint.open(self.tuned.name)
 
+    @cached_property
+    def _distance(self) -> float:
+        """How far tuned is from base in the first layer, as a share of the norm of the base's weights."""
+        layer = self.geometry.layers[0]
+        return (self.at(layer).norm() / read_tensor(self.place(self.base, layer)).float().norm()).item()
+
     def say_if_far(self) -> None:
         """Say on stderr where tuned is as far from base as a model that was not tuned from it, by the first layer."""
-        layer = self.geometry.layers[0]
-        share = self.at(layer).norm() / read_tensor(self.place(self.base, layer)).float().norm()
+        layer, share = self.geometry.layers[0], self._distance
         if share > FAR:
             tuned, base = (paths.model_name(model.name) for model in (self.tuned, self.base))
             say_once(
