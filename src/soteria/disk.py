@@ -159,9 +159,11 @@ def check_output(path: Path, *, is_folder: bool = False, longest: int = MAX_NAME
         raise UserError(f"{str(path)!r} cannot be written: it names no new {wanted}; give it a name")
     if any("\ud800" <= c <= "\udfff" for c in str(path.absolute())):
         raise UserError(f"{str(path)!r} is not UTF-8, which not all libraries can write to; give another output")
-    if len(name := os.fsencode(path.name)) > longest:
-        start = name[:40].decode(errors="replace")
-        raise UserError(f"the name {start!r}… of {len(name)} bytes is too long; give one of at most {longest}")
+    # The system says of a folder that its name is too long only once it is made.
+    for name, most in ((path.name, longest), *((each, MAX_FOLDER) for each in path.parent.parts)):
+        if len(as_bytes := os.fsencode(name)) > most:
+            start = as_bytes[:40].decode(errors="replace")
+            raise UserError(f"the name {start!r}… of {len(as_bytes)} bytes is too long; give one of at most {most}")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -189,10 +191,6 @@ def _check_new(path: Path) -> None:
         raise UserError(f"{path} cannot be written, because {above} is not a folder; give another output")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written, because {above} is read-only; give another output")
-    for name in map(os.fsencode, path.parent.parts):  # of a folder to make: the system says so only once it is tried
-        if len(name) > MAX_FOLDER:
-            start = name[:40].decode(errors="replace")
-            raise UserError(f"the name {start!r}… of {len(name)} bytes is too long; give one of at most {MAX_FOLDER}")
 
 
 def _reason(error: Exception) -> str:

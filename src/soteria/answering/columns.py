@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from soteria import disk
@@ -26,6 +25,7 @@ from soteria.answering.thinking import split_thinking
 from soteria.errors import UserError
 from soteria.languages import Language
 from soteria.models.checkpoints import Checkpoint, model_digest, small_files
+from soteria.models.tensors import tensor_bytes
 from soteria.storage import files, paths
 from soteria.storage.csv_files import read_table, write_table
 from soteria.storage.journal import Journal
@@ -54,7 +54,7 @@ def read_first_tokens(path: Path, n_rows: int) -> Tensor | None:
 
 
 def _digest(log_probs: Tensor) -> str:
-    return hashlib.sha256(log_probs.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor_bytes(log_probs)).hexdigest()
 
 
 def model_settings(

@@ -79,13 +79,17 @@ class LoadedModel:
         """How many tokens the model has embeddings of, which may be more or fewer than its tokenizer has."""
         return self.model.get_input_embeddings().num_embeddings
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights by its name, such as `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def finite(self, logits: Tensor) -> Tensor:
         """Logits (..., vocabulary) as they are. Raises UserError for NaN and infinity, of which argmax says nothing."""
         if not logits.amax(-1).isfinite().all():
-            dtype = str(self.model.dtype).removeprefix("torch.")
             raise UserError(
-                f"{self.name!r} gives numbers that are not finite in {dtype}: it is broken or needs another dtype; "
-                "give another model"
+                f"{self.name!r} gives numbers that are not finite in {self.dtype}: it is broken or needs another "
+                "dtype; give another model"
             )
         return logits
 

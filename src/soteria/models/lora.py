@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cached_property
 
 from torch import Tensor
@@ -45,7 +44,7 @@ def _not_understood(config: dict) -> list[str]:
     """The options of an adapter, other than PEFT's defaults, that could mean more than B @ A."""
     from peft import LoraConfig  # takes seconds
 
-    plain = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
+    plain = vars(LoraConfig())
     return sorted(
         name
         for name, value in config.items()
@@ -122,11 +121,7 @@ class LoraAdapter:
 
         Raises UserError unless they are there exactly where PEFT would put them by the adapter's config.
         """
-        own = {
-            key: place
-            for key, place in self._places.items()
-            if key.startswith(f"{module}.") or as_text_part(key).startswith(f"{module}.")
-        }
+        own = self._own(module)
         if not own:
             if self._placed(module):
                 raise UserError(f"{self._what} lacks the factors of {module}, which its config names; save it again")
@@ -140,7 +135,7 @@ class LoraAdapter:
             raise UserError(f"{self._what} does not have two factors of one rank for {module}; save it again")
         if not {a[0].dtype, b[0].dtype} <= {*UNQUANTIZED}:
             raise UserError(f"{self._what} has quantized factors for {module}; save it in a floating-point dtype")
-        placed, found = self._placed(_trained_as(a[0])), a[0].shape[0]
+        placed, found = self._placed(_trained_as(own)), a[0].shape[0]
         if not found or not placed or placed[0] != found:
             noted = f"a rank of {placed[0]}" if placed else "none"
             raise UserError(
@@ -149,15 +144,28 @@ class LoraAdapter:
             )
         return a[0], b[0]
 
+    def _own(self, module: str) -> dict[str, Place]:
+        """The tensors of a module, which may be that of a text part."""
+        return {
+            key: place
+            for key, place in self._places.items()
+            if key.startswith(f"{module}.") or as_text_part(key).startswith(f"{module}.")
+        }
+
+    @cached_property
+    def _peft_config(self):
+        from peft import LoraConfig
+
+        given = {name: value for name in PLACING if (value := self.checkpoint.config.get(name)) is not None}
+        return LoraConfig(**given)
+
     def _placed(self, module: str) -> tuple[int, float] | None:
         """The rank and alpha that PEFT gives a module by the adapter's config, None for one that it leaves alone."""
-        from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
         from peft.utils.other import get_pattern_key
 
-        given = {name: value for name in PLACING if (value := self.checkpoint.config.get(name)) is not None}
         with _bounded(self._what):
-            config = LoraConfig(**given)
+            config = self._peft_config
             parameters = config.target_parameters or []
             named = config.target_modules == "all-linear"
             named = named or any(f".{module}.weight".endswith(f".{parameter}") for parameter in parameters)
@@ -169,7 +177,7 @@ class LoraAdapter:
 
     def scale(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied by."""
-        _, alpha = self._placed(_trained_as(self.factors(module)[0]))
+        _, alpha = self._placed(_trained_as(self._own(module)))
         return alpha / (math.sqrt(rank) if self._rank_stabilized else rank)
 
     def delta(self, module: str) -> Tensor | None:
@@ -181,6 +189,6 @@ class LoraAdapter:
         return self.scale(module, len(a)) * (b @ a)
 
 
-def _trained_as(factor: Place) -> str:
-    """The module of a factor as the model had it that the adapter was trained on, and as its config names it."""
-    return factor.key.partition(".lora_")[0].removeprefix("base_model.model.")
+def _trained_as(own: dict[str, Place]) -> str:
+    """A module, of whose factors there are some, as the model had it that was trained, and as the config names it."""
+    return next(iter(own)).partition(".lora_")[0]

@@ -18,7 +18,7 @@ from soteria import disk
 from soteria.errors import UserError
 from soteria.languages import PAPER_LANGUAGES, group_languages
 from soteria.models.tensors import UNQUANTIZED, load_tensor
-from soteria.scoring.notes import scored_with
+from soteria.scoring.notes import say_unsigned, scored_with
 from soteria.scoring.prompts import TASKS, TOKEN_CLASSES
 from soteria.storage import files, outputs
 from soteria.storage.paths import FACTS, effect_path, language_file, names_another
@@ -90,7 +90,7 @@ def _check_alike(results: Path, language: str, noted: dict[str, dict], model_sha
         which = "several models" if model_sha256 is None else "a model with other weights, config or tokenizer"
         raise UserError(f"{results} has scores of {language} of {which}; remove them and run step 1 again")
     if known and any("model_name" in each and not each.get("model_sha256") for each in noted.values()):
-        say_once(f"{results} has scores without a hash of their model; they are taken for this model's")
+        say_unsigned(results)
     for name in FORM:
         values = [each[name] for each in noted.values() if name in each]
         if any(value != values[0] for value in values):

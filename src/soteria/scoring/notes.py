@@ -11,6 +11,7 @@ from soteria.errors import UserError
 from soteria.scoring.prompts import FIRST, SEED, TEST_SPLIT, WHOLE
 from soteria.storage import paths
 from soteria.storage.side_files import Count, PositiveCount, Text, read_noted, side_file
+from soteria.terminal import say_once
 
 MOST_LAYERS = 100_000  # that a file may name: more than any model has, and few enough to make room for
 
@@ -54,6 +55,11 @@ def scored_with(root: Path, dataset: str) -> dict:
     if not noted and path.exists():
         raise UserError(f"{path} is not what step 1 writes; restore it, or remove that folder and score it again")
     return EARLIER_SETTINGS | noted
+
+
+def say_unsigned(root: Path) -> None:
+    """Say on stderr that scores do not note which weights they are of, as earlier versions' do not."""
+    say_once(f"{root} has scores without a hash of their model; they are taken for this model's")
 
 
 def ambiguous_datasets(root: Path, datasets: Iterable[str]) -> dict[str, str]:

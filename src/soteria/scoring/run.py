@@ -25,11 +25,10 @@ from soteria.models.encoding import check_known
 from soteria.models.processes import Processes
 from soteria.models.tensors import load_tensor, save_tensor
 from soteria.scoring import prompts
-from soteria.scoring.notes import EARLIER_SETTINGS, ScoringNotes
+from soteria.scoring.notes import EARLIER_SETTINGS, ScoringNotes, say_unsigned
 from soteria.scoring.prompts import PromptForm
 from soteria.storage import files, outputs, paths
 from soteria.storage.side_files import read_noted
-from soteria.terminal import say_once
 
 # What is written beside the scores but does not decide on their values. Scores made with other values of the rest are
 # neither skipped nor continued.
@@ -84,7 +83,7 @@ def score_runs(runs: list["DatasetRun"], processes: Processes, load: Callable) -
     pending, n_scored = [run for run in runs if not run.is_finished()], 0
     if processes.is_first:
         for folder in dict.fromkeys(run.folder.parent for run in runs if run.is_unsigned):
-            say_once(f"{folder} has scores without a hash of their model; they are taken for this model's")
+            say_unsigned(folder)
     if pending:
         from soteria.scoring.sweep import sweep_over
 
@@ -207,7 +206,7 @@ class DatasetRun:
 
     def check_dtype(self, loaded) -> None:
         """Raise UserError where a dataset was begun in another dtype, which `auto` may have been on another device."""
-        begun, now = self._noted().get("model_dtype"), _dtype_of(loaded.model)
+        begun, now = self._noted().get("model_dtype"), loaded.dtype
         if begun and begun != now:
             raise UserError(
                 f"{self.folder} was begun in {begun}, not {now}; give --dtype {begun}, or remove that folder"
@@ -241,7 +240,7 @@ class DatasetRun:
         # The number of rows in a forward pass changes the last bits, so a resumed run keeps the number it started with.
         started_with = self._noted().get("max_rows")
         rows = TokenBudget(processes.agree(settings.max_rows or started_with or tokens_that_fit(loaded)))
-        described = self.described | {"max_rows": rows.most, "model_dtype": _dtype_of(loaded.model)} | noted
+        described = self.described | {"max_rows": rows.most, "model_dtype": loaded.dtype} | noted
         described |= _noted_rows(loaded.geometry)
 
         geometry = loaded.geometry
@@ -291,7 +290,7 @@ class DatasetRun:
     def _not_finite(self, loaded) -> UserError:
         """What to say of a model whose numbers are not finite."""
         what = f"{loaded.name!r} gives numbers that are not finite on {self.folder.name}"
-        dtype, given = _dtype_of(loaded.model), self.settings.mean_activations_path
+        dtype, given = loaded.dtype, self.settings.mean_activations_path
         return UserError(f"{what} in {dtype}; give another --dtype or {'other means' if given else 'model'}")
 
     def _tokenized_prompts(self, loaded) -> tuple[list, list, int, dict]:
@@ -356,10 +355,6 @@ def _saved(
         values = found if heads is None else found[:, _heads_there(heads, found.shape[2])]
         return found if values.isfinite().all() else None
     return found
-
-
-def _dtype_of(model) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _noted_rows(geometry) -> dict:
